@@ -1,0 +1,1 @@
+//! Frames, guard, uplinks and the fabric between replicas.

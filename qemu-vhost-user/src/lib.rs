@@ -1,0 +1,1 @@
+//! The plover daemon: vhost-user-net device, QMP, agent, groups, command line.

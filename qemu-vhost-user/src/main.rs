@@ -1,0 +1,2 @@
+//! The `plover` daemon and command line.
+fn main() {}

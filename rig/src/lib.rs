@@ -1,0 +1,1 @@
+//! Test bed: hosts in network namespaces, guests, faults, checking clients.

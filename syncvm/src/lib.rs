@@ -1,0 +1,1 @@
+//! Dirty sets, union, page hashing, comparison and staged transfer.
