@@ -1,0 +1,262 @@
+//! What daemon and agent say to each other: fixed-size messages over a `SOCK_SEQPACKET` unix socket, so that the
+//! kernel keeps message boundaries and file descriptors travel with the message that they belong to.
+//!
+//! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read
+//! ends the connection. All fields are little endian.
+
+/// Version of this protocol and of the clock page; daemon and agent must agree exactly.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// First four bytes of every message.
+pub const MAGIC: u32 = u32::from_le_bytes(*b"PLVA");
+/// Length of a request.
+pub const REQUEST_BYTES: usize = 16;
+/// Length of a response.
+pub const RESPONSE_BYTES: usize = 32;
+/// Environment variable that names the socket the agent listens on; without it the agent does nothing.
+pub const SOCKET_VARIABLE: &str = "PLOVER_AGENT_SOCKET";
+
+/// What the daemon wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Who are you? Answered with version, process id and whether QEMU exports the yank functions.
+    Hello,
+    /// Create a userfaultfd in QEMU's address space and send it along with the answer.
+    Userfaultfd,
+    /// Register QEMU's migration yank instance (needed before every `xen-load-devices-state`).
+    Yank,
+    /// Start a sampler and send its clock page (see [`crate::clock_page`]) along with the answer.
+    Clocks,
+}
+
+impl Request {
+    const ALL: [Request; 4] = [
+        Request::Hello,
+        Request::Userfaultfd,
+        Request::Yank,
+        Request::Clocks,
+    ];
+
+    /// Number of this request on the wire.
+    pub const fn code(self) -> u32 {
+        match self {
+            Request::Hello => 1,
+            Request::Userfaultfd => 2,
+            Request::Yank => 3,
+            Request::Clocks => 4,
+        }
+    }
+
+    /// The message's bytes.
+    pub fn encode(self) -> [u8; REQUEST_BYTES] {
+        let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
+        writer.put(MAGIC).put(self.code());
+        writer.bytes
+    }
+
+    /// Reads a message; `None` for wrong length, wrong magic, an unknown request or non-zero reserved bytes.
+    pub fn decode(bytes: &[u8]) -> Option<Request> {
+        let bytes: &[u8; REQUEST_BYTES] = bytes.try_into().ok()?;
+        let mut fields = Fields::new(bytes);
+        if fields.next()? != MAGIC {
+            return None;
+        }
+        let code = fields.next()?;
+        if fields.next()? != 0 || fields.next()? != 0 {
+            return None;
+        }
+        Self::ALL.into_iter().find(|request| request.code() == code)
+    }
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Done.
+    Done,
+    /// The yank instance was registered already: as good as done.
+    Already,
+    /// A system call failed; the response's `errno` says how.
+    Failed,
+    /// This process does not export what the request needs.
+    Unsupported,
+}
+
+impl Status {
+    const ALL: [Status; 4] = [
+        Status::Done,
+        Status::Already,
+        Status::Failed,
+        Status::Unsupported,
+    ];
+
+    const fn code(self) -> u32 {
+        match self {
+            Status::Done => 0,
+            Status::Already => 1,
+            Status::Failed => 2,
+            Status::Unsupported => 3,
+        }
+    }
+}
+
+/// The agent's answer. Version, process and symbols are in every answer, so that hello needs no special form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// The request that is answered.
+    pub request: Request,
+    /// How it ended.
+    pub status: Status,
+    /// The system call's error number if `status` is [`Status::Failed`], otherwise 0.
+    pub errno: u32,
+    /// The agent's [`PROTOCOL_VERSION`].
+    pub version: u32,
+    /// QEMU's process id as QEMU sees it (a PID namespace may make it differ from the daemon's view).
+    pub pid: u32,
+    /// Whether this process exports QEMU's `yank_register_instance`.
+    pub has_yank: bool,
+}
+
+impl Response {
+    /// The message's bytes.
+    pub fn encode(&self) -> [u8; RESPONSE_BYTES] {
+        let mut writer = FieldWriter::new([0; RESPONSE_BYTES]);
+        writer
+            .put(MAGIC)
+            .put(self.request.code())
+            .put(self.status.code())
+            .put(self.errno)
+            .put(self.version)
+            .put(self.pid)
+            .put(u32::from(self.has_yank));
+        writer.bytes
+    }
+
+    /// Reads a message; `None` if it is not one. The version is not judged here, so that the reader can name it.
+    pub fn decode(bytes: &[u8]) -> Option<Response> {
+        let bytes: &[u8; RESPONSE_BYTES] = bytes.try_into().ok()?;
+        let mut fields = Fields::new(bytes);
+        if fields.next()? != MAGIC {
+            return None;
+        }
+        let request = fields.next()?;
+        let status = fields.next()?;
+        Some(Response {
+            request: Request::ALL
+                .into_iter()
+                .find(|known| known.code() == request)?,
+            status: Status::ALL
+                .into_iter()
+                .find(|known| known.code() == status)?,
+            errno: fields.next()?,
+            version: fields.next()?,
+            pid: fields.next()?,
+            has_yank: match fields.next()? {
+                0 => false,
+                1 => true,
+                _ => return None,
+            },
+        })
+    }
+}
+
+/// Writes u32 fields one after the other; what does not fit is dropped (lengths are constants, tests cover them).
+struct FieldWriter<const N: usize> {
+    bytes: [u8; N],
+    next: usize,
+}
+
+impl<const N: usize> FieldWriter<N> {
+    fn new(bytes: [u8; N]) -> Self {
+        FieldWriter { bytes, next: 0 }
+    }
+
+    fn put(&mut self, field: u32) -> &mut Self {
+        if let Some(place) = self.bytes.chunks_exact_mut(4).nth(self.next) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        self.next = self.next.saturating_add(1);
+        self
+    }
+}
+
+/// Reads u32 fields one after the other.
+struct Fields<'a> {
+    chunks: std::slice::ChunksExact<'a, u8>,
+}
+
+impl<'a> Fields<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Fields {
+            chunks: bytes.chunks_exact(4),
+        }
+    }
+}
+
+impl Iterator for Fields<'_> {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        Some(u32::from_le_bytes(self.chunks.next()?.try_into().ok()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_request_and_response_survives_the_wire() {
+        for request in Request::ALL {
+            assert_eq!(Request::decode(&request.encode()), Some(request));
+            for status in Status::ALL {
+                let response = Response {
+                    request,
+                    status,
+                    errno: 38,
+                    version: PROTOCOL_VERSION,
+                    pid: u32::MAX,
+                    has_yank: status == Status::Done,
+                };
+                assert_eq!(Response::decode(&response.encode()), Some(response));
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_with_wrong_magic_length_or_reserved_bytes_is_refused() {
+        let good = Request::Yank.encode();
+        for place in 0..REQUEST_BYTES {
+            let mut bad = good;
+            if let Some(byte) = bad.get_mut(place) {
+                *byte ^= 0x80;
+            }
+            assert_eq!(Request::decode(&bad), None, "byte {place}");
+        }
+        assert_eq!(
+            Request::decode(good.split_last().map_or(&[], |(_, rest)| rest)),
+            None
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_refused_or_a_message(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            if let Some(request) = Request::decode(&bytes) {
+                prop_assert_eq!(&request.encode()[..], &bytes[..]);
+            }
+            if let Some(response) = Response::decode(&bytes) {
+                prop_assert_eq!(Response::decode(&response.encode()), Some(response));
+            }
+        }
+
+        #[test]
+        fn arbitrary_requests_with_the_right_magic_never_alias(code in any::<u32>(), rest in any::<u64>()) {
+            let mut bytes = Request::Hello.encode();
+            bytes[4..8].copy_from_slice(&code.to_le_bytes());
+            bytes[8..].copy_from_slice(&rest.to_le_bytes());
+            let known = (1..=4).contains(&code) && rest == 0;
+            prop_assert_eq!(Request::decode(&bytes).is_some(), known);
+        }
+    }
+}

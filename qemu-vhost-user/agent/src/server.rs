@@ -1,0 +1,121 @@
+//! Serves one daemon connection at a time; a new connection supersedes the old one, because a daemon that was
+//! restarted must not wait until the kernel notices that its predecessor is gone.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use crate::protocol::{PROTOCOL_VERSION, REQUEST_BYTES, Request, Response, Status};
+use crate::qemu::QemuSymbols;
+use crate::sampler::Sampler;
+use crate::sys;
+
+/// The listening agent.
+pub struct Server {
+    listener: OwnedFd,
+    symbols: QemuSymbols,
+}
+
+/// A daemon's connection and what lives as long as it.
+struct Session {
+    socket: OwnedFd,
+    sampler: Option<Sampler>,
+}
+
+impl Server {
+    /// Listens on a unix socket at `path` (mode 0600), replacing a socket that is there.
+    ///
+    /// # Errors
+    /// What socket, bind or listen says; `ENAMETOOLONG` for a path of more than 107 bytes.
+    pub fn bind(path: &Path) -> io::Result<Server> {
+        Ok(Server {
+            listener: sys::listen(path)?,
+            symbols: QemuSymbols::find(),
+        })
+    }
+
+    /// Starts the thread that serves until the process ends.
+    ///
+    /// # Errors
+    /// If the thread cannot be created.
+    pub fn start(self) -> io::Result<()> {
+        sys::spawn_quiet("plover-agent", move || self.serve())
+    }
+
+    fn serve(&self) {
+        let mut session: Option<Session> = None;
+        loop {
+            let socket = session.as_ref().map(|session| session.socket.as_fd());
+            let (caller, request) = match sys::wait_readable(self.listener.as_fd(), socket) {
+                Ok(ready) => ready,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // poll fails only when the kernel has no memory for it: nothing can be served then.
+                Err(_) => return,
+            };
+            if caller && let Ok(socket) = sys::accept(self.listener.as_fd()) {
+                session = Some(Session {
+                    socket,
+                    sampler: None,
+                });
+                continue;
+            }
+            if request && !session.as_mut().is_some_and(|session| self.answer(session)) {
+                session = None;
+            }
+        }
+    }
+
+    /// Answers one request; false when the connection is over.
+    fn answer(&self, session: &mut Session) -> bool {
+        // One byte more than a request, so that a longer one is noticed.
+        let mut buffer = [0; REQUEST_BYTES + 1];
+        let request = match sys::receive(session.socket.as_fd(), &mut buffer) {
+            Ok(count) => buffer.get(..count).and_then(Request::decode),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(_) => None,
+        };
+        let Some(request) = request else { return false };
+        let (outcome, attached) = self.perform(request, session);
+        let (status, errno) = match outcome {
+            Ok(status) => (status, 0),
+            Err(error) => (Status::Failed, error.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        let response = Response {
+            request,
+            status,
+            errno: errno.unsigned_abs(),
+            version: PROTOCOL_VERSION,
+            pid: std::process::id(),
+            has_yank: self.symbols.has_yank(),
+        };
+        sys::send(
+            session.socket.as_fd(),
+            &response.encode(),
+            attached.as_ref().map(AsFd::as_fd),
+        )
+        .is_ok()
+    }
+
+    fn perform(
+        &self,
+        request: Request,
+        session: &mut Session,
+    ) -> (io::Result<Status>, Option<OwnedFd>) {
+        match request {
+            Request::Hello => (Ok(Status::Done), None),
+            Request::Yank => (Ok(self.symbols.register_migration_yank()), None),
+            // The agent's own copy is closed when the answer is out.
+            Request::Userfaultfd => match sys::userfaultfd() {
+                Ok(fd) => (Ok(Status::Done), Some(fd)),
+                Err(error) => (Err(error), None),
+            },
+            Request::Clocks => match Sampler::start() {
+                Ok((sampler, fd)) => {
+                    session.sampler = Some(sampler);
+                    (Ok(Status::Done), Some(fd))
+                }
+                Err(error) => (Err(error), None),
+            },
+        }
+    }
+}
