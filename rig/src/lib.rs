@@ -1,1 +1,30 @@
 //! Test bed: hosts in network namespaces, guests, faults, checking clients.
+//!
+//! A [`Testbed`] is a switch with three hosts and a client on it, each a network namespace of this machine. Hosts
+//! run processes ([`Host::spawn`]), suffer [faults](fault) and are cleaned up whatever happens to the owner:
+//! when it returns, panics, gets Ctrl-C or SIGKILL. Rejected: containers (a daemon and images for what four
+//! namespaces do) and virtual machines as hosts (no nested KVM where this must run).
+
+pub mod error;
+pub mod fault;
+pub mod guest;
+pub mod host;
+mod janitor;
+pub mod netns;
+pub mod process;
+pub mod testbed;
+mod tool;
+pub mod wait;
+
+pub use error::{Result, RigError};
+pub use fault::Fault;
+pub use guest::{Artifacts, Guest, Service};
+pub use host::Host;
+pub use process::{Process, Spawn};
+pub use testbed::Testbed;
+pub use wait::{Deadline, wait_until};
+
+/// Whether this process may make namespaces, mounts and TAP devices.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}

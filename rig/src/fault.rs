@@ -1,0 +1,3 @@
+//! Faults.
+/// x
+pub struct Fault {}
