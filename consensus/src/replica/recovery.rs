@@ -1,0 +1,243 @@
+//! From the promises of a majority to leading: count, fetch the best log, check again, begin (R4, R5, R6).
+
+use super::{Leading, Phase, Replica, Vote};
+use crate::effects::{Effects, Notice};
+use crate::entry::{Base, Entry};
+use crate::ids::{Index, ReplicaId, View, Viewstamp};
+use crate::message::Message;
+
+impl Replica {
+    /// Asks, or asks again, whatever the campaign waits for.
+    pub(super) fn repeat_question(&mut self, out: &mut Effects) {
+        let Phase::Candidate(candidate) = &self.phase else {
+            return;
+        };
+        let view = candidate.view;
+        if let Some((from, _)) = candidate.fetching {
+            out.messages.push((
+                from,
+                Message::Fetch {
+                    view,
+                    from: self.commit.next(),
+                },
+            ));
+            return;
+        }
+        for peer in self
+            .config
+            .peers()
+            .filter(|peer| candidate.votes[peer.slot()].is_none())
+        {
+            let nonce = self.peers[peer.slot()]
+                .blank_nonce
+                .filter(|_| candidate.genesis);
+            out.messages.push((
+                peer,
+                Message::Prepare {
+                    view,
+                    genesis_nonce: nonce.unwrap_or(0),
+                },
+            ));
+        }
+    }
+
+    pub(super) fn on_promise(
+        &mut self,
+        from: ReplicaId,
+        view: View,
+        vote: Vote,
+        out: &mut Effects,
+    ) {
+        if let Phase::Candidate(candidate) = &mut self.phase
+            && candidate.view == view
+        {
+            candidate.votes[from.slot()] = Some(vote);
+            self.count_votes(out);
+        }
+    }
+
+    pub(super) fn count_votes(&mut self, out: &mut Effects) {
+        let Phase::Candidate(candidate) = &mut self.phase else {
+            return;
+        };
+        let votes = candidate.votes.iter().flatten().count() + 1;
+        if candidate.fetching.is_some() || !self.config.is_majority(votes) {
+            return;
+        }
+        if candidate.genesis {
+            if votes == usize::from(self.config.replicas) {
+                candidate.genesis = false;
+                let view = candidate.view;
+                self.learner = false;
+                // Not `promise()`: that ends campaigns, and this one goes on once the record is durable.
+                self.promised = view;
+                self.persist_state(true, out);
+            }
+            return;
+        }
+        if !self.durability.is_bound() {
+            return;
+        }
+        let best = (0..self.config.replicas)
+            .filter_map(|id| {
+                candidate.votes[usize::from(id)].map(|vote| (ReplicaId(id), vote.last))
+            })
+            .max_by_key(|(_, last)| *last)
+            .filter(|(_, last)| *last > self.log.last());
+        if best.is_some() {
+            candidate.fetching = best;
+            self.repeat_question(out);
+        } else {
+            self.finish_recovery(out);
+        }
+    }
+
+    pub(super) fn on_fetch(
+        &mut self,
+        from: ReplicaId,
+        view: View,
+        first: Index,
+        out: &mut Effects,
+    ) {
+        // A log stands still only for the view that was promised and has not begun.
+        if view != self.promised || view.owner(self.config.replicas) != from || self.learner {
+            return;
+        }
+        if first < self.log.first() {
+            out.messages.push((
+                from,
+                Message::FetchedBase {
+                    view,
+                    base: *self.log.base(),
+                },
+            ));
+            return;
+        }
+        let (index, last) = (first.prev(), self.log.last().index);
+        if let Some(before) = self.log.view_at(index) {
+            let entries = self.log.batch(
+                first,
+                last,
+                self.config.batch_entries,
+                self.config.batch_bytes,
+            );
+            out.messages.push((
+                from,
+                Message::Fetched {
+                    view,
+                    prev: Viewstamp {
+                        view: before,
+                        index,
+                    },
+                    entries,
+                },
+            ));
+        }
+    }
+
+    /// The entry up to which this campaign fetches from `from`.
+    fn fetch_target(&self, from: ReplicaId, view: View) -> Option<Viewstamp> {
+        match &self.phase {
+            Phase::Candidate(candidate) if candidate.view == view => candidate
+                .fetching
+                .filter(|(voter, _)| *voter == from)
+                .map(|(_, target)| target),
+            _ => None,
+        }
+    }
+
+    pub(super) fn on_fetched(
+        &mut self,
+        from: ReplicaId,
+        view: View,
+        prev: Viewstamp,
+        entries: Vec<(View, Entry)>,
+        out: &mut Effects,
+    ) {
+        let Some(target) = self.fetch_target(from, view) else {
+            return;
+        };
+        if !self.log.holds(prev) || prev.index < self.commit {
+            return;
+        }
+        let through = self.take_entries(prev.index, entries, out);
+        if self.log.holds(target) {
+            self.finish_recovery(out);
+        } else {
+            out.messages.push((
+                from,
+                Message::Fetch {
+                    view,
+                    from: through.next(),
+                },
+            ));
+        }
+    }
+
+    pub(super) fn on_fetched_base(
+        &mut self,
+        from: ReplicaId,
+        view: View,
+        base: Base,
+        out: &mut Effects,
+    ) {
+        let Some(target) = self.fetch_target(from, view) else {
+            return;
+        };
+        self.adopt_base(base, out);
+        if self.log.holds(target) {
+            self.finish_recovery(out);
+        } else {
+            self.repeat_question(out);
+        }
+    }
+
+    /// The log is that of the best among a majority. Leads if it still names this replica (R6).
+    fn finish_recovery(&mut self, out: &mut Effects) {
+        let Phase::Candidate(candidate) = &self.phase else {
+            return;
+        };
+        let (view, votes) = (candidate.view, candidate.votes);
+        if !self.may_have_guest() || !self.is_named_by(&self.log.tail_roles()) {
+            out.notices.push(Notice::Ineligible { view });
+            self.hinted_until_us = 0;
+            self.become_follower(self.config.failure_timeout_us);
+            self.hint_at_named(out);
+            return;
+        }
+        let known = votes
+            .iter()
+            .flatten()
+            .map(|vote| vote.commit)
+            .max()
+            .unwrap_or_default();
+        self.advance_commit(known, out);
+        let last = self.log.last().index;
+        for id in self.config.peers() {
+            let next = match votes[id.slot()] {
+                Some(vote) if self.log.holds(vote.last) => vote.last.index.next(),
+                Some(vote) => vote.commit.next(),
+                None => last.next(),
+            };
+            let peer = &mut self.peers[id.slot()];
+            (peer.next, peer.matched, peer.told_commit) = (next, Index(0), Index(0));
+            (peer.voting, peer.heard_us) = (true, self.now_us);
+            peer.in_flight.clear();
+        }
+        self.phase = Phase::Leader(Leading {
+            noop: last.next(),
+            serving: false,
+            heartbeat_us: self.now_us + self.config.heartbeat_interval_us,
+            handover: None,
+        });
+        self.leader = Some(self.config.me);
+        self.append(
+            view,
+            Entry::Noop {
+                leader: self.config.me,
+            },
+            out,
+        );
+        self.replicate(out);
+    }
+}

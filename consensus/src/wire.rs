@@ -1,0 +1,486 @@
+//! Bytes of messages, entries and hard state: little-endian, fixed fields, no self-description.
+//!
+//! The decoder is total and bounded: any bytes give a value or an error, and it never reserves more memory
+//! than the input is long. Own code rather than serde: the format is small, is read by other versions of the
+//! program, and must not change when a library does. A message ends with a CRC-32C, since TCP's checksum is
+//! too weak for a log that must stay equal on every replica.
+
+use crate::config::MAX_REPLICAS;
+use crate::entry::{Base, Entry, HardState, Payload};
+use crate::ids::{Index, ReplicaId, View, Viewstamp};
+use crate::message::Message;
+
+/// Why bytes are not what they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Fewer bytes than the fields need.
+    #[error("{what}: the bytes end early; the sender or the store cut them off")]
+    Truncated {
+        /// What was being read.
+        what: &'static str,
+    },
+    /// Bytes after the last field.
+    #[error("{what}: {bytes} bytes follow its end; do both ends run the same version?")]
+    Trailing {
+        /// What was being read.
+        what: &'static str,
+        /// How many.
+        bytes: usize,
+    },
+    /// A kind that this version does not know.
+    #[error("{what}: unknown kind {tag}; do both ends run the same version?")]
+    UnknownKind {
+        /// What was being read.
+        what: &'static str,
+        /// The kind.
+        tag: u8,
+    },
+    /// A field has a value that is never written.
+    #[error("{what}: value {value} is out of range; do both ends run the same version?")]
+    OutOfRange {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// The bytes changed on the way.
+    #[error(
+        "message: checksum {found:#010x} instead of {expected:#010x}; the transport or memory corrupts data"
+    )]
+    Checksum {
+        /// What the message says.
+        expected: u32,
+        /// What its bytes give.
+        found: u32,
+    },
+}
+
+const NOBODY: u8 = u8::MAX;
+const CHECKSUM_BYTES: usize = 4;
+/// An entry in a message: view (8), length (4), and at least its kind (1).
+const MIN_ENTRY_BYTES: usize = 13;
+
+impl Entry {
+    /// Appends everything but the payload. `header ++ payload` is what [`Entry::decode`] reads, so that a store
+    /// can write both parts without copying the payload.
+    pub fn encode_header(&self, out: &mut Vec<u8>) {
+        match *self {
+            Entry::Input(_) => out.push(1),
+            Entry::SyncVm { with } => out.extend_from_slice(&[2, with.0]),
+            Entry::Second { replica, base } => {
+                out.push(3);
+                put_replica(out, replica);
+                put_u64(out, base.0);
+            }
+            Entry::Noop { leader } => out.extend_from_slice(&[4, leader.0]),
+        }
+    }
+
+    /// Reads header and payload as one piece.
+    ///
+    /// # Errors
+    /// When the bytes are not an entry of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Entry, WireError> {
+        let mut reader = Reader {
+            bytes,
+            what: "entry",
+        };
+        let entry = match reader.u8()? {
+            1 => return Ok(Entry::Input(Payload::from(reader.bytes.to_vec()))),
+            2 => Entry::SyncVm {
+                with: reader.replica()?,
+            },
+            3 => Entry::Second {
+                replica: reader.maybe_replica()?,
+                base: Index(reader.u64()?),
+            },
+            4 => Entry::Noop {
+                leader: reader.replica()?,
+            },
+            tag => return Err(WireError::UnknownKind { what: "entry", tag }),
+        };
+        reader.end()?;
+        Ok(entry)
+    }
+}
+
+impl HardState {
+    /// Appends the bytes that [`HardState::decode`] reads.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        put_u64(out, self.promised.0);
+        put_base(out, &self.base);
+        out.push(u8::from(self.learner) | u8::from(self.void_entries) << 1);
+    }
+
+    /// Reads a stored state.
+    ///
+    /// # Errors
+    /// When the bytes are not a state of this version.
+    pub fn decode(bytes: &[u8]) -> Result<HardState, WireError> {
+        let mut reader = Reader {
+            bytes,
+            what: "hard state",
+        };
+        let (promised, base, flags) = (View(reader.u64()?), reader.base()?, reader.u8()?);
+        if flags > 3 {
+            return Err(WireError::OutOfRange {
+                what: "hard state flags",
+                value: u64::from(flags),
+            });
+        }
+        reader.end()?;
+        Ok(HardState {
+            promised,
+            base,
+            learner: flags & 1 != 0,
+            void_entries: flags & 2 != 0,
+        })
+    }
+}
+
+impl Message {
+    /// Appends the bytes that [`Message::decode`] reads.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        match self {
+            Message::PreVote { view } => put_head(out, 1, *view),
+            Message::PreVoteReply {
+                view,
+                granted,
+                promised,
+            } => {
+                put_head(out, 2, *view);
+                out.push(u8::from(*granted));
+                put_u64(out, promised.0);
+            }
+            Message::Prepare {
+                view,
+                genesis_nonce,
+            } => {
+                put_head(out, 3, *view);
+                put_u64(out, *genesis_nonce);
+            }
+            Message::Promise { view, last, commit } => {
+                put_head(out, 4, *view);
+                put_viewstamp(out, *last);
+                put_u64(out, commit.0);
+            }
+            Message::Fetch { view, from } => {
+                put_head(out, 5, *view);
+                put_u64(out, from.0);
+            }
+            Message::Fetched {
+                view,
+                prev,
+                entries,
+            } => {
+                put_head(out, 6, *view);
+                put_viewstamp(out, *prev);
+                put_entries(out, entries);
+            }
+            Message::FetchedBase { view, base } => {
+                put_head(out, 7, *view);
+                put_base(out, base);
+            }
+            Message::Accept {
+                view,
+                prev,
+                commit,
+                base,
+                entries,
+            } => {
+                put_head(out, 8, *view);
+                put_viewstamp(out, *prev);
+                put_u64(out, commit.0);
+                put_u64(out, base.0);
+                put_entries(out, entries);
+            }
+            Message::AcceptOk {
+                view,
+                through,
+                voting,
+            } => {
+                put_head(out, 9, *view);
+                put_u64(out, through.0);
+                out.push(u8::from(*voting));
+            }
+            Message::Reject {
+                view,
+                prev,
+                have,
+                commit,
+            } => {
+                put_head(out, 10, *view);
+                put_u64(out, prev.0);
+                put_viewstamp(out, *have);
+                put_u64(out, commit.0);
+            }
+            Message::InstallBase { view, base } => {
+                put_head(out, 11, *view);
+                put_base(out, base);
+            }
+            Message::Nack { promised } => put_head(out, 12, *promised),
+            Message::TakeOver { view, handover } => {
+                put_head(out, 13, *view);
+                out.push(u8::from(*handover));
+            }
+            Message::Hello { nonce, blank } => {
+                put_head(out, 14, View(*nonce));
+                out.push(u8::from(*blank));
+            }
+            Message::HelloReply {
+                nonce,
+                promised,
+                last,
+            } => {
+                put_head(out, 15, View(*nonce));
+                put_u64(out, promised.0);
+                put_viewstamp(out, *last);
+            }
+        }
+        let checksum = crc32c::crc32c(&out[start..]);
+        out.extend_from_slice(&checksum.to_le_bytes());
+    }
+
+    /// Reads one whole message.
+    ///
+    /// # Errors
+    /// When the bytes are not a message of this version, or changed on the way.
+    pub fn decode(bytes: &[u8]) -> Result<Message, WireError> {
+        let what = "message";
+        let Some((body, checksum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
+            return Err(WireError::Truncated { what });
+        };
+        let (expected, found) = (u32::from_le_bytes(*checksum), crc32c::crc32c(body));
+        if expected != found {
+            return Err(WireError::Checksum { expected, found });
+        }
+        Message::decode_body(Reader { bytes: body, what })
+    }
+
+    fn decode_body(mut r: Reader<'_>) -> Result<Message, WireError> {
+        let (tag, view) = (r.u8()?, View(r.u64()?));
+        let message = match tag {
+            1 => Message::PreVote { view },
+            2 => Message::PreVoteReply {
+                view,
+                granted: r.flag()?,
+                promised: View(r.u64()?),
+            },
+            3 => Message::Prepare {
+                view,
+                genesis_nonce: r.u64()?,
+            },
+            4 => Message::Promise {
+                view,
+                last: r.viewstamp()?,
+                commit: Index(r.u64()?),
+            },
+            5 => Message::Fetch {
+                view,
+                from: Index(r.u64()?),
+            },
+            6 => Message::Fetched {
+                view,
+                prev: r.viewstamp()?,
+                entries: r.entries()?,
+            },
+            7 => Message::FetchedBase {
+                view,
+                base: r.base()?,
+            },
+            8 => Message::Accept {
+                view,
+                prev: r.viewstamp()?,
+                commit: Index(r.u64()?),
+                base: Index(r.u64()?),
+                entries: r.entries()?,
+            },
+            9 => Message::AcceptOk {
+                view,
+                through: Index(r.u64()?),
+                voting: r.flag()?,
+            },
+            10 => Message::Reject {
+                view,
+                prev: Index(r.u64()?),
+                have: r.viewstamp()?,
+                commit: Index(r.u64()?),
+            },
+            11 => Message::InstallBase {
+                view,
+                base: r.base()?,
+            },
+            12 => Message::Nack { promised: view },
+            13 => Message::TakeOver {
+                view,
+                handover: r.flag()?,
+            },
+            14 => Message::Hello {
+                nonce: view.0,
+                blank: r.flag()?,
+            },
+            15 => Message::HelloReply {
+                nonce: view.0,
+                promised: View(r.u64()?),
+                last: r.viewstamp()?,
+            },
+            tag => {
+                return Err(WireError::UnknownKind {
+                    what: "message",
+                    tag,
+                });
+            }
+        };
+        r.end()?;
+        Ok(message)
+    }
+}
+
+fn put_u64(out: &mut Vec<u8>, value: u64) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn put_head(out: &mut Vec<u8>, tag: u8, view: View) {
+    out.push(tag);
+    put_u64(out, view.0);
+}
+
+fn put_viewstamp(out: &mut Vec<u8>, stamp: Viewstamp) {
+    put_u64(out, stamp.view.0);
+    put_u64(out, stamp.index.0);
+}
+
+fn put_replica(out: &mut Vec<u8>, replica: Option<ReplicaId>) {
+    out.push(replica.map_or(NOBODY, |replica| replica.0));
+}
+
+fn put_base(out: &mut Vec<u8>, base: &Base) {
+    put_u64(out, base.index.0);
+    put_u64(out, base.view.0);
+    put_replica(out, base.second);
+    put_u64(out, base.second_base.0);
+    put_replica(out, base.leader);
+}
+
+fn put_entries(out: &mut Vec<u8>, entries: &[(View, Entry)]) {
+    // Lengths are u32 on the wire: a batch is bounded by Config::batch_bytes plus one entry, and an entry by
+    // the largest batch of frames, both far below 4 GiB.
+    out.extend_from_slice(&(entries.len() as u32).to_le_bytes());
+    for (view, entry) in entries {
+        put_u64(out, view.0);
+        let length_at = out.len();
+        out.extend_from_slice(&[0; 4]);
+        entry.encode_header(out);
+        out.extend_from_slice(entry.payload());
+        let length = u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
+        out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    what: &'static str,
+}
+
+impl<'a> Reader<'a> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (head, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(WireError::Truncated { what: self.what })?;
+        self.bytes = rest;
+        Ok(*head)
+    }
+
+    fn u8(&mut self) -> Result<u8, WireError> {
+        self.take::<1>().map(|[byte]| byte)
+    }
+
+    fn u32(&mut self) -> Result<u32, WireError> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, WireError> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn flag(&mut self) -> Result<bool, WireError> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => Err(WireError::OutOfRange {
+                what: "flag",
+                value: u64::from(value),
+            }),
+        }
+    }
+
+    fn maybe_replica(&mut self) -> Result<Option<ReplicaId>, WireError> {
+        match self.u8()? {
+            NOBODY => Ok(None),
+            id if usize::from(id) < MAX_REPLICAS => Ok(Some(ReplicaId(id))),
+            id => Err(WireError::OutOfRange {
+                what: "replica",
+                value: u64::from(id),
+            }),
+        }
+    }
+
+    fn replica(&mut self) -> Result<ReplicaId, WireError> {
+        self.maybe_replica()?.ok_or(WireError::OutOfRange {
+            what: "replica",
+            value: u64::from(NOBODY),
+        })
+    }
+
+    fn viewstamp(&mut self) -> Result<Viewstamp, WireError> {
+        Ok(Viewstamp {
+            view: View(self.u64()?),
+            index: Index(self.u64()?),
+        })
+    }
+
+    fn base(&mut self) -> Result<Base, WireError> {
+        Ok(Base {
+            index: Index(self.u64()?),
+            view: View(self.u64()?),
+            second: self.maybe_replica()?,
+            second_base: Index(self.u64()?),
+            leader: self.maybe_replica()?,
+        })
+    }
+
+    fn entries(&mut self) -> Result<Vec<(View, Entry)>, WireError> {
+        let count = self.u32()? as usize;
+        if count > self.bytes.len() / MIN_ENTRY_BYTES {
+            return Err(WireError::OutOfRange {
+                what: "entry count",
+                value: count as u64,
+            });
+        }
+        // Grown as entries appear, not reserved: `count` may claim one entry per 13 bytes of a large payload.
+        let mut entries = Vec::with_capacity(count.min(1024));
+        for _ in 0..count {
+            let (view, length) = (View(self.u64()?), self.u32()? as usize);
+            let bytes = self
+                .bytes
+                .get(..length)
+                .ok_or(WireError::Truncated { what: "entry" })?;
+            self.bytes = &self.bytes[length..];
+            entries.push((view, Entry::decode(bytes)?));
+        }
+        Ok(entries)
+    }
+
+    fn end(&self) -> Result<(), WireError> {
+        if self.bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(WireError::Trailing {
+                what: self.what,
+                bytes: self.bytes.len(),
+            })
+        }
+    }
+}
