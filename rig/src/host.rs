@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::error::Context;
+use crate::fault::LinkCuts;
 use crate::netns::NetNs;
 use crate::process::{Process, Spawn};
 use crate::{Result, tool};
@@ -32,6 +33,7 @@ pub(crate) struct Inner {
     pub directory: PathBuf,
     pub sockets: PathBuf,
     pub processes: Mutex<Vec<Process>>,
+    pub link_cuts: Mutex<LinkCuts>,
     taps: AtomicU32,
 }
 
@@ -81,7 +83,7 @@ impl Host {
             ),
         )?;
         let (name, switch) = (name.to_owned(), switch.to_owned());
-        let (processes, taps) = (Mutex::default(), AtomicU32::new(0));
+        let (processes, link_cuts, taps) = (Mutex::default(), Mutex::default(), AtomicU32::new(0));
         let inner = Inner {
             name,
             ip,
@@ -90,6 +92,7 @@ impl Host {
             directory,
             sockets,
             processes,
+            link_cuts,
             taps,
         };
         Ok(Self {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use crate::error::Context;
+use crate::process::start_time;
 use crate::wait::{Deadline, wait_until};
 use crate::{Result, RigError};
 
@@ -186,17 +187,6 @@ pub(crate) fn sweep() -> Result<()> {
 
 fn runs() -> PathBuf {
     crate::guest::target_dir().join("rig-run")
-}
-
-/// Field 22 of /proc/PID/stat: clock ticks from boot to the start of the process. None if there is none, or if it is a zombie.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name may contain anything, so count from the last bracket.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    if matches!(fields.first(), Some(&"Z" | &"X")) {
-        return None;
-    }
-    fields.get(19)?.parse().ok()
 }
 
 #[cfg(test)]

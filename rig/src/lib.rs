@@ -5,6 +5,7 @@
 //! when it returns, panics, gets Ctrl-C or SIGKILL. Rejected: containers (a daemon and images for what four
 //! namespaces do) and virtual machines as hosts (no nested KVM where this must run).
 
+pub mod client;
 pub mod error;
 pub mod fault;
 pub mod guest;

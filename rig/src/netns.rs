@@ -8,12 +8,14 @@ use std::thread::JoinHandle;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::error::Context;
+use crate::process::start_time;
 use crate::{Result, tool};
 
 /// A network namespace that the test bed made. Dropping it closes our handle; the janitor removes the namespace.
 pub struct NetNs {
     name: String,
     handle: File,
+    inode: u64,
 }
 
 impl NetNs {
@@ -22,9 +24,14 @@ impl NetNs {
         tool::run("ip", &["netns", "add", name], "")?;
         let path = format!("/run/netns/{name}");
         let handle = File::open(&path).context(|| format!("cannot open {path}"))?;
+        let inode = handle
+            .metadata()
+            .context(|| format!("cannot look at {path}"))?
+            .ino();
         let namespace = Self {
             name: name.to_owned(),
             handle,
+            inode,
         };
         namespace.quieten()?;
         tool::ip_batch(name, "link set lo up")?;
@@ -74,21 +81,21 @@ impl NetNs {
         })
     }
 
-    /// The processes that live in the namespace.
-    pub fn pids(&self) -> Result<Vec<u32>> {
-        let mine = self
-            .handle
-            .metadata()
-            .context(|| format!("cannot look at {}", self.name))?
-            .ino();
+    /// The processes that live in the namespace, each with its start time, which makes it unique.
+    pub(crate) fn live(&self) -> Result<Vec<(u32, u64)>> {
         let entries = fs::read_dir("/proc").context(|| "cannot read /proc".to_owned())?;
         let pids =
             entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-        // A process that has just ended has no namespace any more.
-        let is_inside = |pid: &u32| {
-            fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|of| of.ino() == mine)
-        };
-        Ok(pids.filter(is_inside).collect())
+        let inside = pids.filter(|&pid| self.contains(pid));
+        Ok(inside
+            .filter_map(|pid| Some((pid, start_time(pid)?)))
+            .collect())
+    }
+
+    /// Whether the process lives in the namespace. One that has just ended lives nowhere.
+    pub(crate) fn contains(&self, pid: u32) -> bool {
+        let theirs = fs::metadata(format!("/proc/{pid}/ns/net"));
+        theirs.is_ok_and(|theirs| theirs.ino() == self.inode)
     }
 
     fn quieten(&self) -> Result<()> {

@@ -449,3 +449,14 @@ fn start_now(command: Command) -> (Command, io::Result<Child>) {
         .expect("the spawner never ends");
     child.recv().expect("the spawner answers")
 }
+
+/// Field 22 of /proc/PID/stat: clock ticks from boot to the start of the process. None if there is none, or if it is a zombie.
+pub(crate) fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name may contain anything, so count from the last bracket.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    if matches!(fields.first(), Some(&"Z" | &"X")) {
+        return None;
+    }
+    fields.get(19)?.parse().ok()
+}
