@@ -1,1 +1,3 @@
 //! The plover daemon: vhost-user-net device, QMP, agent, groups, command line.
+
+pub mod device;

@@ -1,0 +1,189 @@
+//! The line between a device's session thread and the reactor that owns its rings.
+//!
+//! The session sends one command at a time and waits for the answer, because the protocol wants it so: a ring must not be
+//! touched any more when GET_VRING_BASE is answered. The reactor only ever looks (`try_recv`) and answers into a slot that is
+//! always free, so it cannot be blocked by a session; a session that waits in vain gives up after [`ANSWER_DEADLINE`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel,
+};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use thiserror::Error;
+
+use super::features::Features;
+use super::memory::RamIdentity;
+use super::net::RingIndex;
+use super::ring::Ring;
+
+/// How long a session waits for the reactor. A reactor that takes longer is stuck, and QEMU must not be stuck with it.
+pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// Room for the commands of a session that gave up plus those of the next one.
+const QUEUE_COMMANDS: usize = 16;
+/// How often a waiting session looks whether it has been told to end.
+const STOP_CHECK: Duration = Duration::from_millis(20);
+
+/// Why a command did not get through.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The reactor did not answer in time.
+    #[error("the packet loop did not answer within {} s: it is stuck or not running", ANSWER_DEADLINE.as_secs())]
+    Stuck,
+    /// The device was dropped, or the session was told to end.
+    #[error("the device is being shut down")]
+    Gone,
+}
+
+/// What a session wants the reactor to do.
+pub(crate) enum Command {
+    /// QEMU is there. Whatever ran before is over.
+    Connected,
+    /// QEMU is gone: stop everything.
+    Disconnected,
+    /// There is a (new) memory table.
+    MemoryReady(Option<RamIdentity>),
+    /// QEMU did something that the session refused; it ends the connection after this.
+    Refused(String),
+    /// Begin to work on a ring.
+    StartRing { index: RingIndex, start: RingStart },
+    /// Stop working on a ring and say how far it got. Answer: [`Answer::Stopped`].
+    StopRing { index: RingIndex },
+    /// The other end of interrupts has changed.
+    SetCall {
+        index: RingIndex,
+        call: Option<OwnedFd>,
+    },
+    /// The other end of kicks has changed.
+    SetKick {
+        index: RingIndex,
+        kick: Option<OwnedFd>,
+    },
+    /// VHOST_USER_SET_VRING_ENABLE.
+    SetEnabled { index: RingIndex, enabled: bool },
+}
+
+/// Everything that a ring needs to run.
+pub(crate) struct RingStart {
+    pub ring: Box<Ring>,
+    pub features: Features,
+    pub kick: Option<OwnedFd>,
+    pub call: Option<OwnedFd>,
+    pub error: Option<OwnedFd>,
+    pub enabled: bool,
+}
+
+/// What the reactor answers.
+pub(crate) enum Answer {
+    Done,
+    /// The ring is at rest. `position` is None when it was not running. The ring itself comes back so that it is dropped here:
+    /// unmapping memory has no place in the reactor.
+    Stopped {
+        position: Option<u16>,
+        remains: Option<Box<Ring>>,
+    },
+}
+
+struct Request {
+    command: Command,
+    answer: SyncSender<Answer>,
+}
+
+/// The session's end.
+pub(crate) struct SessionEnd {
+    requests: SyncSender<Request>,
+    wake: Arc<OwnedFd>,
+    stop: Arc<AtomicBool>,
+}
+
+/// The reactor's end.
+pub(crate) struct ReactorEnd {
+    requests: Receiver<Request>,
+    wake: Arc<OwnedFd>,
+}
+
+/// Makes both ends. `stop` ends every wait of the session when it becomes true.
+pub(crate) fn pair(stop: Arc<AtomicBool>) -> std::io::Result<(SessionEnd, ReactorEnd)> {
+    let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
+    let session = SessionEnd {
+        requests: sender,
+        wake: Arc::clone(&wake),
+        stop,
+    };
+    Ok((
+        session,
+        ReactorEnd {
+            requests: receiver,
+            wake,
+        },
+    ))
+}
+
+/// Adds one to an eventfd. A full or closed one changes nothing for us: the other side has been told, or is gone.
+pub(crate) fn signal(fd: &OwnedFd) {
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+/// Takes what an eventfd holds, so that a level-triggered poll stops reporting it.
+pub(crate) fn drain(fd: &OwnedFd) {
+    let _ = rustix::io::read(fd, &mut [0u8; 8]);
+}
+
+impl SessionEnd {
+    /// Has the reactor carry out a command, and waits until it has.
+    pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
+        let (sender, receiver) = sync_channel(1);
+        match self.requests.try_send(Request {
+            command,
+            answer: sender,
+        }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => return Err(LinkError::Stuck),
+            Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),
+        }
+        signal(&self.wake);
+        let deadline = Instant::now() + ANSWER_DEADLINE;
+        loop {
+            match receiver.recv_timeout(STOP_CHECK) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Gone),
+                Err(RecvTimeoutError::Timeout) if self.stop.load(Ordering::Acquire) => {
+                    return Err(LinkError::Gone);
+                }
+                Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
+                    return Err(LinkError::Stuck);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+impl ReactorEnd {
+    /// Readable when there may be commands.
+    pub fn wake(&self) -> &OwnedFd {
+        &self.wake
+    }
+
+    /// The next command, and where its answer goes. None when there is none; never blocks.
+    pub fn next(&mut self) -> Option<(Command, Responder)> {
+        match self.requests.try_recv() {
+            Ok(Request { command, answer }) => Some((command, Responder(answer))),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        }
+    }
+}
+
+/// The place for the answer to one command.
+pub(crate) struct Responder(SyncSender<Answer>);
+
+impl Responder {
+    /// Answers. Never blocks: the slot holds one answer and takes one. A session that gave up gets nothing.
+    pub fn answer(self, answer: Answer) {
+        let _ = self.0.try_send(answer);
+    }
+}

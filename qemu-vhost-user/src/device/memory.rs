@@ -1,0 +1,532 @@
+//! Guest memory as the device sees it: the shared files that QEMU hands over, each mapped once and whole, the table that
+//! places parts of them at guest-physical addresses, and a record of every page that this process wrote.
+//!
+//! A file is mapped whole rather than region by region (vm-memory's `GuestMemoryMmap`), for three reasons: a second memory
+//! table over the same file, which QEMU sends at every `cont` and when the firmware moves a window, costs no mmap and no page
+//! faults; the dirty bits belong to the file, so no change of the table can lose one; and a region of a hugepage file need not
+//! begin on a hugepage boundary. Accesses go through vm-memory's `VolatileSlice`, which marks what it writes.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use thiserror::Error;
+use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
+use vm_memory::{Bytes, VolatileSlice};
+
+/// Granularity of dirty tracking, in bytes; page numbers that leave this module count these.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Which file holds guest memory. Two mappings with one identity are the same memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RamIdentity {
+    /// `st_dev` of the file.
+    pub device: u64,
+    /// `st_ino` of the file.
+    pub inode: u64,
+    /// Length of the file in bytes when it was mapped.
+    pub length_bytes: u64,
+}
+
+/// Why a memory table was refused.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The descriptor could not be examined.
+    #[error("guest memory region {region}: cannot stat the file that QEMU sent: {source}")]
+    Stat {
+        /// Position in the table.
+        region: usize,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The region reaches past the end of its file, where an access would raise SIGBUS.
+    #[error(
+        "guest memory region {region} covers bytes {start:#x}+{size:#x} of a file of {length:#x} bytes; \
+         give QEMU a memory-backend-file or memory-backend-memfd with share=on and the guest's whole size"
+    )]
+    PastEnd {
+        /// Position in the table.
+        region: usize,
+        /// First byte in the file.
+        start: u64,
+        /// Length of the region in bytes.
+        size: u64,
+        /// Length of the file in bytes.
+        length: u64,
+    },
+    /// The kernel refused the mapping.
+    #[error(
+        "guest memory region {region}: cannot map {length:#x} bytes: {source}; is the memory backend share=on?"
+    )]
+    Map {
+        /// Position in the table.
+        region: usize,
+        /// Length of the file in bytes.
+        length: u64,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// An address range wraps around or is empty.
+    #[error(
+        "guest memory region {region}: the range {start:#x}+{size:#x} is empty or wraps around"
+    )]
+    BadRange {
+        /// Position in the table.
+        region: usize,
+        /// Start of the range.
+        start: u64,
+        /// Length in bytes.
+        size: u64,
+    },
+    /// Two regions claim the same guest-physical addresses.
+    #[error("guest memory regions overlap at guest-physical address {address:#x}")]
+    Overlap {
+        /// First address claimed twice.
+        address: u64,
+    },
+}
+
+/// One bit per page of a RAM file, set by every write of this process.
+#[derive(Debug)]
+pub(crate) struct DirtyBits {
+    words: Vec<AtomicU64>,
+}
+
+impl DirtyBits {
+    fn new(length_bytes: u64) -> Self {
+        let words = length_bytes.div_ceil(PAGE_BYTES).div_ceil(64);
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Calls `sink` with each dirty page, ascending, and clears it.
+    fn drain(&self, sink: &mut dyn FnMut(u64)) {
+        for (number, word) in self.words.iter().enumerate() {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = word.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                sink(number as u64 * 64 + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for DirtyBits {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for DirtyBits {
+    // Always a read-modify-write, never «load, and skip if set»: the bit must become visible after the bytes do, also to a
+    // drain that runs at the same time, and only the locked instruction orders the two.
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let last = offset.saturating_add(len - 1) / PAGE_BYTES as usize;
+        for page in offset / PAGE_BYTES as usize..=last {
+            if let Some(word) = self.words.get(page / 64) {
+                word.fetch_or(1 << (page % 64), Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = offset / PAGE_BYTES as usize;
+        self.words
+            .get(page / 64)
+            .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
+
+/// A slice of guest memory that marks what is written through it.
+pub(crate) type GuestSlice<'a> = VolatileSlice<'a, RefSlice<'a, DirtyBits>>;
+
+/// A file with guest memory, mapped shared from its first to its last byte for as long as this object lives.
+#[derive(Debug)]
+pub struct RamFile {
+    file: File,
+    identity: RamIdentity,
+    base: NonNull<u8>,
+    length: usize,
+    dirty: DirtyBits,
+}
+
+// SAFETY: `base` points to a mapping that this object owns until it is dropped, and every access to it goes through
+// VolatileSlice, which never makes Rust references to the bytes; the other fields are Send and Sync themselves.
+unsafe impl Send for RamFile {}
+// SAFETY: as above; concurrent access is what guest memory is for.
+unsafe impl Sync for RamFile {}
+
+impl RamFile {
+    fn identify(file: &File) -> std::io::Result<RamIdentity> {
+        let metadata = file.metadata()?;
+        Ok(RamIdentity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            length_bytes: metadata.len(),
+        })
+    }
+
+    fn map(file: File, identity: RamIdentity) -> std::io::Result<Self> {
+        let length = usize::try_from(identity.length_bytes).map_err(std::io::Error::other)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that Rust knows of.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &file,
+                0,
+            )?
+        };
+        // Guest memory has no place in a core dump of the daemon; a kernel that refuses only makes dumps larger.
+        // SAFETY: advice about the mapping made above; DONTDUMP does not change its contents.
+        let _ = unsafe { rustix::mm::madvise(base, length, Advice::LinuxDontDump) };
+        let base = NonNull::new(base.cast())
+            .ok_or_else(|| std::io::Error::other("the kernel mapped page zero"))?;
+        Ok(Self {
+            file,
+            identity,
+            base,
+            length,
+            dirty: DirtyBits::new(identity.length_bytes),
+        })
+    }
+
+    /// Which file this is.
+    pub fn identity(&self) -> RamIdentity {
+        self.identity
+    }
+
+    /// The file itself, for those who need a mapping of their own.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn is_same_file(&self, other: &RamFile) -> bool {
+        (self.identity.device, self.identity.inode) == (other.identity.device, other.identity.inode)
+    }
+
+    /// All of the file.
+    fn slice(&self) -> GuestSlice<'_> {
+        // SAFETY: `base` and `length` are the mapping that lives as long as `self`, which the slice borrows.
+        unsafe {
+            VolatileSlice::with_bitmap(
+                self.base.as_ptr(),
+                self.length,
+                self.dirty.slice_at(0),
+                None,
+            )
+        }
+    }
+}
+
+impl Drop for RamFile {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping that `map` made; slices of it borrow `self` and are gone.
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+/// The files that were seen and are still in use by somebody, so that a file is never mapped twice by one device.
+#[derive(Debug, Default)]
+struct Known {
+    files: Vec<Weak<RamFile>>,
+    /// The files of the present memory table. Kept over a lost connection: their dirty bits are still owed to syncvm.
+    current: Vec<Arc<RamFile>>,
+}
+
+/// The pages of guest RAM that this process wrote, for the syncvm thread. Clones share one record.
+///
+/// Drain it while the rings are stopped: a page that is written during the drain stays recorded, but the reader may then see
+/// either content.
+#[derive(Debug, Clone, Default)]
+pub struct BackendDirty {
+    known: Arc<Mutex<Known>>,
+}
+
+impl BackendDirty {
+    fn current(&self) -> Vec<Arc<RamFile>> {
+        self.known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .current
+            .clone()
+    }
+
+    /// The RAM file of the guest, if QEMU has sent a memory table and it consists of exactly one file. A protected VM has
+    /// exactly one (`memory-backend=`); with more, page numbers alone would not name a page.
+    pub fn ram_file(&self) -> Option<Arc<RamFile>> {
+        match self.current().as_slice() {
+            [only] => Some(Arc::clone(only)),
+            _ => None,
+        }
+    }
+
+    /// Identity of [`Self::ram_file`].
+    pub fn ram_identity(&self) -> Option<RamIdentity> {
+        self.ram_file().map(|file| file.identity())
+    }
+
+    /// Passes every dirty page of the RAM file to `sink` in ascending order, as offset in the file divided by
+    /// [`PAGE_BYTES`], and clears it. Returns false when there is not exactly one RAM file; nothing is cleared then.
+    pub fn drain(&self, sink: &mut dyn FnMut(u64)) -> bool {
+        match self.ram_file() {
+            Some(file) => {
+                file.dirty.drain(sink);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The file behind a descriptor from QEMU: the one already mapped if it is the same, else newly mapped.
+    fn open(&self, file: File, region: usize) -> Result<Arc<RamFile>, MemoryError> {
+        let identity =
+            RamFile::identify(&file).map_err(|source| MemoryError::Stat { region, source })?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.files.retain(|file| file.strong_count() > 0);
+        let present = known
+            .files
+            .iter()
+            .filter_map(Weak::upgrade)
+            .find(|ram| ram.identity == identity);
+        if let Some(ram) = present {
+            return Ok(ram);
+        }
+        let length = identity.length_bytes;
+        let ram = RamFile::map(file, identity).map_err(|source| MemoryError::Map {
+            region,
+            length,
+            source,
+        })?;
+        let ram = Arc::new(ram);
+        known.files.push(Arc::downgrade(&ram));
+        Ok(ram)
+    }
+
+    fn replace_current(&self, files: Vec<Arc<RamFile>>) {
+        // The old files are dropped after the lock is: unmapping gigabytes takes time.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut known.current, files);
+        for (before, now) in old
+            .iter()
+            .flat_map(|before| known.current.iter().map(move |now| (before, now)))
+        {
+            // A file that changed its length was mapped anew; the pages written through the old mapping are still owed.
+            if before.is_same_file(now) && !Arc::ptr_eq(before, now) {
+                before
+                    .dirty
+                    .drain(&mut |page| now.dirty.mark_dirty((page * PAGE_BYTES) as usize, 1));
+            }
+        }
+        drop(known);
+        drop(old);
+    }
+}
+
+/// One line of QEMU's memory table.
+#[derive(Debug)]
+pub(crate) struct RegionSpec {
+    /// Guest-physical address of the first byte.
+    pub guest: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Address of the first byte in QEMU's own address space, which SET_VRING_ADDR speaks of.
+    pub user: u64,
+    /// Offset of the first byte in the file.
+    pub offset: u64,
+    /// The file.
+    pub file: File,
+}
+
+#[derive(Debug)]
+struct Region {
+    guest: u64,
+    size: u64,
+    user: u64,
+    offset: u64,
+    file: Arc<RamFile>,
+}
+
+/// A memory table: where in which file each guest-physical address is.
+#[derive(Debug)]
+pub(crate) struct GuestRam {
+    /// Sorted by guest-physical address, not overlapping.
+    regions: Vec<Region>,
+}
+
+impl GuestRam {
+    /// Maps what is not mapped yet, and makes these files the ones that `dirty` reports.
+    pub fn build(specs: Vec<RegionSpec>, dirty: &BackendDirty) -> Result<Self, MemoryError> {
+        let mut regions = Vec::with_capacity(specs.len());
+        for (region, spec) in specs.into_iter().enumerate() {
+            for start in [spec.guest, spec.user, spec.offset] {
+                if spec.size == 0 || start.checked_add(spec.size).is_none() {
+                    return Err(MemoryError::BadRange {
+                        region,
+                        start,
+                        size: spec.size,
+                    });
+                }
+            }
+            let file = dirty.open(spec.file, region)?;
+            let length = file.identity.length_bytes;
+            if spec.offset + spec.size > length {
+                return Err(MemoryError::PastEnd {
+                    region,
+                    start: spec.offset,
+                    size: spec.size,
+                    length,
+                });
+            }
+            regions.push(Region {
+                guest: spec.guest,
+                size: spec.size,
+                user: spec.user,
+                offset: spec.offset,
+                file,
+            });
+        }
+        regions.sort_by_key(|region| region.guest);
+        for pair in regions.windows(2) {
+            if pair[0].guest + pair[0].size > pair[1].guest {
+                return Err(MemoryError::Overlap {
+                    address: pair[1].guest,
+                });
+            }
+        }
+        let mut files: Vec<Arc<RamFile>> = Vec::new();
+        for region in &regions {
+            if !files
+                .iter()
+                .any(|file| file.identity == region.file.identity)
+            {
+                files.push(Arc::clone(&region.file));
+            }
+        }
+        dirty.replace_current(files);
+        Ok(Self { regions })
+    }
+
+    /// Guest-physical address of an address in QEMU's own address space.
+    pub fn guest_of_user(&self, user: u64) -> Option<u64> {
+        let region = self
+            .regions
+            .iter()
+            .find(|region| user >= region.user && user - region.user < region.size)?;
+        Some(region.guest + (user - region.user))
+    }
+
+    /// The piece of memory that begins at `guest` and has `max_len` bytes or ends with its region. None outside RAM.
+    pub fn locate(&self, guest: u64, max_len: u32) -> Option<Piece> {
+        let after = self.regions.partition_point(|region| region.guest <= guest);
+        let number = after.checked_sub(1)?;
+        let region = &self.regions[number];
+        let inside = guest - region.guest;
+        if inside >= region.size {
+            return None;
+        }
+        let len = u64::from(max_len).min(region.size - inside);
+        Some(Piece {
+            region: number as u32,
+            len: len as u32,
+            offset: (region.offset + inside) as usize,
+        })
+    }
+
+    /// An area of fixed place that lies in one region. None if it does not.
+    pub fn area(&self, guest: u64, len: u32) -> Option<Area> {
+        let piece = self.locate(guest, len).filter(|piece| piece.len == len)?;
+        let file = Arc::clone(&self.regions[piece.region as usize].file);
+        Some(Area {
+            file,
+            offset: piece.offset,
+            len: len as usize,
+        })
+    }
+
+    /// The bytes of a piece that `locate` of this same table returned.
+    pub fn slice(&self, piece: Piece) -> GuestSlice<'_> {
+        let file = &self.regions[piece.region as usize].file;
+        file.slice()
+            .subslice(piece.offset, piece.len as usize)
+            .expect("locate checked the range")
+    }
+}
+
+/// A contiguous piece of guest memory, found by [`GuestRam::locate`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece {
+    region: u32,
+    /// Length in bytes.
+    pub len: u32,
+    /// Offset in the file of the region.
+    offset: usize,
+}
+
+/// An area of guest memory whose place was checked once, such as one part of a ring.
+#[derive(Debug)]
+pub(crate) struct Area {
+    file: Arc<RamFile>,
+    offset: usize,
+    len: usize,
+}
+
+impl Area {
+    fn slice(&self) -> GuestSlice<'_> {
+        self.file
+            .slice()
+            .subslice(self.offset, self.len)
+            .expect("the area was checked when it was made")
+    }
+
+    /// Whether the area begins at a multiple of `bytes` in this process, which atomic accesses need.
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        (self.file.base.as_ptr() as usize + self.offset).is_multiple_of(bytes)
+    }
+
+    /// Reads a little-endian u16. Panics if the offset is odd or outside the area: offsets come from our own arithmetic.
+    pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
+        u16::from_le(
+            self.slice()
+                .load(offset, order)
+                .expect("ring offsets are inside their area"),
+        )
+    }
+
+    /// Writes a little-endian u16; same conditions as [`Self::load_u16`].
+    pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        self.slice()
+            .store(value.to_le(), offset, order)
+            .expect("ring offsets are inside their area");
+    }
+
+    /// Reads bytes. Panics outside the area.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.slice()
+            .read_slice(into, offset)
+            .expect("ring offsets are inside their area");
+    }
+
+    /// Writes bytes. Panics outside the area.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        self.slice()
+            .write_slice(bytes, offset)
+            .expect("ring offsets are inside their area");
+    }
+}

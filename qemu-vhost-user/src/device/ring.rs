@@ -1,0 +1,514 @@
+//! One split virtqueue, device side (virtio 1.2 §2.7).
+//!
+//! Everything in a ring is written by the guest and may change at any time, so each value is read once, checked, and only
+//! then used; whatever is wrong becomes a [`RingFault`] and never a panic. The `virtio-queue` crate was tried first: its chain
+//! iterator ends quietly on a loop, a bad index or a nested table, so a corrupt chain looks like a short one; it looks up
+//! the guest address of every ring field at each access; and it knows no NO_INTERRUPT flag.
+//!
+//! The ring's position is not state of ours: at start it comes from SET_VRING_BASE and from the used index in guest memory, at
+//! stop it goes back to QEMU. Buffers are copied and completed in ring order at once, so nothing is ever in flight and the
+//! INFLIGHT protocol feature is not needed.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use thiserror::Error;
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+};
+use vm_memory::Bytes;
+
+use super::features::Features;
+use super::memory::{Area, GuestRam, Piece};
+
+/// Most descriptors in one indirect table. QEMU's own limit (VIRTQUEUE_MAX_SIZE); Linux uses 19 or fewer for a frame.
+const MAX_INDIRECT_DESCRIPTORS: u32 = 1024;
+/// Largest ring that virtio allows (virtio 1.2 §2.7).
+pub(crate) const MAX_RING_SIZE: u16 = 32768;
+
+const DESCRIPTOR_BYTES: usize = 16;
+const USED_ELEMENT_BYTES: usize = 8;
+const RING_HEADER_BYTES: usize = 4;
+
+/// What a guest did wrong in a ring.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum RingFault {
+    /// The driver offers more chains than the ring has entries, or took some back.
+    #[error(
+        "the available index went from {seen} to {now} while the device is at {position} of {size}"
+    )]
+    AvailableIndex {
+        /// Index read before.
+        seen: u16,
+        /// Index read now.
+        now: u16,
+        /// Next entry that the device takes.
+        position: u16,
+        /// Entries in the ring.
+        size: u16,
+    },
+    /// A chain begins or goes on at a descriptor that the table does not have.
+    #[error("descriptor {index} in a table of {entries}")]
+    DescriptorIndex {
+        /// Index that was named.
+        index: u16,
+        /// Entries in the table.
+        entries: u32,
+    },
+    /// A chain has more descriptors than its table, so it loops.
+    #[error("the descriptor chain is longer than its table of {entries} entries: it loops")]
+    Loop {
+        /// Entries in the table.
+        entries: u32,
+    },
+    /// A buffer or an indirect table is not in guest RAM.
+    #[error("a buffer of {len} bytes at guest address {address:#x} is outside the guest's memory")]
+    OutsideMemory {
+        /// Guest-physical address.
+        address: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+    /// A buffer of no bytes.
+    #[error("a buffer of zero bytes at guest address {address:#x}")]
+    EmptyBuffer {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// A device-writable buffer in the transmit ring, or a device-readable one in the receive ring.
+    #[error("a buffer at guest address {address:#x} has the wrong direction for this ring")]
+    Direction {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// An indirect descriptor where none may be.
+    #[error("indirect descriptor refused: {why}")]
+    Indirect {
+        /// Which rule it breaks.
+        why: &'static str,
+    },
+    /// A transmitted chain is too short for the virtio-net header and an Ethernet header.
+    #[error("a transmitted chain of {len} bytes has no room for the virtio-net header")]
+    NoHeader {
+        /// Length of the chain in bytes.
+        len: u64,
+    },
+}
+
+/// Why a ring cannot be started where QEMU says it is.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum LayoutError {
+    /// Not a power of two in 1..=32768.
+    #[error("ring size {0} is not a power of two between 1 and {MAX_RING_SIZE}")]
+    Size(u32),
+    /// Not in the memory table.
+    #[error("the {part} at QEMU address {address:#x} is not in guest memory")]
+    Outside {
+        /// Which part of the ring.
+        part: &'static str,
+        /// Address that QEMU sent.
+        address: u64,
+    },
+    /// Alignment of virtio 1.2 §2.7.
+    #[error("the {part} at QEMU address {address:#x} is not aligned")]
+    Misaligned {
+        /// Which part of the ring.
+        part: &'static str,
+        /// Address that QEMU sent.
+        address: u64,
+    },
+    /// The position that QEMU gives does not fit the ring in memory.
+    #[error(transparent)]
+    Position(#[from] RingFault),
+}
+
+/// Where a ring is, as SET_VRING_NUM, SET_VRING_ADDR and SET_VRING_BASE say. Addresses are QEMU's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct RingPlace {
+    pub size: u32,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    pub base: u16,
+}
+
+/// Which way the data of a ring goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// Buffers are filled by the device.
+    ToGuest,
+    /// Buffers are read by the device.
+    FromGuest,
+}
+
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn parse(raw: [u8; DESCRIPTOR_BYTES]) -> Self {
+        let [
+            a0,
+            a1,
+            a2,
+            a3,
+            a4,
+            a5,
+            a6,
+            a7,
+            l0,
+            l1,
+            l2,
+            l3,
+            f0,
+            f1,
+            n0,
+            n1,
+        ] = raw;
+        Self {
+            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    fn has(&self, flag: u32) -> bool {
+        u32::from(self.flags) & flag != 0
+    }
+}
+
+/// A split ring in operation.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    ram: Arc<GuestRam>,
+    direction: Direction,
+    size: u16,
+    descriptors: Area,
+    available: Area,
+    used: Area,
+    event_idx: bool,
+    indirect: bool,
+    /// Next entry of the available ring to take.
+    next_avail: u16,
+    /// The available index as last read: entries up to here may be taken.
+    seen_avail: u16,
+    /// Next entry of the used ring to write.
+    next_used: u16,
+    /// The used index as the guest can see it.
+    published: u16,
+    /// The used index when the guest was last interrupted, or found to want no interrupt. None: it may have missed one.
+    signalled: Option<u16>,
+    /// The available index at which the guest was last asked to kick. None: kicks are off.
+    armed: Option<u16>,
+}
+
+impl Ring {
+    /// Checks where the ring is and takes its position from guest memory. Touches nothing else.
+    pub fn open(
+        ram: Arc<GuestRam>,
+        place: RingPlace,
+        direction: Direction,
+        features: Features,
+    ) -> Result<Self, LayoutError> {
+        let size = u16::try_from(place.size)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= MAX_RING_SIZE);
+        let size = size.ok_or(LayoutError::Size(place.size))?;
+        let area = |part, address, len: usize, align| {
+            let area = ram
+                .guest_of_user(address)
+                .and_then(|guest| ram.area(guest, len as u32));
+            let area = area.ok_or(LayoutError::Outside { part, address })?;
+            if area.is_aligned(align) {
+                Ok(area)
+            } else {
+                Err(LayoutError::Misaligned { part, address })
+            }
+        };
+        let entries = usize::from(size);
+        let descriptors = area(
+            "descriptor table",
+            place.descriptors,
+            DESCRIPTOR_BYTES * entries,
+            16,
+        )?;
+        // Both rings end with the event index, which virtio reserves whether or not EVENT_IDX is on.
+        let available = area(
+            "available ring",
+            place.available,
+            RING_HEADER_BYTES + 2 * entries + 2,
+            2,
+        )?;
+        let used = area(
+            "used ring",
+            place.used,
+            RING_HEADER_BYTES + USED_ELEMENT_BYTES * entries + 2,
+            4,
+        )?;
+        let next_used = used.load_u16(2, Ordering::Acquire);
+        let mut ring = Self {
+            ram,
+            direction,
+            size,
+            descriptors,
+            available,
+            used,
+            event_idx: features.event_idx(),
+            indirect: features.indirect(),
+            next_avail: place.base,
+            seen_avail: place.base,
+            next_used,
+            published: next_used,
+            signalled: None,
+            armed: None,
+        };
+        ring.refresh()?;
+        Ok(ring)
+    }
+
+    /// The position to hand back to QEMU: the next entry of the available ring. All before it have been completed.
+    pub fn position(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The memory that the buffers of this ring are in.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Reads the available index. Returns whether more chains are offered than before.
+    fn refresh(&mut self) -> Result<bool, RingFault> {
+        let now = self.available.load_u16(2, Ordering::Acquire);
+        let offered = now.wrapping_sub(self.next_avail);
+        // Also when it went back: then a re-check loop could run for as long as the guest likes.
+        if offered > self.size || offered < self.seen_avail.wrapping_sub(self.next_avail) {
+            return Err(RingFault::AvailableIndex {
+                seen: self.seen_avail,
+                now,
+                position: self.next_avail,
+                size: self.size,
+            });
+        }
+        let more = now != self.seen_avail;
+        self.seen_avail = now;
+        Ok(more)
+    }
+
+    /// The head of the chain `ahead` places after the next one, which is not consumed. None if the guest offers no such chain.
+    pub fn peek(&mut self, ahead: u16) -> Result<Option<u16>, RingFault> {
+        if ahead >= self.seen_avail.wrapping_sub(self.next_avail) {
+            self.refresh()?;
+            if ahead >= self.seen_avail.wrapping_sub(self.next_avail) {
+                return Ok(None);
+            }
+        }
+        let entry = usize::from(self.next_avail.wrapping_add(ahead) & (self.size - 1));
+        let head = self
+            .available
+            .load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed);
+        if head >= self.size {
+            return Err(RingFault::DescriptorIndex {
+                index: head,
+                entries: u32::from(self.size),
+            });
+        }
+        Ok(Some(head))
+    }
+
+    /// Appends the pieces of guest memory that a chain consists of to `pieces`, and returns their length in bytes.
+    pub fn walk(&self, head: u16, pieces: &mut Vec<Piece>) -> Result<u64, RingFault> {
+        let mut total = 0;
+        let mut table = Table {
+            place: None,
+            entries: u32::from(self.size),
+        };
+        let mut index = head;
+        let mut left = table.entries;
+        loop {
+            let descriptor = self.descriptor(&table, index)?;
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                table = self.indirect_table(&table, &descriptor)?;
+                left = table.entries;
+                index = 0;
+                continue;
+            }
+            self.add_pieces(&descriptor, pieces)?;
+            total += u64::from(descriptor.len);
+            left -= 1;
+            if !descriptor.has(VRING_DESC_F_NEXT) {
+                return Ok(total);
+            }
+            if left == 0 {
+                return Err(RingFault::Loop {
+                    entries: table.entries,
+                });
+            }
+            index = descriptor.next;
+        }
+    }
+
+    fn descriptor(&self, table: &Table, index: u16) -> Result<Descriptor, RingFault> {
+        if u32::from(index) >= table.entries {
+            return Err(RingFault::DescriptorIndex {
+                index,
+                entries: table.entries,
+            });
+        }
+        let offset = usize::from(index) * DESCRIPTOR_BYTES;
+        let mut raw = [0; DESCRIPTOR_BYTES];
+        match table.place {
+            None => self.descriptors.read(offset, &mut raw),
+            Some(piece) => {
+                self.ram
+                    .slice(piece)
+                    .read_slice(&mut raw, offset)
+                    .expect("the index was checked against the table");
+            }
+        }
+        Ok(Descriptor::parse(raw))
+    }
+
+    /// Checks an indirect descriptor (virtio 1.2 §2.7.5.3).
+    fn indirect_table(&self, from: &Table, descriptor: &Descriptor) -> Result<Table, RingFault> {
+        let Descriptor { address, len, .. } = *descriptor;
+        let refuse = |why| Err(RingFault::Indirect { why });
+        if !self.indirect {
+            return refuse("the guest has not accepted INDIRECT_DESC");
+        }
+        if from.place.is_some() {
+            return refuse("it is inside an indirect table");
+        }
+        if descriptor.has(VRING_DESC_F_NEXT) {
+            return refuse("it also names a next descriptor");
+        }
+        let entries = len / DESCRIPTOR_BYTES as u32;
+        if entries == 0
+            || !len.is_multiple_of(DESCRIPTOR_BYTES as u32)
+            || entries > MAX_INDIRECT_DESCRIPTORS
+        {
+            return refuse("the table's length is not 1 to 1024 descriptors");
+        }
+        let place = self
+            .ram
+            .locate(address, len)
+            .filter(|piece| piece.len == len);
+        let place = place.ok_or(RingFault::OutsideMemory { address, len })?;
+        Ok(Table {
+            place: Some(place),
+            entries,
+        })
+    }
+
+    fn add_pieces(
+        &self,
+        descriptor: &Descriptor,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<(), RingFault> {
+        let Descriptor { address, len, .. } = *descriptor;
+        if descriptor.has(VRING_DESC_F_WRITE) != (self.direction == Direction::ToGuest) {
+            return Err(RingFault::Direction { address });
+        }
+        if len == 0 {
+            return Err(RingFault::EmptyBuffer { address });
+        }
+        let (mut at, mut left) = (address, len);
+        while left > 0 {
+            let piece = self
+                .ram
+                .locate(at, left)
+                .ok_or(RingFault::OutsideMemory { address, len })?;
+            pieces.push(piece);
+            left -= piece.len;
+            // Cannot wrap: locate found the piece in a region that does not.
+            at += u64::from(piece.len);
+        }
+        Ok(())
+    }
+
+    /// Takes the next chain off the available ring and puts it on the used ring, where the guest sees it after `publish`.
+    pub fn complete(&mut self, head: u16, written: u32) {
+        let entry = usize::from(self.next_used & (self.size - 1));
+        let mut element = [0; USED_ELEMENT_BYTES];
+        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        element[4..].copy_from_slice(&written.to_le_bytes());
+        self.used
+            .write(RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry, &element);
+        self.next_used = self.next_used.wrapping_add(1);
+        self.next_avail = self.next_avail.wrapping_add(1);
+    }
+
+    /// Shows the guest everything completed so far (virtio 1.2 §2.7.8.2).
+    pub fn publish(&mut self) {
+        if self.published != self.next_used {
+            self.used.store_u16(2, self.next_used, Ordering::Release);
+            self.published = self.next_used;
+        }
+    }
+
+    /// Asks the guest to kick when it offers more than has been seen. Returns true when it already has: then the kick may never
+    /// come, and the caller must look again (virtio 1.2 §2.7.10).
+    pub fn arm(&mut self) -> Result<bool, RingFault> {
+        if self.armed != Some(self.seen_avail) {
+            if self.event_idx {
+                let event = RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(self.size);
+                self.used
+                    .store_u16(event, self.seen_avail, Ordering::Relaxed);
+            } else if self.armed.is_none() {
+                self.used.store_u16(0, 0, Ordering::Relaxed);
+            }
+            self.armed = Some(self.seen_avail);
+            // The request must be visible before the index is read again; pairs with the driver's barrier.
+            fence(Ordering::SeqCst);
+        }
+        self.refresh()
+    }
+
+    /// Tells the guest that it need not kick, because the device is looking anyway. Only a hint.
+    pub fn disarm(&mut self) {
+        // With EVENT_IDX a kick is wanted only at the index that was asked for, so there is nothing to switch off.
+        if !self.event_idx && self.armed.is_some() {
+            self.used
+                .store_u16(0, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            self.armed = None;
+        }
+    }
+
+    /// Whether the guest wants an interrupt for what was published since the last call (virtio 1.2 §2.7.7).
+    pub fn wants_signal(&mut self) -> bool {
+        let Some(old) = self.signalled.replace(self.published) else {
+            // First call after a start: an interrupt may have been lost with the device's previous life.
+            return true;
+        };
+        if old == self.published {
+            return false;
+        }
+        // The used index must be visible before the driver's wish is read; pairs with the driver's barrier.
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            return u32::from(self.available.load_u16(0, Ordering::Relaxed))
+                & VRING_AVAIL_F_NO_INTERRUPT
+                == 0;
+        }
+        let event = self.available.load_u16(
+            RING_HEADER_BYTES + 2 * usize::from(self.size),
+            Ordering::Relaxed,
+        );
+        self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
+    }
+}
+
+/// A descriptor table: the ring's own, or an indirect one.
+struct Table {
+    place: Option<Piece>,
+    entries: u32,
+}
