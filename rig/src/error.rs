@@ -21,6 +21,14 @@ pub enum RigError {
         /// The missing file.
         path: PathBuf,
     },
+    /// A program under test has not been built.
+    #[error(
+        "{name} is not built; run «cargo build --workspace», with --release for demo and measurements"
+    )]
+    NotBuilt {
+        /// Its file name.
+        name: String,
+    },
     /// A system call or file operation failed.
     #[error("{what}")]
     Io {
@@ -76,4 +84,15 @@ impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
             source: error.into(),
         })
     }
+}
+
+/// An error with all its reasons in one line, for those that can only be printed.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut reason = error.source();
+    while let Some(error) = reason {
+        text += &format!(": {error}");
+        reason = error.source();
+    }
+    text
 }

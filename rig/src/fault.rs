@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use crate::error::Context;
+use crate::error::{Context, with_sources};
 use crate::host::{Host, SWITCH_BRIDGE, UPLINK};
 use crate::process::Process;
 use crate::wait::{Deadline, wait_until};
@@ -55,7 +55,7 @@ impl Drop for Fault {
         if let Some(undo) = self.undo.take()
             && let Err(error) = undo()
         {
-            eprintln!("rig: cannot undo «{}»: {error}", self.what);
+            eprintln!("rig: cannot undo «{}»: {}", self.what, with_sources(&error));
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod host;
 mod janitor;
 pub mod netns;
 pub mod process;
+pub mod programs;
 pub mod testbed;
 mod tool;
 pub mod wait;
@@ -22,6 +23,7 @@ pub use fault::Fault;
 pub use guest::{Artifacts, Guest, Service};
 pub use host::Host;
 pub use process::{Process, Spawn};
+pub use programs::{program, release_program};
 pub use testbed::Testbed;
 pub use wait::{Deadline, wait_until};
 

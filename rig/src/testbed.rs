@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::error::with_sources;
 use crate::host::{Host, Plan, QUIET_BRIDGE, SWITCH_BRIDGE};
 use crate::janitor::{self, Id, Janitor, Leave};
 use crate::netns::NetNs;
@@ -131,7 +132,7 @@ impl Drop for Testbed {
         }
         let leave = if failing { Leave::Logs } else { Leave::Nothing };
         if let Err(error) = self.finish(leave) {
-            eprintln!("rig: {error}");
+            eprintln!("rig: {}", with_sources(&error));
         }
     }
 }

@@ -1,9 +1,14 @@
 //! Entry points: `cargo xtask setup|test|tidy|demo|perf`.
 
+mod demo;
+mod perf;
 mod progress;
 mod setup;
+mod test;
+mod tidy;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -18,16 +23,35 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Fetches and builds what tests and demo need into target/rig (once)
+    /// Fetch and build what tests and demo need into target/rig (once)
     Setup {
         /// Make everything again, from the packages that the mirror has now
         #[arg(long)]
         refresh: bool,
     },
+    /// Check format, lints and tidiness, run all tests, the end-to-end ones as root
+    Test(test::Arguments),
+    /// Check file and function lengths, leftovers, stray and dead files, the changelog's form
+    Tidy,
+    /// Show a guest surviving the death of its leader
+    Demo(demo::Arguments),
+    /// Measure
+    Perf(perf::Arguments),
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
         Task::Setup { refresh } => setup::run(refresh),
+        Task::Test(arguments) => test::test(&arguments),
+        Task::Tidy => tidy::tidy(),
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::Perf(arguments) => perf::perf(&arguments),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -1,0 +1,141 @@
+//! `cargo xtask test`: everything that must hold, cheapest first, stopping at the first failure.
+//!
+//! End-to-end tests are those in `rig/tests` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
+//! them as ignored with that reason, and this command runs them, one at a time, optimised, as root. Long
+//! runs on demand read an environment variable of their own and do a short version without it.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::progress::{loud_step, output, run};
+use crate::{setup, tidy};
+
+/// Which parts to run; without any flag all of them.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only what needs neither root nor the test bed
+    #[arg(long, conflicts_with = "e2e")]
+    fast: bool,
+    /// Only the end-to-end tests
+    #[arg(long)]
+    e2e: bool,
+    /// Run only tests whose name contains one of these
+    filters: Vec<String>,
+}
+
+/// Runs the parts.
+///
+/// # Errors
+/// At the first part that fails.
+pub fn test(arguments: &Arguments) -> Result<()> {
+    std::env::set_current_dir(setup::workspace())?;
+    let nextest = has_nextest();
+    if !nextest {
+        println!(
+            "cargo-nextest is not installed: using cargo test, which is slower and has no time limits"
+        );
+        println!("  (to install it: cargo install --locked cargo-nextest)");
+    }
+    if !arguments.e2e {
+        checks()?;
+        fast_tests(nextest, &arguments.filters)?;
+    }
+    if !arguments.fast {
+        e2e_tests(nextest, &arguments.filters)?;
+    }
+    println!("== all passed");
+    Ok(())
+}
+
+fn checks() -> Result<()> {
+    loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
+    let clippy = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    loud_step("lints", || run(cargo().args(clippy)))?;
+    loud_step("tidiness", tidy::tidy)
+}
+
+fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
+    loud_step("unit, property and simulation tests", || {
+        let mut command = cargo();
+        if nextest {
+            let config = ["--config-file", "xtask/nextest.toml", "--workspace"];
+            run(command
+                .args(["nextest", "run", "--no-tests", "pass"])
+                .args(config)
+                .args(filters))
+        } else {
+            one_filter(filters)?;
+            run(command
+                .args(["test", "--workspace", "--lib", "--bins", "--tests"])
+                .args(filters))
+        }
+    })?;
+    if filters.is_empty() {
+        loud_step("examples in the documentation", || {
+            run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))
+        })?;
+    }
+    Ok(())
+}
+
+fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
+    if !rig::is_root() {
+        bail!(
+            "the end-to-end tests make network namespaces and mounts, so they need root; start this again as root, \
+             or leave them out with «cargo xtask test --fast»"
+        );
+    }
+    loud_step("test bed", || setup::run(false))?;
+    loud_step("programs under test", build_programs)?;
+    loud_step("end-to-end tests", || {
+        let mut command = cargo();
+        if nextest {
+            let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
+            let which = ["--release", "-p", "rig", "--run-ignored", "only"];
+            run(command
+                .args(["nextest", "run"])
+                .args(config)
+                .args(which)
+                .args(filters))
+        } else {
+            one_filter(filters)?;
+            let which = ["--release", "-p", "rig", "--tests"];
+            run(command.arg("test").args(which).args(filters).args([
+                "--",
+                "--ignored",
+                "--test-threads=1",
+            ]))
+        }
+    })
+}
+
+/// Builds the daemon, its agent and the rig's clients, optimised: what the demo and the end-to-end tests start.
+///
+/// # Errors
+/// What cargo says.
+pub fn build_programs() -> Result<()> {
+    run(cargo().args(["build", "--release", "--workspace", "--exclude", "xtask"]))
+}
+
+fn one_filter(filters: &[String]) -> Result<()> {
+    if filters.len() > 1 {
+        bail!("cargo test takes one filter only; install cargo-nextest for more");
+    }
+    Ok(())
+}
+
+fn has_nextest() -> bool {
+    output(cargo().args(["nextest", "--version"])).is_ok()
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
