@@ -1,1 +1,16 @@
 //! Frames, guard, uplinks and the fabric between replicas.
+//!
+//! Everything here runs on the reactor thread of one group, except what says otherwise
+//! ([`fabric::Listener`] has a thread per node, [`fabric::bulk`] blocks on a sync thread). Nothing
+//! here knows the consensus protocol or the rule by which held output is released: this crate moves
+//! bytes and keeps them, policy lives above it.
+
+pub mod batch;
+pub mod counters;
+pub mod fabric;
+pub mod frame;
+pub mod guard;
+pub mod uplink;
+pub mod wait;
+
+pub use frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, VnetHeader};

@@ -1,0 +1,290 @@
+//! A batch of frames: the payload of one `Input` entry of the log.
+//!
+//! Layout: `u32` count, then per frame `u32` length and the bytes, all little-endian. The builder
+//! writes straight into the buffer that becomes the payload, so a TAP read lands there without
+//! another copy. Rejected: an index of offsets in front (it forces a second pass or a copy).
+
+use crate::frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, check_length};
+
+const COUNT_BYTES: usize = 4;
+const LENGTH_BYTES: usize = 4;
+
+/// The smallest `max_bytes` of a [`BatchBuilder`]: the largest frame must fit into an empty batch.
+pub const MIN_BATCH_BYTES: usize = COUNT_BYTES + LENGTH_BYTES + MAX_FRAME_BYTES;
+
+/// Collects frames into one payload.
+#[derive(Debug)]
+pub struct BatchBuilder {
+    /// Always `max_bytes` long; `used` bytes of it are the batch so far.
+    buffer: Vec<u8>,
+    used: usize,
+    count: u32,
+    /// Frame bytes handed out by `spare`, not yet committed.
+    offered: usize,
+}
+
+impl BatchBuilder {
+    /// A builder of payloads of at most `max_bytes` bytes.
+    ///
+    /// # Panics
+    /// If `max_bytes` is below [`MIN_BATCH_BYTES`] or above 1 GiB.
+    pub fn new(max_bytes: usize) -> BatchBuilder {
+        assert!(
+            max_bytes >= MIN_BATCH_BYTES,
+            "a batch of {max_bytes} bytes cannot hold every frame"
+        );
+        assert!(
+            max_bytes <= 1 << 30,
+            "a batch of {max_bytes} bytes is no batch"
+        );
+        BatchBuilder {
+            buffer: vec![0; max_bytes],
+            used: COUNT_BYTES,
+            count: 0,
+            offered: 0,
+        }
+    }
+
+    /// Room for one frame of up to `max` bytes inside the batch, or `None` if the batch is too full.
+    /// [`commit`](Self::commit) makes what was written there the next frame.
+    pub fn spare(&mut self, max: usize) -> Option<&mut [u8]> {
+        let start = self.used + LENGTH_BYTES;
+        let end = start
+            .checked_add(max)
+            .filter(|&end| end <= self.buffer.len())?;
+        self.offered = max;
+        Some(&mut self.buffer[start..end])
+    }
+
+    /// Appends the first `len` bytes of what [`spare`](Self::spare) returned as a frame.
+    ///
+    /// # Errors
+    /// [`PushError::BadLength`]; the batch is unchanged.
+    ///
+    /// # Panics
+    /// If no spare room of at least `len` bytes was handed out since the last commit.
+    pub fn commit(&mut self, len: usize) -> Result<(), PushError> {
+        assert!(
+            len <= self.offered,
+            "commit of {len} bytes, but only {} were handed out",
+            self.offered
+        );
+        self.offered = 0;
+        check_length(len)?;
+        let length = u32::try_from(len).expect("MAX_FRAME_BYTES fits u32");
+        self.buffer[self.used..self.used + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+        self.used += LENGTH_BYTES + len;
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Copies `frame` into the batch.
+    ///
+    /// # Errors
+    /// [`PushError`]; the batch is unchanged.
+    pub fn push(&mut self, frame: &[u8]) -> Result<(), PushError> {
+        check_length(frame.len())?;
+        self.spare(frame.len())
+            .ok_or(PushError::Full)?
+            .copy_from_slice(frame);
+        self.commit(frame.len())
+    }
+
+    /// Frames in the batch.
+    pub fn len(&self) -> usize {
+        self.count as usize
+    }
+
+    /// Whether the batch has no frame.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Bytes that the payload would have now.
+    pub fn bytes(&self) -> usize {
+        self.used
+    }
+
+    /// The payload; the builder is empty afterwards.
+    ///
+    /// A batch that fills less than half of the buffer is copied to its exact size, so that a log full
+    /// of small batches does not retain full buffers; a larger one is moved out as it is.
+    pub fn finish(&mut self) -> Vec<u8> {
+        self.buffer[..COUNT_BYTES].copy_from_slice(&self.count.to_le_bytes());
+        let used = std::mem::replace(&mut self.used, COUNT_BYTES);
+        self.count = 0;
+        self.offered = 0;
+        if used < self.buffer.len() / 2 {
+            return self.buffer[..used].to_vec();
+        }
+        let fresh = vec![0; self.buffer.len()];
+        let mut payload = std::mem::replace(&mut self.buffer, fresh);
+        payload.truncate(used);
+        payload
+    }
+}
+
+/// Why bytes are not a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BatchError {
+    /// The bytes end inside a count, a length or a frame.
+    #[error("the batch ends at byte {at}, inside an item")]
+    Truncated {
+        /// Where the item that is cut off begins.
+        at: usize,
+    },
+    /// A length that no frame has.
+    #[error("the batch names a frame of {len} bytes at byte {at}")]
+    BadLength {
+        /// Where the length stands.
+        at: usize,
+        /// The length.
+        len: usize,
+    },
+    /// Bytes follow the last frame.
+    #[error("the batch has {bytes} bytes after its last frame")]
+    Trailing {
+        /// How many.
+        bytes: usize,
+    },
+}
+
+/// The frames of a payload in order. The whole payload is checked first, so either every frame
+/// comes out or none does: two replicas can never take different prefixes of a damaged batch.
+///
+/// # Errors
+/// [`BatchError`] for any bytes that a builder would not have made.
+pub fn frames(payload: &[u8]) -> Result<Frames<'_>, BatchError> {
+    let count = read_u32(payload, 0)?;
+    let mut at = COUNT_BYTES;
+    for _ in 0..count {
+        let len = read_u32(payload, at)? as usize;
+        if !(VNET_HEADER_BYTES..=MAX_FRAME_BYTES).contains(&len) {
+            return Err(BatchError::BadLength { at, len });
+        }
+        if payload.len() - at - LENGTH_BYTES < len {
+            return Err(BatchError::Truncated { at });
+        }
+        at += LENGTH_BYTES + len;
+    }
+    if at != payload.len() {
+        return Err(BatchError::Trailing {
+            bytes: payload.len() - at,
+        });
+    }
+    Ok(Frames {
+        rest: &payload[COUNT_BYTES..],
+    })
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> Result<u32, BatchError> {
+    let word = bytes.get(at..at + 4).ok_or(BatchError::Truncated { at })?;
+    Ok(u32::from_le_bytes(word.try_into().expect("4 bytes")))
+}
+
+/// Iterator over the frames of a payload; see [`frames`].
+#[derive(Debug, Clone)]
+pub struct Frames<'a> {
+    /// Whole, checked frames with their lengths.
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Frames<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let (length, rest) = self.rest.split_first_chunk::<LENGTH_BYTES>()?;
+        let (frame, rest) = rest.split_at(u32::from_le_bytes(*length) as usize);
+        self.rest = rest;
+        Some(frame)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_goes_in_comes_out(
+            lens in prop::collection::vec(0usize..3000, 0..80),
+            through_spare in any::<bool>(),
+        ) {
+            let mut builder = BatchBuilder::new(MIN_BATCH_BYTES);
+            for round in 0..2u8 {
+                let mut model: Vec<Vec<u8>> = Vec::new();
+                for (i, &len) in lens.iter().enumerate() {
+                    let frame: Vec<u8> = (0..len).map(|b| (b + i) as u8 ^ round).collect();
+                    let result = if through_spare {
+                        match builder.spare(4000) {
+                            None => Err(PushError::Full),
+                            Some(room) => {
+                                room[..len].copy_from_slice(&frame);
+                                builder.commit(len)
+                            }
+                        }
+                    } else {
+                        builder.push(&frame)
+                    };
+                    match result {
+                        Ok(()) => model.push(frame),
+                        Err(PushError::Full) => prop_assert!(builder.bytes() + 4004 > MIN_BATCH_BYTES),
+                        Err(PushError::BadLength { len: bad }) => prop_assert!(bad == len && len < 12),
+                    }
+                }
+                prop_assert_eq!(builder.len(), model.len());
+                let expected = builder.bytes();
+                let payload = builder.finish();
+                prop_assert_eq!(payload.len(), expected);
+                prop_assert!(builder.is_empty());
+                let out: Vec<Vec<u8>> = frames(&payload).unwrap().map(<[u8]>::to_vec).collect();
+                prop_assert_eq!(out, model);
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), count in 0u8..4) {
+            let mut bytes = bytes;
+            if let Some(first) = bytes.first_mut() {
+                *first = count;
+            }
+            if let Ok(frames) = frames(&bytes) {
+                let total: usize = frames.map(|f| f.len() + 4).sum();
+                prop_assert_eq!(total + 4, bytes.len());
+            }
+        }
+
+        #[test]
+        fn a_cut_or_extended_batch_is_refused(cut in 0usize..100) {
+            let mut builder = BatchBuilder::new(MIN_BATCH_BYTES);
+            builder.push(&[7; 40]).unwrap();
+            builder.push(&[8; 52]).unwrap();
+            let mut payload = builder.finish();
+            prop_assert_eq!(payload.len(), 104);
+            prop_assert!(frames(&payload[..cut]).is_err());
+            payload.push(0);
+            prop_assert_eq!(frames(&payload).err(), Some(BatchError::Trailing { bytes: 1 }));
+        }
+    }
+
+    #[test]
+    fn the_largest_frame_fits_an_empty_batch_of_the_smallest_size() {
+        let mut builder = BatchBuilder::new(MIN_BATCH_BYTES);
+        builder.push(&vec![1; MAX_FRAME_BYTES]).unwrap();
+        assert_eq!(builder.push(&[0; 12]), Err(PushError::Full));
+        assert_eq!(frames(&builder.finish()).unwrap().count(), 1);
+        assert!(matches!(
+            builder.push(&vec![1; MAX_FRAME_BYTES + 1]),
+            Err(PushError::BadLength { .. })
+        ));
+    }
+
+    #[test]
+    #[should_panic(expected = "handed out")]
+    fn a_commit_beyond_the_offered_room_is_a_bug() {
+        let mut builder = BatchBuilder::new(MIN_BATCH_BYTES);
+        builder.spare(20);
+        let _ = builder.commit(21);
+    }
+}

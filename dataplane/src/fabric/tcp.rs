@@ -1,0 +1,537 @@
+//! The control lane over TCP.
+//!
+//! Per peer one connection; the lower replica id dials, so there is never a race between two. A connected
+//! fabric pings when it has nothing to say: that makes silence mean something on links that carry no
+//! traffic (secondary and witness), both for dropping a dead connection before TCP does and for telling a
+//! live peer from an impostor. What silence means for the group is decided above, by consensus.
+
+use super::connection::Connection;
+use super::hello::{Answer, Hello, Lane, MAX_ANSWER_BYTES, Refusal, RefusalCode};
+use super::port::{ControlPort, IncomingControl, Membership};
+use super::{Fabric, FabricEvent, LostReason, PeerId, SendError, socket};
+use crate::wait::{Interest, Poller};
+use rustix::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// A refusal that did not change is reported again after this time.
+const REFUSAL_REPEAT_US: u64 = 10_000_000;
+
+/// Times and bounds of a [`TcpFabric`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FabricConfig {
+    /// Between the end of one attempt to connect and the next, give or take a quarter.
+    pub retry_us: u64,
+    /// The same after a refusal, which only a person can mend.
+    pub refused_retry_us: u64,
+    /// For an attempt to connect, the greeting included.
+    pub connect_timeout_us: u64,
+    /// A peer that said nothing for so long may be replaced by another process with its name.
+    pub replace_after_us: u64,
+    /// A connection that said nothing for so long is closed and made anew.
+    pub silence_timeout_us: u64,
+    /// Something is sent at least so often; a fraction of `replace_after_us`.
+    pub ping_us: u64,
+    /// Bytes that may wait for one peer's socket; at least one largest message.
+    pub max_queued_bytes: usize,
+}
+
+impl Default for FabricConfig {
+    fn default() -> FabricConfig {
+        FabricConfig {
+            retry_us: 100_000,
+            refused_retry_us: 1_000_000,
+            connect_timeout_us: 1_000_000,
+            replace_after_us: 100_000,
+            silence_timeout_us: 1_000_000,
+            ping_us: 25_000,
+            max_queued_bytes: 16 << 20,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    /// Not connected. The dialing side tries at `retry_us`; the other waits (`u64::MAX`).
+    Idle { retry_us: u64 },
+    /// Connecting, or waiting for the answer to the hello.
+    Dialing {
+        fd: OwnedFd,
+        deadline_us: u64,
+        hello_sent: bool,
+        answer: Vec<u8>,
+    },
+    /// Messages flow.
+    Up(Connection),
+}
+
+#[derive(Debug)]
+struct Link {
+    peer: PeerId,
+    addr: SocketAddr,
+    we_dial: bool,
+    token: u64,
+    state: State,
+    /// What the poller watches for on the present socket.
+    interest: Interest,
+    last_heard_us: Option<u64>,
+    refusal: Option<(Refusal, u64)>,
+    trouble: Option<String>,
+}
+
+/// What all links share.
+#[derive(Debug)]
+struct Common {
+    config: FabricConfig,
+    membership: Arc<Membership>,
+    poller: Arc<Poller>,
+    random: u64,
+}
+
+/// The control lane of one group over TCP; see the module.
+#[derive(Debug)]
+pub struct TcpFabric {
+    common: Common,
+    port: ControlPort,
+    links: Vec<Link>,
+}
+
+impl TcpFabric {
+    /// Starts to connect with all other replicas of the port's group. Sockets come and go in `poller` by
+    /// themselves, under the tokens `first_token ..= first_token + 255`: whenever one of these is
+    /// ready, call [`poll`](Fabric::poll).
+    ///
+    /// # Errors
+    /// The poller did not take the port's eventfd.
+    ///
+    /// # Panics
+    /// If the queue's bound is below one largest message.
+    pub fn new(
+        config: FabricConfig,
+        port: ControlPort,
+        poller: Arc<Poller>,
+        first_token: u64,
+        now_us: u64,
+    ) -> io::Result<TcpFabric> {
+        assert!(
+            config.max_queued_bytes > super::MAX_CONTROL_MESSAGE_BYTES,
+            "a message must fit the queue"
+        );
+        poller.add(&port, first_token, Interest::ReadEdge)?;
+        let membership = Arc::clone(&port.membership);
+        let me = membership.me;
+        let others = membership
+            .replicas
+            .iter()
+            .filter(|replica| replica.id != me);
+        let links = others
+            .zip(first_token + 1..)
+            .map(|(replica, token)| Link {
+                peer: replica.id,
+                addr: replica.addr,
+                we_dial: me < replica.id,
+                token,
+                state: State::Idle {
+                    retry_us: if me < replica.id { now_us } else { u64::MAX },
+                },
+                interest: Interest::Read,
+                last_heard_us: None,
+                refusal: None,
+                trouble: None,
+            })
+            .collect();
+        let random = membership.identity.instance | 1;
+        Ok(TcpFabric {
+            common: Common {
+                config,
+                membership,
+                poller,
+                random,
+            },
+            port,
+            links,
+        })
+    }
+
+    fn link(&self, peer: PeerId) -> &Link {
+        self.links
+            .iter()
+            .find(|link| link.peer == peer)
+            .expect("the peer is another replica of the group")
+    }
+
+    fn link_mut(&mut self, peer: PeerId) -> &mut Link {
+        self.links
+            .iter_mut()
+            .find(|link| link.peer == peer)
+            .expect("the peer is another replica of the group")
+    }
+
+    /// Decides on a connection whose hello was good (the listener checked names and numbers).
+    fn welcome(
+        &mut self,
+        incoming: IncomingControl,
+        now_us: u64,
+        sink: &mut dyn FnMut(FabricEvent<'_>),
+    ) {
+        let IncomingControl { fd, hello, addr } = incoming;
+        if socket::is_closed(&fd) {
+            // It waited too long for us and will dial again.
+            return;
+        }
+        let common = &mut self.common;
+        let replace_after_us = common.config.replace_after_us;
+        let link = self
+            .links
+            .iter_mut()
+            .find(|link| link.peer == hello.from)
+            .expect("checked by the listener");
+        if let State::Up(old) = &link.state {
+            let silent_us = now_us.saturating_sub(old.last_heard_us);
+            if old.instance != hello.instance && silent_us <= replace_after_us {
+                let text = format!(
+                    "another node named {} (instance {:016x}) is connected from {}; two nodes must not have \
+                     one name: correct `name` in one node.toml",
+                    hello.node,
+                    old.instance,
+                    peer_addr(old)
+                );
+                tracing::warn!(%addr, "refused a fabric connection: {text}");
+                let answer = Answer::Refused(Refusal::new(RefusalCode::SameName, text)).encode();
+                let _ = socket::send(&fd, &[IoSlice::new(&answer)]);
+                return;
+            }
+            link.lose(&LostReason::Replaced, common, now_us, sink);
+        }
+        let answer = Answer::Welcome {
+            instance: common.membership.identity.instance,
+        }
+        .encode();
+        if socket::send(&fd, &[IoSlice::new(&answer)]) != Ok(Some(answer.len())) {
+            return;
+        }
+        if common.poller.add(&fd, link.token, Interest::Read).is_ok() {
+            link.interest = Interest::Read;
+            link.up(fd, hello.instance, &[], now_us, sink);
+        }
+    }
+}
+
+impl Fabric for TcpFabric {
+    fn send(&mut self, peer: PeerId, parts: &[&[u8]]) -> Result<(), SendError> {
+        let max_queued_bytes = self.common.config.max_queued_bytes;
+        match &mut self.link_mut(peer).state {
+            State::Up(connection) => connection.send(parts, max_queued_bytes),
+            State::Idle { .. } | State::Dialing { .. } => Err(SendError::NotConnected),
+        }
+    }
+
+    fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        for link in &mut self.links {
+            link.drive(&mut self.common, now_us, sink);
+        }
+        // After the links: a newcomer is judged by what the old connection has said up to now.
+        while let Some(incoming) = self.port.inbox.pop() {
+            self.welcome(incoming, now_us, sink);
+        }
+        for link in &mut self.links {
+            link.watch(&self.common.poller);
+        }
+    }
+
+    fn next_deadline_us(&self) -> u64 {
+        self.links
+            .iter()
+            .map(|link| link.deadline_us(&self.common.config))
+            .min()
+            .unwrap_or(u64::MAX)
+    }
+
+    fn is_connected(&self, peer: PeerId) -> bool {
+        matches!(&self.link(peer).state, State::Up(connection) if !connection.is_broken())
+    }
+
+    fn last_heard_us(&self, peer: PeerId) -> Option<u64> {
+        self.link(peer).last_heard_us
+    }
+
+    fn queued_bytes(&self, peer: PeerId) -> usize {
+        match &self.link(peer).state {
+            State::Up(connection) => connection.queued_bytes(),
+            State::Idle { .. } | State::Dialing { .. } => 0,
+        }
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        if let State::Up(connection) = &mut self.link_mut(peer).state {
+            connection.break_off(LostReason::Disconnected);
+        }
+    }
+
+    fn trouble(&self, peer: PeerId) -> Option<&str> {
+        self.link(peer).trouble.as_deref()
+    }
+}
+
+impl Link {
+    fn drive(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        match &mut self.state {
+            State::Idle { retry_us } if *retry_us <= now_us => self.start(common, now_us),
+            State::Idle { .. } => {}
+            State::Dialing { deadline_us, .. } if *deadline_us <= now_us => {
+                self.fail(
+                    format!("{} does not answer", self.addr),
+                    common.config.retry_us,
+                    common,
+                    now_us,
+                );
+            }
+            State::Dialing { .. } => self.greet(common, now_us, sink),
+            State::Up(_) => self.pump(common, now_us, sink),
+        }
+    }
+
+    fn start(&mut self, common: &mut Common, now_us: u64) {
+        let dialed = socket::dial(self.addr, socket::tune_control).and_then(|fd| {
+            common.poller.add(&fd, self.token, Interest::Write)?;
+            Ok(fd)
+        });
+        match dialed {
+            Ok(fd) => {
+                let deadline_us = now_us + common.config.connect_timeout_us;
+                self.interest = Interest::Write;
+                self.state = State::Dialing {
+                    fd,
+                    deadline_us,
+                    hello_sent: false,
+                    answer: Vec::new(),
+                };
+            }
+            Err(error) => {
+                let text = format!("connecting to {}: {error}", self.addr);
+                self.fail(text, common.config.retry_us, common, now_us);
+            }
+        }
+    }
+
+    /// Ends an attempt to connect.
+    fn fail(&mut self, trouble: String, retry_us: u64, common: &mut Common, now_us: u64) {
+        self.trouble = Some(trouble);
+        let retry_us = now_us + common.jittered(retry_us);
+        self.close(common, retry_us);
+    }
+
+    /// Drops the socket, if there is one.
+    fn close(&mut self, common: &Common, retry_us: u64) {
+        let retry_us = if self.we_dial { retry_us } else { u64::MAX };
+        // Closing would end the watch as well; an fd that somebody duplicated would not.
+        match std::mem::replace(&mut self.state, State::Idle { retry_us }) {
+            State::Idle { .. } => {}
+            State::Dialing { fd, .. } => drop(common.poller.remove(&fd)),
+            State::Up(connection) => drop(common.poller.remove(&connection)),
+        }
+    }
+
+    /// Sends the hello as soon as the socket takes it, then reads the answer.
+    fn greet(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let State::Dialing {
+            fd,
+            hello_sent,
+            answer,
+            ..
+        } = &mut self.state
+        else {
+            unreachable!("greet is called while dialing")
+        };
+        let result = if *hello_sent {
+            read_answer(fd, answer)
+        } else {
+            send_hello(fd, &common.membership, self.peer).map(|sent| {
+                *hello_sent = sent;
+                None
+            })
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some((Answer::Welcome { instance }, length))) => {
+                let early = answer.split_off(length);
+                let State::Dialing { fd, .. } =
+                    std::mem::replace(&mut self.state, State::Idle { retry_us: 0 })
+                else {
+                    unreachable!("the state was just looked at")
+                };
+                self.up(fd, instance, &early, now_us, sink);
+                self.pump(common, now_us, sink);
+            }
+            Ok(Some((Answer::Refused(refusal), _))) => {
+                self.fail(
+                    refusal.text.clone(),
+                    common.config.refused_retry_us,
+                    common,
+                    now_us,
+                );
+                self.report(refusal, now_us, sink);
+            }
+            Err(error) => {
+                let text = format!("connecting to {}: {error}", self.addr);
+                self.fail(text, common.config.retry_us, common, now_us);
+            }
+        }
+    }
+
+    fn report(&mut self, refusal: Refusal, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let known =
+            |(old, at_us): &(Refusal, u64)| *old == refusal && now_us < at_us + REFUSAL_REPEAT_US;
+        if !self.refusal.as_ref().is_some_and(known) {
+            sink(FabricEvent::Refused {
+                peer: self.peer,
+                reason: &refusal,
+            });
+            self.refusal = Some((refusal, now_us));
+        }
+    }
+
+    fn up(
+        &mut self,
+        fd: OwnedFd,
+        instance: u64,
+        early: &[u8],
+        now_us: u64,
+        sink: &mut dyn FnMut(FabricEvent<'_>),
+    ) {
+        self.state = State::Up(Connection::new(fd, instance, early, now_us));
+        self.last_heard_us = Some(now_us);
+        self.refusal = None;
+        self.trouble = None;
+        sink(FabricEvent::Connected {
+            peer: self.peer,
+            instance,
+        });
+    }
+
+    fn pump(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let State::Up(connection) = &mut self.state else {
+            return;
+        };
+        let peer = self.peer;
+        let mut result = connection.pump(now_us, &mut |bytes| {
+            sink(FabricEvent::Message { peer, bytes })
+        });
+        self.last_heard_us = Some(connection.last_heard_us);
+        let silent_us = now_us.saturating_sub(connection.last_heard_us);
+        if result.is_ok() && silent_us >= common.config.silence_timeout_us {
+            result = Err(LostReason::Silent { silent_us });
+        }
+        match result {
+            Ok(()) if now_us.saturating_sub(connection.last_sent_us) >= common.config.ping_us => {
+                connection.ping();
+                connection.last_sent_us = now_us;
+            }
+            Ok(()) => {}
+            Err(reason) => self.lose(&reason, common, now_us, sink),
+        }
+    }
+
+    fn lose(
+        &mut self,
+        reason: &LostReason,
+        common: &mut Common,
+        now_us: u64,
+        sink: &mut dyn FnMut(FabricEvent<'_>),
+    ) {
+        let retry_us = now_us + common.jittered(common.config.retry_us);
+        self.close(common, retry_us);
+        self.trouble = Some(reason.to_string());
+        sink(FabricEvent::Lost {
+            peer: self.peer,
+            reason,
+        });
+    }
+
+    /// Tells the poller what this link waits for: room only while something needs it.
+    fn watch(&mut self, poller: &Poller) {
+        let wanted = match &self.state {
+            State::Idle { .. } => return,
+            State::Dialing {
+                hello_sent: false, ..
+            } => Interest::Write,
+            State::Dialing { .. } => Interest::Read,
+            State::Up(connection) if connection.queued_bytes() > 0 => Interest::ReadWrite,
+            State::Up(_) => Interest::Read,
+        };
+        if wanted == self.interest {
+            return;
+        }
+        let changed = match &self.state {
+            State::Idle { .. } => return,
+            State::Dialing { fd, .. } => poller.modify(fd, self.token, wanted),
+            State::Up(connection) => poller.modify(connection, self.token, wanted),
+        };
+        changed.expect("the socket is in the poller");
+        self.interest = wanted;
+    }
+
+    fn deadline_us(&self, config: &FabricConfig) -> u64 {
+        match &self.state {
+            State::Idle { retry_us } => *retry_us,
+            State::Dialing { deadline_us, .. } => *deadline_us,
+            State::Up(connection) if connection.is_broken() => 0,
+            State::Up(connection) => {
+                let ping_us = connection.last_sent_us + config.ping_us;
+                ping_us.min(connection.last_heard_us + config.silence_timeout_us)
+            }
+        }
+    }
+}
+
+impl Common {
+    /// `us` give or take a quarter (xorshift64: only there to keep retries from marching in step).
+    fn jittered(&mut self, us: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        us - us / 4 + self.random % (us / 2).max(1)
+    }
+}
+
+/// `false`: the connection is not made yet.
+fn send_hello(fd: &OwnedFd, membership: &Membership, to: PeerId) -> io::Result<bool> {
+    let mut bytes = Vec::new();
+    let hello = Hello {
+        lane: Lane::Control,
+        from: membership.me,
+        to,
+        instance: membership.identity.instance,
+        view: 0,
+        number: 0,
+        group: membership.group.clone(),
+        node: membership.identity.name.clone(),
+    };
+    hello.encode(&mut bytes);
+    match socket::send(fd, &[IoSlice::new(&bytes)])? {
+        None => Ok(false),
+        Some(sent) if sent == bytes.len() => Ok(true),
+        Some(_) => Err(io::Error::other("the socket took half of a hello")),
+    }
+}
+
+fn read_answer(fd: &OwnedFd, answer: &mut Vec<u8>) -> io::Result<Option<(Answer, usize)>> {
+    let mut chunk = [0u8; MAX_ANSWER_BYTES];
+    match socket::recv(fd, &mut chunk)? {
+        None => return Ok(None),
+        Some(0) => {
+            return Err(io::Error::other(
+                "it closed the connection without an answer",
+            ));
+        }
+        Some(received) => answer.extend_from_slice(&chunk[..received]),
+    }
+    Answer::parse(answer).map_err(io::Error::other)
+}
+
+fn peer_addr(connection: &Connection) -> String {
+    let addr = rustix::net::getpeername(connection.as_fd()).ok().flatten();
+    let addr = addr.and_then(|addr| SocketAddr::try_from(addr).ok());
+    addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string())
+}

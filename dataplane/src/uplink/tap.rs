@@ -1,0 +1,331 @@
+//! A TAP device as uplink.
+//!
+//! Frames carry the 12-byte vnet header (`IFF_VNET_HDR`), so offloads pass through. The device lives
+//! as long as the [`Tap`]: a daemon that dies leaves nothing behind, and a bridge stops forwarding to a
+//! dead host at once. Rejected: a persistent TAP made by the operator (two daemons could share it).
+
+use super::{OffloadFlags, Uplink};
+use crate::frame::{MAX_FRAME_BYTES, VNET_HEADER_BYTES};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+const TUN_PATH: &str = "/dev/net/tun";
+// linux/if_tun.h and linux/sockios.h; the libc crate does not have all of them for every target.
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+const TUN_F_CSUM: libc::c_ulong = 0x01;
+const TUN_F_TSO4: libc::c_ulong = 0x02;
+const TUN_F_TSO6: libc::c_ulong = 0x04;
+const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
+
+/// Why a TAP could not be made. Each text names the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The kernel would not take the name.
+    #[error(
+        "\"{name}\" cannot name a network interface: use 1 to 15 bytes without '/', ':' or blanks"
+    )]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// The tun module is not there.
+    #[error("{TUN_PATH} is missing: load the kernel's tun module (modprobe tun)")]
+    NoTunDevice,
+    /// Not allowed to make interfaces.
+    #[error("no permission to create the TAP {name}: run as root or grant CAP_NET_ADMIN")]
+    NotPermitted {
+        /// The TAP's name.
+        name: String,
+    },
+    /// Somebody else has the name.
+    #[error(
+        "the interface {name} exists already and is in use: is another plover or QEMU running with \
+         this uplink? Stop it or choose another name"
+    )]
+    InUse {
+        /// The TAP's name.
+        name: String,
+    },
+    /// The bridge does not exist, or is no bridge.
+    #[error(
+        "{bridge} is not a bridge on this host: create it (ip link add {bridge} type bridge) or correct the uplink"
+    )]
+    NoBridge {
+        /// The bridge's name.
+        bridge: String,
+    },
+    /// Anything else.
+    #[error("TAP {name}: {action} failed")]
+    Io {
+        /// The TAP's name.
+        name: String,
+        /// What was tried.
+        action: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Frames that a TAP did not take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TapDrops {
+    /// The queue was full.
+    pub full: u64,
+    /// The kernel refused the frame: bad vnet header, too short, or the link is down.
+    pub refused: u64,
+}
+
+/// An open TAP device.
+#[derive(Debug)]
+pub struct Tap {
+    fd: OwnedFd,
+    name: String,
+    drops: TapDrops,
+}
+
+impl Tap {
+    /// Creates the TAP `name`, attaches it to `bridge` if one is given, and brings it up. IPv6 is
+    /// switched off on it, so that the host itself does not talk into the VM's link.
+    ///
+    /// # Errors
+    /// [`TapError`]; nothing is left behind.
+    pub fn open(name: &str, bridge: Option<&str>) -> Result<Tap, TapError> {
+        let mut request = interface_request(name)?;
+        if !Path::new(TUN_PATH).exists() {
+            return Err(TapError::NoTunDevice);
+        }
+        let fail = |action, source| TapError::Io {
+            name: name.to_owned(),
+            action,
+            source,
+        };
+        let flags =
+            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+        let fd = rustix::fs::open(TUN_PATH, flags, rustix::fs::Mode::empty()).map_err(|errno| {
+            match errno {
+                Errno::ACCESS | Errno::PERM => TapError::NotPermitted {
+                    name: name.to_owned(),
+                },
+                Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
+                other => fail("opening /dev/net/tun", other.into()),
+            }
+        })?;
+        request.ifr_ifru.ifru_flags =
+            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        ioctl_request(&fd, TUNSETIFF, &mut request).map_err(|source| {
+            match source.raw_os_error() {
+                Some(libc::EPERM) => TapError::NotPermitted {
+                    name: name.to_owned(),
+                },
+                Some(libc::EBUSY | libc::EINVAL) => TapError::InUse {
+                    name: name.to_owned(),
+                },
+                _ => fail("TUNSETIFF", source),
+            }
+        })?;
+        let mut tap = Tap {
+            fd,
+            name: name.to_owned(),
+            drops: TapDrops::default(),
+        };
+        let mut header_bytes = VNET_HEADER_BYTES as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads one int through the pointer, which points to one.
+        let result = unsafe {
+            libc::ioctl(
+                tap.fd.as_raw_fd(),
+                TUNSETVNETHDRSZ as _,
+                &raw mut header_bytes,
+            )
+        };
+        check(result).map_err(|source| fail("TUNSETVNETHDRSZ", source))?;
+        tap.set_offload(OffloadFlags::default())
+            .map_err(|source| fail("TUNSETOFFLOAD", source))?;
+        disable_ipv6(name);
+        let control =
+            control_socket().map_err(|source| fail("opening a control socket", source))?;
+        if let Some(bridge) = bridge {
+            attach(&control, name, bridge)?;
+        }
+        bring_up(&control, name).map_err(|source| fail("bringing the link up", source))?;
+        Ok(tap)
+    }
+
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Frames that were dropped on the way out so far.
+    pub fn drops(&self) -> TapDrops {
+        self.drops
+    }
+}
+
+impl Uplink for Tap {
+    fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        assert!(
+            buf.len() >= MAX_FRAME_BYTES,
+            "a TAP read into {} bytes can cut a frame",
+            buf.len()
+        );
+        match rustix::io::read(&self.fd, &mut *buf) {
+            Ok(len) if len >= VNET_HEADER_BYTES => {
+                // The kernel writes the 10-byte header and skips num_buffers; what stood there before
+                // must not get into the log.
+                buf[10..12].fill(0);
+                Ok(Some(len))
+            }
+            Ok(len) => Err(io::Error::other(format!(
+                "TAP {} gave {len} bytes, less than a header",
+                self.name
+            ))),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+            // The link was set down; like a pulled cable, it may come back.
+            Err(Errno::IO) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn send(&mut self, frame: &[u8]) -> io::Result<bool> {
+        match rustix::io::write(&self.fd, frame) {
+            Ok(_) => Ok(true),
+            Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM | Errno::INTR) => {
+                self.drops.full += 1;
+                Ok(false)
+            }
+            // EINVAL and EFAULT: the guest wrote nonsense into the header. EIO: link down.
+            Err(Errno::INVAL | Errno::FAULT | Errno::IO | Errno::MSGSIZE) => {
+                self.drops.refused += 1;
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn set_offload(&mut self, features: OffloadFlags) -> io::Result<()> {
+        let mut flags = 0;
+        if features.csum {
+            flags |= TUN_F_CSUM;
+            flags |= if features.tso4 { TUN_F_TSO4 } else { 0 };
+            flags |= if features.tso6 { TUN_F_TSO6 } else { 0 };
+            // The kernel refuses ECN without a TSO.
+            flags |= if features.ecn && (features.tso4 || features.tso6) {
+                TUN_F_TSO_ECN
+            } else {
+                0
+            };
+        }
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
+    }
+}
+
+/// An `ifreq` with only the name set.
+fn interface_request(name: &str) -> Result<libc::ifreq, TapError> {
+    let good = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':' && byte != b'%';
+    if name.is_empty()
+        || name.len() >= libc::IFNAMSIZ
+        || name == "."
+        || name == ".."
+        || !name.bytes().all(good)
+    {
+        return Err(TapError::BadName {
+            name: name.to_owned(),
+        });
+    }
+    // SAFETY: ifreq is a plain C struct (a byte array and a union of integers, addresses and a raw
+    // pointer); all zeroes is a valid value of it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: socket(2) takes no pointers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    check(fd)?;
+    // SAFETY: the fd was opened just now and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn attach(control: &OwnedFd, name: &str, bridge: &str) -> Result<(), TapError> {
+    let fail = |source| TapError::Io {
+        name: name.to_owned(),
+        action: "attaching it to the bridge",
+        source,
+    };
+    let no_bridge = || TapError::NoBridge {
+        bridge: bridge.to_owned(),
+    };
+    let index = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))
+        .ok()
+        .and_then(|text| text.trim().parse::<libc::c_int>().ok());
+    let mut request = interface_request(name)?;
+    let index = match index {
+        Some(index) => index,
+        // /sys may show another network namespace; ask the socket, which is in ours.
+        None => {
+            ioctl_request(control, libc::SIOCGIFINDEX as _, &mut request).map_err(fail)?;
+            // SAFETY: SIOCGIFINDEX succeeded, so the kernel stored the index in this field.
+            unsafe { request.ifr_ifru.ifru_ifindex }
+        }
+    };
+    let mut request = interface_request(bridge).map_err(|_| no_bridge())?;
+    request.ifr_ifru.ifru_ifindex = index;
+    ioctl_request(control, SIOCBRADDIF, &mut request).map_err(|source| {
+        match source.raw_os_error() {
+            Some(libc::ENODEV | libc::EOPNOTSUPP | libc::EINVAL) => no_bridge(),
+            Some(libc::EPERM) => TapError::NotPermitted {
+                name: name.to_owned(),
+            },
+            _ => fail(source),
+        }
+    })
+}
+
+fn bring_up(control: &OwnedFd, name: &str) -> io::Result<()> {
+    let mut request = interface_request(name).map_err(io::Error::other)?;
+    ioctl_request(control, libc::SIOCGIFFLAGS as _, &mut request)?;
+    // SAFETY: SIOCGIFFLAGS succeeded, so the kernel stored the flags in this field.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    ioctl_request(control, libc::SIOCSIFFLAGS as _, &mut request)
+}
+
+/// Best effort: a host without IPv6 has no such file, and chatter is no reason to refuse service.
+fn disable_ipv6(name: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    if let Err(error) = std::fs::write(&path, "1") {
+        tracing::debug!(%error, path, "IPv6 stays as it is on the TAP");
+    }
+}
+
+fn ioctl_request(
+    fd: &OwnedFd,
+    request: libc::c_ulong,
+    argument: &mut libc::ifreq,
+) -> io::Result<()> {
+    // SAFETY: each request used in this file takes a pointer to an ifreq, reads or writes no more than
+    // that, and keeps no pointer; `argument` is one and is borrowed for the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, std::ptr::from_mut(argument)) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
