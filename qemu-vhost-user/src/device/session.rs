@@ -4,6 +4,7 @@
 //! QEMU after the other; an inherited descriptor may be either kind of socket. A connection that QEMU closes, or on which it
 //! sends something wrong, stops the rings and is followed by the next one: nothing that QEMU does ends the thread.
 
+use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -379,11 +380,9 @@ impl Runner {
             if self.shared.stopping() {
                 return Ending::DeviceGone;
             }
-            let early = take_early_enable(socket, &lock());
+            let early = EarlyEnable::take(socket, &lock());
             let result = match early {
-                Some((ring, enabled)) => lock()
-                    .enable(ring, enabled)
-                    .map_err(|error| error.to_string()),
+                Some(enable) => enable.handle(socket, &mut lock()),
                 None => match requests.handle_request() {
                     Ok(()) => Ok(()),
                     Err(ProtocolError::Disconnected | ProtocolError::SocketBroken(_)) => {
@@ -440,33 +439,72 @@ fn ending_of(error: LinkError) -> Ending {
     }
 }
 
-/// Takes a SET_VRING_ENABLE that comes before SET_FEATURES off the socket: QEMU's virtio-net sends it then, for it has seen in
-/// GET_FEATURES that the device has protocol features, but the vhost crate would refuse it.
-fn take_early_enable(socket: &UnixStream, handler: &Handler) -> Option<(u32, bool)> {
-    /// Request, flags and size of the header, then ring index and value.
+/// A SET_VRING_ENABLE that comes before SET_FEATURES. QEMU's virtio-net sends it then, for it has seen in GET_FEATURES that
+/// the device has protocol features, but the vhost crate refuses it (`inactive feature: 1073741824`).
+struct EarlyEnable {
+    ring: u32,
+    enabled: bool,
+    needs_reply: bool,
+}
+
+impl EarlyEnable {
+    /// Request, flags and size of the header, then ring index and value; or a u64 in the reply.
     const MESSAGE_BYTES: usize = 20;
     const VERSION: u32 = 1;
-    if handler.protocol_features_accepted() {
-        return None;
+    const REPLY: u32 = 1 << 2;
+    const NEED_REPLY: u32 = 1 << 3;
+
+    /// Takes the message off the socket if it is the next one.
+    fn take(socket: &UnixStream, handler: &Handler) -> Option<Self> {
+        if handler.protocol_features_accepted() {
+            return None;
+        }
+        let mut message = [0; Self::MESSAGE_BYTES];
+        let (_, len) =
+            rustix::net::recv(socket, &mut message, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
+        let field = |number: usize| {
+            let at = 4 * number;
+            u32::from_ne_bytes([
+                message[at],
+                message[at + 1],
+                message[at + 2],
+                message[at + 3],
+            ])
+        };
+        let expected = [u32::from(FrontendReq::SET_VRING_ENABLE), Self::VERSION, 8];
+        let flags = field(1);
+        if len < Self::MESSAGE_BYTES
+            || [field(0), flags & !Self::NEED_REPLY, field(2)] != expected
+            || field(4) > 1
+        {
+            return None;
+        }
+        rustix::net::recv(socket, &mut [0; Self::MESSAGE_BYTES], RecvFlags::DONTWAIT).ok()?;
+        Some(Self {
+            ring: field(3),
+            enabled: field(4) == 1,
+            needs_reply: flags & Self::NEED_REPLY != 0,
+        })
     }
-    let mut message = [0; MESSAGE_BYTES];
-    let (_, len) =
-        rustix::net::recv(socket, &mut message, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
-    let field = |number: usize| {
-        let at = 4 * number;
-        u32::from_ne_bytes([
-            message[at],
-            message[at + 1],
-            message[at + 2],
-            message[at + 3],
-        ])
-    };
-    let expected = [u32::from(FrontendReq::SET_VRING_ENABLE), VERSION, 8];
-    if len < MESSAGE_BYTES || [field(0), field(1), field(2)] != expected || field(4) > 1 {
-        return None;
+
+    /// Carries it out and acknowledges it.
+    fn handle(self, mut socket: &UnixStream, handler: &mut Handler) -> Result<(), String> {
+        handler
+            .enable(self.ring, self.enabled)
+            .map_err(|error| error.to_string())?;
+        if self.needs_reply {
+            let words = [
+                u32::from(FrontendReq::SET_VRING_ENABLE),
+                Self::VERSION | Self::REPLY,
+                8,
+                0,
+                0,
+            ];
+            let reply: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+            socket
+                .write_all(&reply)
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
-    let enable = (field(3), field(4) == 1);
-    let mut taken = [0; MESSAGE_BYTES];
-    rustix::net::recv(socket, &mut taken, RecvFlags::DONTWAIT).ok()?;
-    Some(enable)
 }
