@@ -1,0 +1,258 @@
+//! The monitor commands that Plover uses, typed. None of them is assumed to exist: see [`Qmp::missing_commands`].
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Qmp, QmpError};
+
+/// The VM's run state, as far as Plover tells states apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// The CPUs run.
+    Running,
+    /// Started with `-S` and not run yet.
+    Prelaunch,
+    /// Stopped by `stop`.
+    Paused,
+    /// Shut down with `-no-shutdown`.
+    Shutdown,
+    /// The guest reported its own crash.
+    GuestPanicked,
+    /// Another state, by QEMU's name.
+    Other(String),
+}
+
+/// A vCPU and its thread.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct CpuThread {
+    /// Number of the vCPU.
+    #[serde(rename = "cpu-index")]
+    pub index: u32,
+    /// Its thread's id as QEMU sees it.
+    #[serde(rename = "thread-id")]
+    pub thread_id: i32,
+    /// Its object, for `qom-get`.
+    #[serde(rename = "qom-path")]
+    pub qom_path: String,
+}
+
+/// A memory backend.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct MemoryBackend {
+    /// Its id (`-object …,id=ID`); absent for one that QEMU made itself.
+    pub id: Option<String>,
+    /// Its size.
+    #[serde(rename = "size")]
+    pub size_bytes: u64,
+    /// Whether another process can map it.
+    #[serde(default)]
+    pub share: bool,
+}
+
+/// The commands that Plover cannot do without.
+pub const NEEDED_COMMANDS: [&str; 8] = [
+    "stop",
+    "cont",
+    "query-status",
+    "query-memdev",
+    "qom-get",
+    "human-monitor-command",
+    "xen-save-devices-state",
+    "xen-load-devices-state",
+];
+
+impl Qmp {
+    /// Stops the guest's CPUs and flushes its devices; back when done.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn stop(&mut self) -> Result<(), QmpError> {
+        self.execute("stop", Value::Null).map(drop)
+    }
+
+    /// Lets the guest's CPUs run.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn cont(&mut self) -> Result<(), QmpError> {
+        self.execute("cont", Value::Null).map(drop)
+    }
+
+    /// Ends QEMU. That the connection closes instead of an answer is a success.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn quit(&mut self) -> Result<(), QmpError> {
+        match self.execute("quit", Value::Null) {
+            Err(error) if !error.is_disconnected() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The VM's run state.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_status(&mut self) -> Result<RunState, QmpError> {
+        #[derive(Deserialize)]
+        struct Status {
+            status: String,
+        }
+        let status: Status = self.ask("query-status", Value::Null)?;
+        Ok(match status.status.as_str() {
+            "running" => RunState::Running,
+            "prelaunch" => RunState::Prelaunch,
+            "paused" => RunState::Paused,
+            "shutdown" => RunState::Shutdown,
+            "guest-panicked" => RunState::GuestPanicked,
+            _ => RunState::Other(status.status),
+        })
+    }
+
+    /// Writes the state of all devices and CPUs, everything but RAM, to a file that QEMU creates or truncates. The
+    /// guest should be stopped, otherwise QEMU stops it for the time of writing.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn save_devices_state(&mut self, path: &Path) -> Result<(), QmpError> {
+        // live=false: with true QEMU hands its disks over to somebody else.
+        let arguments = json!({"filename": path_text(path), "live": false});
+        self.execute("xen-save-devices-state", arguments).map(drop)
+    }
+
+    /// Loads what [`Qmp::save_devices_state`] of an equal VM wrote. The guest must be stopped and its RAM be in
+    /// place.
+    ///
+    /// The agent must have registered the migration yank instance **before each call**
+    /// ([`crate::qemu::agent::AgentClient::register_yank`]), or QEMU aborts.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]. After [`QmpError::Command`] the devices are in an undefined state: do not run the guest
+    /// before another load succeeded.
+    pub fn load_devices_state(&mut self, path: &Path) -> Result<(), QmpError> {
+        self.execute(
+            "xen-load-devices-state",
+            json!({"filename": path_text(path)}),
+        )
+        .map(drop)
+    }
+
+    /// Runs a command of the human monitor and returns its text.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn hmp(&mut self, command: &str) -> Result<String, QmpError> {
+        self.ask("human-monitor-command", json!({"command-line": command}))
+    }
+
+    /// The names of all commands that this QEMU has.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_commands(&mut self) -> Result<BTreeSet<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Command {
+            name: String,
+        }
+        let commands: Vec<Command> = self.ask("query-commands", Value::Null)?;
+        Ok(commands.into_iter().map(|command| command.name).collect())
+    }
+
+    /// Those of [`NEEDED_COMMANDS`] that this QEMU lacks.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn missing_commands(&mut self) -> Result<Vec<&'static str>, QmpError> {
+        let known = self.query_commands()?;
+        Ok(NEEDED_COMMANDS
+            .into_iter()
+            .filter(|name| !known.contains(*name))
+            .collect())
+    }
+
+    /// Size of the guest's RAM.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_memory_size(&mut self) -> Result<u64, QmpError> {
+        #[derive(Deserialize)]
+        struct Summary {
+            #[serde(rename = "base-memory")]
+            base: u64,
+            #[serde(rename = "plugged-memory", default)]
+            plugged: u64,
+        }
+        let summary: Summary = self.ask("query-memory-size-summary", Value::Null)?;
+        Ok(summary.base.saturating_add(summary.plugged))
+    }
+
+    /// All memory backends.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_memory_backends(&mut self) -> Result<Vec<MemoryBackend>, QmpError> {
+        self.ask("query-memdev", Value::Null)
+    }
+
+    /// The vCPUs and their threads.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_cpus(&mut self) -> Result<Vec<CpuThread>, QmpError> {
+        self.ask("query-cpus-fast", Value::Null)
+    }
+
+    /// The machine type, without QEMU's suffix: `pc-i440fx-10.0`.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn machine_type(&mut self) -> Result<String, QmpError> {
+        let name: String = self.qom_get("/machine", "type")?;
+        Ok(name.strip_suffix("-machine").unwrap_or(&name).to_owned())
+    }
+
+    /// Whether the guest runs under KVM (and not under TCG).
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn uses_kvm(&mut self) -> Result<bool, QmpError> {
+        #[derive(Deserialize)]
+        struct Kvm {
+            enabled: bool,
+        }
+        self.ask::<Kvm>("query-kvm", Value::Null)
+            .map(|kvm| kvm.enabled)
+    }
+
+    /// A property of an object.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]; [`QmpError::Answer`] if it has another type.
+    pub fn qom_get<T: for<'de> Deserialize<'de>>(
+        &mut self,
+        path: &str,
+        property: &str,
+    ) -> Result<T, QmpError> {
+        self.ask("qom-get", json!({"path": path, "property": property}))
+    }
+
+    fn ask<T: for<'de> Deserialize<'de>>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
+        let answer = self.execute(command, arguments)?;
+        T::deserialize(&answer).map_err(|_| QmpError::Answer {
+            command: command.to_owned(),
+            answer: answer.to_string().chars().take(200).collect(),
+        })
+    }
+}
+
+/// QMP is JSON and so cannot name a file whose path is not UTF-8; [`crate::qemu::state_file`] makes none.
+fn path_text(path: &Path) -> std::borrow::Cow<'_, str> {
+    path.to_string_lossy()
+}
