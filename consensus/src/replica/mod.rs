@@ -578,6 +578,16 @@ impl Replica {
         self.learner
     }
 
+    /// An entry of the log, committed or not.
+    pub(crate) fn entry(&self, index: Index) -> Option<(View, &Entry)> {
+        self.log.get(index)
+    }
+
+    /// The last entry of the log, and the roles as of there.
+    pub(crate) fn tail(&self) -> (Viewstamp, Base) {
+        (self.log.last(), self.log.tail_roles())
+    }
+
     /// When [`Event::Tick`] is due next; `u64::MAX` when never.
     pub fn next_deadline_us(&self) -> u64 {
         match &self.phase {

@@ -1,0 +1,119 @@
+//! The end of a run: all faults cease, everybody is back. If any replica may lead, somebody must.
+
+use super::chaos::propose_input;
+use super::cluster::{Cluster, GENESIS_LEADER, REPLICAS, Weather};
+use crate::effects::Event;
+use crate::entry::Base;
+use crate::ids::{ReplicaId, Viewstamp};
+
+const ROUND_US: u64 = 10_000;
+/// Twenty failure timeouts: several elections, a rejoin and the catching up of a wiped disk fit in.
+const ROUNDS: u64 = 200;
+
+fn everybody() -> impl Iterator<Item = ReplicaId> {
+    (0..REPLICAS).map(ReplicaId)
+}
+
+fn leader(cluster: &Cluster) -> Option<ReplicaId> {
+    everybody().find(|id| {
+        cluster
+            .replica(*id)
+            .is_some_and(|replica| replica.leading().is_some())
+    })
+}
+
+/// The newest log of the group, and the roles by it.
+fn best_log(cluster: &Cluster) -> Option<(Viewstamp, Base)> {
+    cluster
+        .nodes
+        .iter()
+        .filter_map(|node| node.replica.as_ref())
+        .map(|replica| replica.tail())
+        .max_by_key(|(last, _)| *last)
+}
+
+fn is_named(id: ReplicaId, last: Viewstamp, roles: &Base) -> bool {
+    if last.index.0 == 0 {
+        id == GENESIS_LEADER
+    } else {
+        roles.second == Some(id) || roles.leader == Some(id)
+    }
+}
+
+/// Waits until `done`; false if it never is.
+fn wait(cluster: &mut Cluster, done: impl Fn(&Cluster) -> bool) -> bool {
+    for _ in 0..ROUNDS {
+        if cluster.violation.is_some() || done(cluster) {
+            break;
+        }
+        cluster.run_until(cluster.now_us + ROUND_US);
+        cluster.drive_products();
+    }
+    done(cluster)
+}
+
+/// Returns whether a cold start was needed.
+pub(super) fn play(cluster: &mut Cluster) -> Result<bool, String> {
+    cluster.note(|| "all faults end".to_owned());
+    cluster.weather = Weather::fair();
+    for id in everybody() {
+        if cluster.replica(id).is_none() {
+            cluster.start(id);
+        }
+        cluster.announce_link(id, true);
+    }
+    // A guest that a restart of its host lost before the group had formed is booted again.
+    let genesis = &cluster.nodes[GENESIS_LEADER.slot()];
+    if cluster.checker.committed() == 0 && genesis.guest.is_none() {
+        cluster.nodes[GENESIS_LEADER.slot()].guest = Some(crate::ids::Index(0));
+        cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
+    }
+    let mut cold_start = false;
+    if !wait(cluster, |cluster| leader(cluster).is_some()) {
+        let Some((last, roles)) = best_log(cluster) else {
+            return Ok(false);
+        };
+        let named: Vec<ReplicaId> = everybody()
+            .filter(|id| is_named(*id, last, &roles))
+            .collect();
+        if let Some(able) = named
+            .iter()
+            .find(|id| cluster.nodes[id.slot()].guest.is_some())
+        {
+            return Err(format!(
+                "liveness: {able} is named and has a guest, and nobody leads"
+            ));
+        }
+        let Some(id) = named.into_iter().find(|id| !cluster.nodes[id.slot()].wiped) else {
+            return Ok(true); // The only replicas that may lead lost disk and guest: the service is gone (R13).
+        };
+        cluster.note(|| format!("the operator allows {id} a cold start"));
+        cluster.nodes[id.slot()].cold_start = true;
+        cluster.step(id, Event::AllowColdStart);
+        cold_start = true;
+        if !wait(cluster, |cluster| leader(cluster).is_some()) {
+            return Err(format!(
+                "liveness: {id} was allowed a cold start, and nobody leads"
+            ));
+        }
+    }
+    let before = cluster.checker.committed();
+    if let Some(id) = leader(cluster) {
+        propose_input(cluster, id);
+    }
+    let settled = |cluster: &Cluster| {
+        let commits =
+            everybody().map(|id| cluster.replica(id).map(|replica| replica.commit_index().0));
+        cluster.checker.committed() > before
+            && commits.min().flatten() > Some(before)
+            && cluster.nodes.iter().all(|node| !node.wiped)
+            && leader(cluster)
+                .and_then(|id| cluster.replica(id)?.second())
+                .is_some()
+    };
+    if wait(cluster, settled) {
+        Ok(cold_start)
+    } else {
+        Err("liveness: a leader leads, yet not everybody commits its entry, votes, and has a secondary".to_owned())
+    }
+}

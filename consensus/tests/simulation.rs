@@ -1,0 +1,91 @@
+//! Many seeds through the simulator, and wrong variants that it must notice.
+
+use consensus::sim::{self, Mutant, Options};
+
+fn setting(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is `{text}`: must be a number")),
+        Err(_) => default,
+    }
+}
+
+#[test]
+fn seeds() {
+    let (first, count) = (
+        setting("PLOVER_SIM_FIRST_SEED", 1),
+        setting("PLOVER_SIM_SEEDS", 2000),
+    );
+    let trace = setting("PLOVER_SIM_TRACE", 0) != 0;
+    let (mut events, mut committed, mut reigns, mut lives, mut cold_starts) = (0, 0, 0, 0, 0);
+    for seed in first..first + count {
+        match sim::run(&Options {
+            trace,
+            ..Options::new(seed)
+        }) {
+            Ok(summary) => {
+                events += summary.events;
+                committed += summary.committed;
+                reigns += summary.reigns;
+                lives += summary.lives;
+                cold_starts += u64::from(summary.cold_start);
+            }
+            Err(violation) => panic!("{violation}"),
+        }
+    }
+    println!(
+        "{count} seeds: {events} events, {committed} entries, {reigns} reigns, {lives} lives, {cold_starts} cold starts"
+    );
+    if count >= 1000 {
+        assert!(
+            reigns > 3 * count && committed > 50 * count && lives > 4 * count,
+            "the seeds are too tame"
+        );
+    }
+}
+
+/// The number of seeds it takes to notice a mistake.
+fn seeds_to_notice(mutant: Mutant, invariant: &str, limit: u64) -> u64 {
+    let noticed = |seed: &u64| match sim::run(&Options {
+        mutant,
+        ..Options::new(*seed)
+    }) {
+        Ok(_) => false,
+        Err(violation) => {
+            println!("{mutant:?}: {violation}");
+            violation.what.contains(invariant)
+        }
+    };
+    (1..=limit)
+        .find(noticed)
+        .unwrap_or_else(|| panic!("{mutant:?} went unnoticed for {limit} seeds"))
+}
+
+#[test]
+fn early_acknowledgement_is_noticed() {
+    seeds_to_notice(Mutant::AckBeforePersist, "I", 100);
+}
+
+#[test]
+fn a_guest_that_is_not_there_is_noticed() {
+    seeds_to_notice(Mutant::IntactAfterRestart, "I6", 100);
+}
+
+#[test]
+fn a_majority_of_one_is_noticed() {
+    seeds_to_notice(Mutant::ForgedAcknowledgement, "I2", 100);
+}
+
+#[test]
+fn a_vote_from_a_wiped_disk_is_noticed() {
+    seeds_to_notice(Mutant::VoteAfterWipe, "I", 2000);
+}
+
+#[test]
+fn a_seed_replays_exactly() {
+    for seed in 1..20 {
+        let run = || sim::run(&Options::new(seed)).map_err(|violation| violation.to_string());
+        assert_eq!(run(), run());
+    }
+}
