@@ -57,7 +57,7 @@ impl Replica {
             self.config.campaign_retry_us + self.rng.below(self.config.campaign_retry_us);
         if let Phase::Candidate(candidate) = &self.phase {
             if self.now_us >= candidate.give_up_us {
-                self.become_follower(retry_us);
+                self.end_campaign(out);
             } else {
                 self.deadline_us = self.now_us + retry_us;
                 self.repeat_question(out);

@@ -1,6 +1,7 @@
 //! From the promises of a majority to leading: count, fetch the best log, check again, begin (R4, R5, R6).
 
 use super::{Leading, Phase, Replica, Vote};
+use crate::config::MAX_REPLICAS;
 use crate::effects::{Effects, Notice};
 use crate::entry::{Base, Entry};
 use crate::ids::{Index, ReplicaId, View, Viewstamp};
@@ -192,19 +193,49 @@ impl Replica {
         }
     }
 
-    /// The log is that of the best among a majority. Leads if it still names this replica (R6).
+    /// The log is that of the best among a majority. Leads if it still names this replica (R6). Otherwise a
+    /// vote that is still missing may bring a better log, so that the campaign ends only with the last vote or
+    /// its time.
     fn finish_recovery(&mut self, out: &mut Effects) {
+        let may_lead = self.may_lead();
+        let Phase::Candidate(candidate) = &mut self.phase else {
+            return;
+        };
+        candidate.fetching = None;
+        let (view, votes) = (candidate.view, candidate.votes);
+        if may_lead {
+            self.begin_to_lead(view, votes, out);
+        } else if votes.iter().flatten().count() + 1 == usize::from(self.config.replicas) {
+            self.end_campaign(out);
+        }
+    }
+
+    /// Gives up, and tells those whom the log that was found names.
+    pub(super) fn end_campaign(&mut self, out: &mut Effects) {
         let Phase::Candidate(candidate) = &self.phase else {
             return;
         };
-        let (view, votes) = (candidate.view, candidate.votes);
-        if !self.may_have_guest() || !self.is_named_by(&self.log.tail_roles()) {
-            out.notices.push(Notice::Ineligible { view });
-            self.hinted_until_us = 0;
-            self.become_follower(self.config.failure_timeout_us);
-            self.hint_at_named(out);
+        let view = candidate.view;
+        if self.may_lead() {
+            self.become_follower(self.config.campaign_retry_us);
             return;
         }
+        out.notices.push(Notice::Ineligible { view });
+        self.hinted_until_us = 0;
+        self.become_follower(self.config.failure_timeout_us);
+        self.hint_at_named(out);
+    }
+
+    fn may_lead(&self) -> bool {
+        self.may_have_guest() && self.is_named_by(&self.log.tail_roles())
+    }
+
+    fn begin_to_lead(
+        &mut self,
+        view: View,
+        votes: [Option<Vote>; MAX_REPLICAS],
+        out: &mut Effects,
+    ) {
         let known = votes
             .iter()
             .flatten()

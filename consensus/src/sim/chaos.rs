@@ -60,6 +60,9 @@ pub(super) fn act(cluster: &mut Cluster, temper: &Temper) {
             propose_input(cluster, id);
         }
     }
+    if cluster.rng.chance(20) {
+        super::finale::cold_start_if_lost(cluster);
+    }
     let id = anybody(cluster);
     if cluster.replica(id).is_none() {
         if cluster.rng.chance(temper.restart) {

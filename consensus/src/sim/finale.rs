@@ -40,6 +40,27 @@ fn is_named(id: ReplicaId, last: Viewstamp, roles: &Base) -> bool {
     }
 }
 
+/// The operator sees that no guest is left and allows a cold start where the newest log in sight names one.
+pub(super) fn cold_start_if_lost(cluster: &mut Cluster) {
+    if cluster.nodes.iter().any(|node| node.guest.is_some()) {
+        return;
+    }
+    let Some((last, roles)) = best_log(cluster) else {
+        return;
+    };
+    let able = everybody().find(|id| {
+        cluster
+            .replica(*id)
+            .is_some_and(|replica| !replica.is_learner())
+            && is_named(*id, last, &roles)
+    });
+    if let Some(id) = able {
+        cluster.note(|| format!("the operator allows {id} a cold start"));
+        cluster.nodes[id.slot()].cold_start = true;
+        cluster.step(id, Event::AllowColdStart);
+    }
+}
+
 /// Waits until `done`; false if it never is.
 fn wait(cluster: &mut Cluster, done: impl Fn(&Cluster) -> bool) -> bool {
     for _ in 0..ROUNDS {
@@ -61,12 +82,6 @@ pub(super) fn play(cluster: &mut Cluster) -> Result<bool, String> {
             cluster.start(id);
         }
         cluster.announce_link(id, true);
-    }
-    // A guest that a restart of its host lost before the group had formed is booted again.
-    let genesis = &cluster.nodes[GENESIS_LEADER.slot()];
-    if cluster.checker.committed() == 0 && genesis.guest.is_none() {
-        cluster.nodes[GENESIS_LEADER.slot()].guest = Some(crate::ids::Index(0));
-        cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
     }
     let mut cold_start = false;
     if !wait(cluster, |cluster| leader(cluster).is_some()) {
