@@ -1,0 +1,209 @@
+//! The syncvm exchange, steps 1–7 of the design, as straight-line code over two traits (PLOVER §4.4).
+//!
+//! [`lead_syncvm`] and [`follow_syncvm`] each run on a control thread while the guest is stopped. They strictly
+//! alternate in sending, so that two full socket buffers can never wait for each other. Every wait ends
+//! by a deadline, and every failure leaves the guests and the dirty sets such that the next syncvm repairs
+//! everything.
+
+mod error;
+mod follower;
+mod leader;
+mod link;
+mod phase;
+mod report;
+mod verify;
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use error::{ChannelError, GuestError, SyncError};
+pub use follower::{FollowerContext, Standing, follow_syncvm};
+pub use leader::{LeaderContext, lead_syncvm};
+pub use phase::Phase;
+pub use report::{PhaseTimes, SyncReport};
+
+pub(crate) use link::Link;
+pub(crate) use report::Stopwatch;
+
+use crate::dirty::DirtySet;
+use crate::hash::{HashKind, HashPool};
+use crate::ram::GuestRam;
+
+/// Pages whose hashes travel in one message, and that are hashed before the next message is waited for:
+/// large enough to keep all workers busy, small enough that comparing overlaps with hashing.
+pub(crate) const BATCH_PAGES: usize = 4096;
+
+/// An ordered, reliable, bidirectional message channel to the peer. It may break at any point.
+pub trait Channel {
+    /// Sends one message made of `parts`, at most [`crate::transfer::MAX_MESSAGE_BYTES`] in total.
+    ///
+    /// # Errors
+    /// When it could not be handed over completely by `deadline`, or the peer is gone. The message may or
+    /// may not have arrived then.
+    fn send(
+        &mut self,
+        kind: u16,
+        parts: &[IoSlice<'_>],
+        deadline: Instant,
+    ) -> Result<(), ChannelError>;
+
+    /// Receives the next message into `buf` (replacing its content) and returns its kind.
+    ///
+    /// # Errors
+    /// When none arrived by `deadline`, or the peer is gone.
+    fn recv(&mut self, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, ChannelError>;
+}
+
+/// One replica's guest as syncvm needs it.
+pub trait Guest {
+    /// Stops the vCPUs and the device. Harmless when already stopped. On return nothing writes guest memory.
+    ///
+    /// # Errors
+    /// When the guest may still run.
+    fn stop(&mut self) -> Result<(), GuestError>;
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// When it does not.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Adds every page written since the last harvest to `into`: by vCPUs and QEMU (the tracker), and by the
+    /// backend itself. The backend must record a page **after** writing it: then a page that is harvested
+    /// in between is recorded again.
+    ///
+    /// # Errors
+    /// When pages may have been missed; the caller then treats every page as dirty.
+    fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError>;
+
+    /// Whether [`Self::harvest`] would lose pages written while it runs, so that a rejoin round must stop
+    /// the guest for it. See [`crate::tracker::DirtyTracker::exact_while_running`].
+    fn harvest_needs_stop(&self) -> bool {
+        false
+    }
+
+    /// Saves device and CPU state (everything except RAM) of the stopped guest.
+    ///
+    /// # Errors
+    /// When there is no complete state.
+    fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError>;
+
+    /// Loads device and CPU state into the stopped guest.
+    ///
+    /// # Errors
+    /// When it was not loaded completely: the guest is lost until a rejoin.
+    fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
+
+    /// The guest's RAM.
+    fn ram(&self) -> &GuestRam;
+}
+
+/// Who watches an exchange and decides what the local role allows.
+pub trait Observer {
+    /// Called between all steps. The rig's debug hook kills the process here; the product does nothing.
+    fn crash_point(&mut self, _phase: Phase) {}
+
+    /// Whether this replica's guest may run now (a deposed leader's may not).
+    fn may_run(&mut self) -> bool;
+
+    /// Leader: the guest runs again.
+    fn resumed(&mut self) {}
+
+    /// Leader: the follower acknowledged this syncvm in this view; held frames may leave.
+    fn acknowledged(&mut self) {}
+
+    /// Follower: the guest is exactly the leader's at the sync point; the guard is to be emptied. The guest
+    /// does not run yet.
+    fn applied(&mut self) {}
+
+    /// Rejoin, both sides: `done` of `total` pages of `round` were handled.
+    fn progress(&mut self, _round: u32, _done: usize, _total: usize) {}
+}
+
+impl<T: Channel + ?Sized> Channel for &mut T {
+    fn send(
+        &mut self,
+        kind: u16,
+        parts: &[IoSlice<'_>],
+        deadline: Instant,
+    ) -> Result<(), ChannelError> {
+        (**self).send(kind, parts, deadline)
+    }
+    fn recv(&mut self, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, ChannelError> {
+        (**self).recv(buf, deadline)
+    }
+}
+
+/// How exchanges are done. Equal on both sides of a group where that matters; the exchange checks it.
+#[derive(Clone, Debug)]
+pub struct ExchangeConfig {
+    /// The group, as a hash of its name.
+    pub group: u64,
+    /// Longest wait for one message.
+    pub silence_timeout: Duration,
+    /// Longest duration of one exchange.
+    pub total_timeout: Duration,
+    /// The page hash.
+    pub hash: HashKind,
+    /// The leader's guest runs again after the copy, not after the acknowledgement.
+    pub early_resume: bool,
+    /// Check invariant I4 after every syncvm: both sides hash all of RAM and compare device state before
+    /// anyone runs. Implies no early resume. The leader's setting counts.
+    pub verify: bool,
+    /// Largest device state accepted, in bytes.
+    pub max_device_bytes: usize,
+}
+
+impl ExchangeConfig {
+    /// The defaults for a group.
+    #[must_use]
+    pub fn new(group: u64) -> Self {
+        Self {
+            group,
+            silence_timeout: Duration::from_millis(1_000),
+            total_timeout: Duration::from_secs(20),
+            hash: HashKind::default(),
+            early_resume: true,
+            verify: false,
+            max_device_bytes: 64 << 20,
+        }
+    }
+
+    pub(crate) fn deadlines(&self) -> Deadlines {
+        Deadlines {
+            end: Instant::now() + self.total_timeout,
+            silence: self.silence_timeout,
+        }
+    }
+}
+
+/// The end of an exchange, and the longest wait within it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadlines {
+    pub end: Instant,
+    pub silence: Duration,
+}
+
+impl Deadlines {
+    /// The deadline of a wait that begins now.
+    pub fn next(&self) -> Instant {
+        (Instant::now() + self.silence).min(self.end)
+    }
+}
+
+/// What both contexts are made of.
+pub struct Parts<G, C, O> {
+    /// This replica's guest.
+    pub guest: G,
+    /// The channel to the peer.
+    pub channel: C,
+    /// The owner's hooks.
+    pub observer: O,
+    /// How exchanges are done.
+    pub config: ExchangeConfig,
+    /// The present view; the owner replaces the context or sets it when the view changes.
+    pub view: u64,
+    /// The hash workers, shared by all groups of a node.
+    pub pool: Arc<HashPool>,
+}

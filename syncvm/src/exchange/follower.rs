@@ -1,0 +1,393 @@
+//! The follower's side of a syncvm.
+//!
+//! Two halves with the acknowledgement between them. Before it, any failure leaves guest memory untouched.
+//! From the attempt to send it on, the leader may have released frames that depend on this state, so the
+//! follower finishes applying whatever happens to the leader or the channel.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{
+    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase,
+    Stopwatch, SyncError, SyncReport, verify,
+};
+use crate::dirty::DirtySet;
+use crate::hash::HashPool;
+use crate::page::{PAGE_BYTES, PageNumber};
+use crate::pairing::{Basis, Pairing};
+use crate::transfer::{End, Header, Kind, Scope, Staging, Terms, VerifiedTransfer};
+
+/// What a follower's guest is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// A state that one whole syncvm, or its own execution since, produced (invariant I5). It may lead.
+    Whole,
+    /// In the middle of a rejoin: its memory is a mixture, it must not run.
+    Joining,
+    /// Of no use until a rejoin, or until a syncvm that covers every page.
+    Empty,
+}
+
+/// What a follower keeps between exchanges with its leader.
+pub struct FollowerContext<G, C, O> {
+    /// The guest.
+    pub guest: G,
+    /// The owner's hooks.
+    pub observer: O,
+    /// How exchanges are done.
+    pub config: ExchangeConfig,
+    /// The present view.
+    pub view: u64,
+    pub(crate) standing: Standing,
+    pub(crate) pairing: Pairing,
+    pub(crate) pool: Arc<HashPool>,
+    pub(crate) link: Link<C>,
+    staging: Staging,
+}
+
+impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
+    /// A follower whose guest is worth nothing yet: the usual start.
+    #[must_use]
+    pub fn new(parts: Parts<G, C, O>) -> Self {
+        let pairing = Pairing::fresh(parts.guest.ram().pages());
+        Self::with(parts, pairing, Standing::Empty)
+    }
+
+    /// A follower with a whole guest, for example the old leader after a planned failover, with the pairing it
+    /// had then.
+    #[must_use]
+    pub fn with_whole_guest(parts: Parts<G, C, O>, pairing: Pairing) -> Self {
+        Self::with(parts, pairing, Standing::Whole)
+    }
+
+    fn with(parts: Parts<G, C, O>, pairing: Pairing, standing: Standing) -> Self {
+        let pages = parts.guest.ram().pages();
+        assert_eq!(pairing.pages(), pages, "a pairing of another guest");
+        Self {
+            guest: parts.guest,
+            observer: parts.observer,
+            config: parts.config,
+            view: parts.view,
+            pool: parts.pool,
+            link: Link::new(parts.channel),
+            standing,
+            pairing,
+            staging: Staging::new(pages),
+        }
+    }
+
+    /// What the guest is worth now.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.standing
+    }
+
+    /// What is known about the leader.
+    #[must_use]
+    pub fn pairing(&self) -> &Pairing {
+        &self.pairing
+    }
+
+    /// Puts a new channel in place of a broken one.
+    pub fn replace_channel(&mut self, channel: C) {
+        self.link.replace(channel);
+    }
+
+    /// Takes the context apart: guest, channel, observer, and the pairing for the next role.
+    #[must_use]
+    pub fn into_parts(self) -> (G, C, O, Pairing) {
+        (self.guest, self.link.channel, self.observer, self.pairing)
+    }
+
+    pub(crate) fn terms(&self) -> Terms {
+        Terms {
+            ram_pages: self.pairing.pages() as u64,
+            hash: self.config.hash.code(),
+            verify: self.config.verify,
+            basis: self.pairing.basis(),
+        }
+    }
+
+    pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
+        let harvested = self.guest.harvest(self.pairing.pending());
+        if harvested.is_err() {
+            self.pairing.pending().fill();
+        }
+        Ok(harvested?)
+    }
+
+    /// Hashes `batch` and sends the hashes.
+    pub(crate) fn send_hashes(
+        &mut self,
+        header: &Header,
+        deadlines: &Deadlines,
+        batch: &[PageNumber],
+        kind: Kind,
+    ) -> Result<(), SyncError> {
+        let hashes = self
+            .pool
+            .hash_pages(self.config.hash, self.guest.ram(), batch);
+        self.link
+            .send(header, kind, &[hashes.as_flattened()], deadlines.next())
+    }
+
+    /// The guest's memory is no longer anything that I5 allows.
+    pub(crate) fn lose_guest(&mut self) {
+        self.standing = Standing::Empty;
+        self.pairing.forget_peer();
+    }
+}
+
+struct Run<'a, G, C, O> {
+    ctx: &'a mut FollowerContext<G, C, O>,
+    header: Header,
+    deadlines: Deadlines,
+    report: SyncReport,
+    watch: Stopwatch,
+    stopped_at: Option<Instant>,
+}
+
+/// Takes part in the leader's syncvm `number`. To be called once this guest has consumed every input before
+/// the `SyncVm` entry and was idle, or waited long enough.
+///
+/// On success the guest is the leader's at the sync point, [`Observer::applied`] was called, and it runs if
+/// the observer allows. On an error other than [`SyncError::GuestLost`], [`SyncError::Diverged`] or one of
+/// resuming, guest memory is untouched and the guest runs as before.
+///
+/// # Errors
+/// See [`SyncError`].
+pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    number: u64,
+) -> Result<SyncReport, SyncError> {
+    ctx.link.reset_counts();
+    let header = Header {
+        group: ctx.config.group,
+        view: ctx.view,
+        number,
+        scope: Scope::Sync,
+        round: 0,
+    };
+    let mut run = Run {
+        header,
+        deadlines: ctx.config.deadlines(),
+        report: SyncReport {
+            number,
+            ..SyncReport::default()
+        },
+        watch: Stopwatch::start(),
+        stopped_at: None,
+        ctx,
+    };
+    // The staging area leaves the context while a transfer borrowed from it is applied to the rest of it.
+    let mut staging = std::mem::replace(&mut run.ctx.staging, Staging::new(0));
+    let outcome = run.before_ack(&mut staging);
+    let result = match outcome {
+        Ok((transfer, terms)) => run.after_ack(&transfer, &terms),
+        Err(error) => Err(run.fail(error)),
+    };
+    let report = result.map(|()| run.finish());
+    ctx.staging = staging;
+    report
+}
+
+impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
+    /// Everything that can be given up without a trace.
+    fn before_ack<'s>(
+        &mut self,
+        staging: &'s mut Staging,
+    ) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
+        self.stop_and_harvest()?;
+        let (leader, union) = self.exchange_sets()?;
+        self.send_hashes(&union)?;
+        let transfer = self.receive(staging, &union)?;
+        Ok((transfer, leader))
+    }
+
+    fn point(&mut self, phase: Phase) {
+        self.ctx.observer.crash_point(phase);
+    }
+
+    fn stop_and_harvest(&mut self) -> Result<(), SyncError> {
+        self.stopped_at = Some(Instant::now());
+        self.ctx.guest.stop()?;
+        self.report.phases.stop_us = self.watch.lap();
+        self.point(Phase::FollowerStopped);
+        self.ctx.harvest()?;
+        self.report.phases.harvest_us = self.watch.lap();
+        self.point(Phase::FollowerHarvested);
+        Ok(())
+    }
+
+    /// The leader's set first, then ours: the two sides never send at the same time.
+    fn exchange_sets(&mut self) -> Result<(Terms, DirtySet), SyncError> {
+        let terms = self.ctx.terms();
+        let (leader, mut union) =
+            self.ctx
+                .link
+                .recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        self.check_basis(&leader, &union)?;
+        // `open` would take a basis for itself when everything is dirty here; the leader's is what counts.
+        let basis = self.ctx.pairing.basis();
+        self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();
+        self.ctx.pairing.adopt(basis);
+        self.report.dirty_peer = union.count();
+        let ours = self.ctx.pairing.in_flight();
+        self.ctx
+            .link
+            .send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        union.union_with(ours);
+        self.report.union_pages = union.count();
+        self.report.phases.exchange_us = self.watch.lap();
+        self.point(Phase::FollowerExchanged);
+        Ok((leader, union))
+    }
+
+    /// A set that is not everything only means something relative to the state that this guest stands on.
+    fn check_basis(&self, leader: &Terms, set: &DirtySet) -> Result<(), SyncError> {
+        let ours: Option<Basis> = match self.ctx.standing {
+            Standing::Empty => None,
+            Standing::Whole | Standing::Joining => self.ctx.pairing.basis(),
+        };
+        if set.is_all() || (ours.is_some() && ours == leader.basis) {
+            return Ok(());
+        }
+        Err(SyncError::NotWhole {
+            ours,
+            theirs: leader.basis,
+        })
+    }
+
+    fn send_hashes(&mut self, union: &DirtySet) -> Result<(), SyncError> {
+        let pages: Vec<PageNumber> = union.iter().collect();
+        for batch in pages.chunks(BATCH_PAGES) {
+            self.ctx
+                .send_hashes(&self.header, &self.deadlines, batch, Kind::Hashes)?;
+        }
+        self.report.phases.compare_us = self.watch.lap();
+        self.point(Phase::FollowerHashed);
+        Ok(())
+    }
+
+    fn receive<'s>(
+        &mut self,
+        staging: &'s mut Staging,
+        union: &DirtySet,
+    ) -> Result<VerifiedTransfer<'s>, SyncError> {
+        staging.begin();
+        let mut first = true;
+        let end = loop {
+            let kind = self.ctx.link.recv(&self.header, &self.deadlines)?;
+            if first {
+                first = false;
+                self.point(Phase::FollowerReceiving);
+            }
+            let body = self.ctx.link.body();
+            match kind {
+                Kind::Pages => staging.page_chunk(body, union)?,
+                Kind::Device => staging.device_chunk(body, self.ctx.config.max_device_bytes)?,
+                Kind::End => break End::decode(body)?,
+                got => {
+                    return Err(SyncError::Unexpected {
+                        got,
+                        wanted: "a part of the transfer",
+                    });
+                }
+            }
+        };
+        let transfer = staging.verified(&end)?;
+        self.report.divergent_pages = transfer.pages();
+        self.report.zero_pages = transfer.zero_pages();
+        self.report.device_bytes = transfer.device_state().len();
+        self.report.full_transfer_bytes =
+            (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;
+        self.report.phases.transfer_us = self.watch.lap();
+        self.point(Phase::FollowerStaged);
+        Ok(transfer)
+    }
+
+    /// From here on there is no way back.
+    fn after_ack(
+        &mut self,
+        transfer: &VerifiedTransfer<'_>,
+        leader: &Terms,
+    ) -> Result<(), SyncError> {
+        let sent = self
+            .ctx
+            .link
+            .send(&self.header, Kind::Ack, &[], self.deadlines.next());
+        if let Err(error) = &sent {
+            // It may have arrived all the same, and then the leader has released this slot's frames.
+            tracing::warn!(%error, number = self.header.number, "acknowledgement uncertain; applying anyway");
+        }
+        self.report.phases.ack_us = self.watch.lap();
+        self.point(Phase::FollowerAcked);
+        self.apply(transfer, leader)?;
+        if leader.verify && sent.is_ok() {
+            self.report.verified = verify::follow(self.ctx, &self.header, &self.deadlines)?;
+            self.report.phases.verify_us = self.watch.lap();
+        }
+        self.ctx.observer.applied();
+        if self.ctx.observer.may_run() {
+            self.resume()?;
+            self.point(Phase::FollowerResumed);
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
+        let FollowerContext {
+            guest, observer, ..
+        } = &mut *self.ctx;
+        transfer.apply(guest.ram(), || {
+            observer.crash_point(Phase::FollowerAppliedHalf);
+        });
+        self.report.phases.apply_us = self.watch.lap();
+        self.point(Phase::FollowerApplied);
+        if let Err(error) = self.ctx.guest.load_device_state(transfer.device_state()) {
+            self.ctx.lose_guest();
+            return Err(SyncError::GuestLost(error));
+        }
+        self.ctx.pairing.commit();
+        self.ctx.pairing.adopt(leader.basis);
+        self.ctx.standing = Standing::Whole;
+        self.report.phases.load_us = self.watch.lap();
+        self.point(Phase::FollowerLoaded);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), SyncError> {
+        self.ctx.guest.resume()?;
+        if let Some(stopped_at) = self.stopped_at.take() {
+            self.report.guest_stop_us = stopped_at.elapsed().as_micros() as u64;
+        }
+        self.report.resumed = true;
+        self.report.phases.resume_us = self.watch.lap();
+        Ok(())
+    }
+
+    fn finish(self) -> SyncReport {
+        SyncReport {
+            bytes_sent: self.ctx.link.bytes_sent,
+            bytes_received: self.ctx.link.bytes_received,
+            total_us: self.watch.total(),
+            ..self.report
+        }
+    }
+
+    /// Given up before the acknowledgement: the guest goes on as it was, if it was anything.
+    fn fail(&mut self, error: SyncError) -> SyncError {
+        self.ctx.pairing.abort();
+        self.ctx.link.send_abort(&self.header, &error);
+        let runs = self.ctx.standing == Standing::Whole
+            && self.stopped_at.is_some()
+            && self.ctx.observer.may_run();
+        match if runs { self.resume() } else { Ok(()) } {
+            Err(SyncError::Guest(resume)) => SyncError::NotResumed {
+                cause: Box::new(error),
+                resume,
+            },
+            _ => error,
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! The leader's side of a syncvm.
+//!
+//! The device state is saved directly after the stop and **before** the harvest: whatever saving writes into
+//! guest memory is then in the dirty set, and RAM and device state are of one moment.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{
+    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase,
+    Stopwatch, SyncError, SyncReport, verify,
+};
+use crate::dirty::DirtySet;
+use crate::hash::{HASH_BYTES, HashPool, PageHashValue};
+use crate::page::{PAGE_BYTES, PageNumber};
+use crate::pairing::Pairing;
+use crate::transfer::{Header, Kind, Outgoing, Scope, Terms, WireError};
+
+/// What a leader keeps between exchanges with one follower.
+pub struct LeaderContext<G, C, O> {
+    /// The guest.
+    pub guest: G,
+    /// The owner's hooks.
+    pub observer: O,
+    /// How exchanges are done.
+    pub config: ExchangeConfig,
+    /// The present view.
+    pub view: u64,
+    pub(crate) pairing: Pairing,
+    pub(crate) pool: Arc<HashPool>,
+    pub(crate) link: Link<C>,
+    pub(crate) outgoing: Outgoing,
+    pub(crate) rejoins: u16,
+}
+
+impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
+    /// A leader towards a follower that `pairing` knows about; [`Pairing::fresh`] for any other.
+    ///
+    /// # Panics
+    /// When the pairing is for another RAM size.
+    #[must_use]
+    pub fn new(parts: Parts<G, C, O>, pairing: Pairing) -> Self {
+        assert_eq!(
+            pairing.pages(),
+            parts.guest.ram().pages(),
+            "a pairing of another guest"
+        );
+        Self {
+            guest: parts.guest,
+            observer: parts.observer,
+            config: parts.config,
+            view: parts.view,
+            pool: parts.pool,
+            link: Link::new(parts.channel),
+            pairing,
+            outgoing: Outgoing::default(),
+            rejoins: 0,
+        }
+    }
+
+    /// What is known about the follower.
+    #[must_use]
+    pub fn pairing(&self) -> &Pairing {
+        &self.pairing
+    }
+
+    /// For a caller that harvests between exchanges, or starts over with [`Pairing::forget_peer`].
+    pub fn pairing_mut(&mut self) -> &mut Pairing {
+        &mut self.pairing
+    }
+
+    /// Puts a new channel to the same follower in place of a broken one.
+    pub fn replace_channel(&mut self, channel: C) {
+        self.link.replace(channel);
+    }
+
+    /// Takes the context apart: guest, channel, observer, and the pairing for the next role.
+    #[must_use]
+    pub fn into_parts(self) -> (G, C, O, Pairing) {
+        (self.guest, self.link.channel, self.observer, self.pairing)
+    }
+
+    pub(crate) fn terms(&self) -> Terms {
+        Terms {
+            ram_pages: self.pairing.pages() as u64,
+            hash: self.config.hash.code(),
+            verify: self.config.verify,
+            basis: self.pairing.basis(),
+        }
+    }
+
+    /// Harvests into the pairing. A harvest that fails may have lost pages, so every page counts as dirty.
+    pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
+        let harvested = self.guest.harvest(self.pairing.pending());
+        if harvested.is_err() {
+            self.pairing.pending().fill();
+        }
+        Ok(harvested?)
+    }
+
+    /// Hashes `batch` here while the follower does the same, receives its hashes, and adds what differs.
+    pub(crate) fn compare_batch(
+        &mut self,
+        header: &Header,
+        deadlines: &Deadlines,
+        batch: &[PageNumber],
+        kind: Kind,
+        divergent: &mut Vec<PageNumber>,
+    ) -> Result<(), SyncError> {
+        let ours = self
+            .pool
+            .hash_pages(self.config.hash, self.guest.ram(), batch);
+        let theirs = self
+            .link
+            .expect(header, kind, "a batch of hashes", deadlines)?;
+        compare(batch, &ours, theirs, divergent)
+    }
+}
+
+fn compare(
+    batch: &[PageNumber],
+    ours: &[PageHashValue],
+    theirs: &[u8],
+    divergent: &mut Vec<PageNumber>,
+) -> Result<(), SyncError> {
+    if theirs.len() != ours.len() * HASH_BYTES {
+        return Err(WireError::Value {
+            field: "number of hash bytes",
+            value: theirs.len() as u64,
+        }
+        .into());
+    }
+    for ((&page, ours), theirs) in batch.iter().zip(ours).zip(theirs.chunks_exact(HASH_BYTES)) {
+        if ours != theirs {
+            divergent.push(page);
+        }
+    }
+    Ok(())
+}
+
+struct Run<'a, G, C, O> {
+    ctx: &'a mut LeaderContext<G, C, O>,
+    header: Header,
+    deadlines: Deadlines,
+    report: SyncReport,
+    watch: Stopwatch,
+    stopped_at: Option<Instant>,
+}
+
+/// Makes the follower's guest equal to this one: steps 1–7 of the design. Blocks until the follower
+/// acknowledged, or something failed.
+///
+/// `number` is the index of the committed `SyncVm` entry. On an error this guest runs again (unless the
+/// observer forbids it) and nothing is forgotten: the next call, with a new number, covers the same pages.
+///
+/// # Errors
+/// See [`SyncError`]; [`Observer::acknowledged`] was then not called, except for an error of resuming.
+pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+    number: u64,
+) -> Result<SyncReport, SyncError> {
+    ctx.link.reset_counts();
+    let header = Header {
+        group: ctx.config.group,
+        view: ctx.view,
+        number,
+        scope: Scope::Sync,
+        round: 0,
+    };
+    let mut run = Run {
+        header,
+        deadlines: ctx.config.deadlines(),
+        report: SyncReport {
+            number,
+            ..SyncReport::default()
+        },
+        watch: Stopwatch::start(),
+        stopped_at: None,
+        ctx,
+    };
+    match run.steps() {
+        Ok(()) => Ok(run.finish()),
+        Err(error) => Err(run.fail(error)),
+    }
+}
+
+impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
+    fn steps(&mut self) -> Result<(), SyncError> {
+        let device = self.stop_and_harvest()?;
+        let union = self.exchange_sets(device.len())?;
+        let divergent = self.compare(&union)?;
+        self.copy(&divergent, device);
+        let early = self.ctx.config.early_resume && !self.ctx.config.verify;
+        if early {
+            if !self.ctx.observer.may_run() {
+                return Err(SyncError::Deposed);
+            }
+            self.resume()?;
+            self.point(Phase::LeaderResumed);
+        }
+        self.send_transfer()?;
+        self.await_ack()?;
+        if self.ctx.config.verify {
+            verify::lead(self.ctx, &self.header, &self.deadlines)?;
+            self.report.verified = true;
+            self.report.phases.verify_us = self.watch.lap();
+        }
+        self.ctx.observer.acknowledged();
+        self.point(Phase::LeaderReleased);
+        if !early && self.ctx.observer.may_run() {
+            self.resume()?;
+        }
+        Ok(())
+    }
+
+    fn point(&mut self, phase: Phase) {
+        self.ctx.observer.crash_point(phase);
+    }
+
+    /// Step 1 and the first half of step 2. Returns the device state.
+    fn stop_and_harvest(&mut self) -> Result<Vec<u8>, SyncError> {
+        self.stopped_at = Some(Instant::now());
+        self.ctx.guest.stop()?;
+        self.report.phases.stop_us = self.watch.lap();
+        self.point(Phase::LeaderStopped);
+        let device = self.ctx.guest.save_device_state()?;
+        self.report.phases.save_us = self.watch.lap();
+        self.point(Phase::LeaderSaved);
+        self.ctx.harvest()?;
+        self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();
+        self.report.phases.harvest_us = self.watch.lap();
+        self.point(Phase::LeaderHarvested);
+        Ok(device)
+    }
+
+    /// The second half of step 2: the union.
+    fn exchange_sets(&mut self, device_bytes: usize) -> Result<DirtySet, SyncError> {
+        let terms = self.ctx.terms();
+        let link = &mut self.ctx.link;
+        let ours = self.ctx.pairing.in_flight();
+        link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        let (_, mut union) =
+            link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        self.report.dirty_peer = union.count();
+        union.union_with(ours);
+        self.report.union_pages = union.count();
+        self.report.device_bytes = device_bytes;
+        self.report.full_transfer_bytes =
+            (self.report.dirty_local * PAGE_BYTES + device_bytes) as u64;
+        self.report.phases.exchange_us = self.watch.lap();
+        self.point(Phase::LeaderExchanged);
+        Ok(union)
+    }
+
+    /// Steps 3 and 4: the divergent pages.
+    fn compare(&mut self, union: &DirtySet) -> Result<Vec<PageNumber>, SyncError> {
+        let pages: Vec<PageNumber> = union.iter().collect();
+        let mut divergent = Vec::new();
+        for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
+            self.ctx.compare_batch(
+                &self.header,
+                &self.deadlines,
+                batch,
+                Kind::Hashes,
+                &mut divergent,
+            )?;
+            if index == 0 {
+                self.point(Phase::LeaderHashed);
+            }
+        }
+        self.report.divergent_pages = divergent.len();
+        self.report.phases.compare_us = self.watch.lap();
+        self.point(Phase::LeaderCompared);
+        Ok(divergent)
+    }
+
+    /// Step 5, first half: from here on the guest is not needed any more.
+    fn copy(&mut self, divergent: &[PageNumber], device: Vec<u8>) {
+        self.ctx
+            .outgoing
+            .copy_pages(self.ctx.guest.ram(), divergent);
+        self.ctx.outgoing.set_device(device);
+        self.report.zero_pages = self.ctx.outgoing.zero_pages();
+        self.report.phases.copy_us = self.watch.lap();
+        self.point(Phase::LeaderCopied);
+    }
+
+    fn resume(&mut self) -> Result<(), SyncError> {
+        self.ctx.guest.resume()?;
+        if let Some(stopped_at) = self.stopped_at.take() {
+            self.report.guest_stop_us = stopped_at.elapsed().as_micros() as u64;
+        }
+        self.report.resumed = true;
+        self.report.phases.resume_us = self.watch.lap();
+        self.ctx.observer.resumed();
+        Ok(())
+    }
+
+    /// Step 5, second half.
+    fn send_transfer(&mut self) -> Result<(), SyncError> {
+        let LeaderContext {
+            outgoing,
+            link,
+            observer,
+            ..
+        } = &mut *self.ctx;
+        let half = self.report.divergent_pages / 2;
+        let mut half_sent = false;
+        outgoing.send_all(|pages, kind, parts| {
+            link.send(&self.header, kind, parts, self.deadlines.next())?;
+            if pages >= half && !half_sent {
+                half_sent = true;
+                observer.crash_point(Phase::LeaderSentHalf);
+            }
+            Ok::<(), SyncError>(())
+        })?;
+        self.report.phases.transfer_us = self.watch.lap();
+        self.point(Phase::LeaderSent);
+        Ok(())
+    }
+
+    /// Step 7. Only here is the dirty set forgotten.
+    fn await_ack(&mut self) -> Result<(), SyncError> {
+        self.ctx.link.expect(
+            &self.header,
+            Kind::Ack,
+            "the acknowledgement",
+            &self.deadlines,
+        )?;
+        self.ctx.pairing.commit();
+        self.report.phases.ack_us = self.watch.lap();
+        self.point(Phase::LeaderAcked);
+        Ok(())
+    }
+
+    fn finish(self) -> SyncReport {
+        SyncReport {
+            bytes_sent: self.ctx.link.bytes_sent,
+            bytes_received: self.ctx.link.bytes_received,
+            total_us: self.watch.total(),
+            ..self.report
+        }
+    }
+
+    fn fail(mut self, error: SyncError) -> SyncError {
+        self.ctx.pairing.abort();
+        if matches!(error, SyncError::Diverged { .. }) {
+            self.ctx.pairing.forget_peer();
+        }
+        // The guest first: its clients wait. The peer can wait for the courtesy.
+        let resumed = if self.stopped_at.is_some() && self.ctx.observer.may_run() {
+            self.resume()
+        } else {
+            Ok(())
+        };
+        self.ctx.link.send_abort(&self.header, &error);
+        match resumed {
+            Err(SyncError::Guest(resume)) => SyncError::NotResumed {
+                cause: Box::new(error),
+                resume,
+            },
+            _ => error,
+        }
+    }
+}

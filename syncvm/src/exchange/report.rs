@@ -1,0 +1,94 @@
+//! `SyncReport`: what one syncvm did and what each part of it took.
+
+use std::time::Instant;
+
+/// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PhaseTimes {
+    /// Stopping the guest.
+    pub stop_us: u64,
+    /// Saving the device state (leader).
+    pub save_us: u64,
+    /// Harvesting the dirty set.
+    pub harvest_us: u64,
+    /// Exchanging dirty sets; includes waiting for the peer's stop.
+    pub exchange_us: u64,
+    /// Hashing, exchanging hashes and comparing.
+    pub compare_us: u64,
+    /// Copying divergent pages to the staging area (leader).
+    pub copy_us: u64,
+    /// Resuming the guest.
+    pub resume_us: u64,
+    /// Sending (leader) or receiving and verifying (follower) the transfer.
+    pub transfer_us: u64,
+    /// From the last byte sent to the acknowledgement (leader), or sending it (follower).
+    pub ack_us: u64,
+    /// Writing pages into the guest (follower).
+    pub apply_us: u64,
+    /// Loading the device state (follower).
+    pub load_us: u64,
+    /// The check of invariant I4, if switched on.
+    pub verify_us: u64,
+}
+
+/// What one syncvm did, from the view of one side.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SyncReport {
+    /// Index of the `SyncVm` entry.
+    pub number: u64,
+    /// Pages dirty on this side, including those of failed attempts before.
+    pub dirty_local: usize,
+    /// Pages dirty on the other side.
+    pub dirty_peer: usize,
+    /// Pages dirty on either.
+    pub union_pages: usize,
+    /// Pages of the union that really differed.
+    pub divergent_pages: usize,
+    /// How many of those were zero on the leader.
+    pub zero_pages: usize,
+    /// Bytes of device state.
+    pub device_bytes: usize,
+    /// Bytes sent to the peer.
+    pub bytes_sent: u64,
+    /// Bytes received from it.
+    pub bytes_received: u64,
+    /// What sending all of the leader's dirty pages in full plus the device state would have cost.
+    pub full_transfer_bytes: u64,
+    /// Where the time went.
+    pub phases: PhaseTimes,
+    /// How long the guest stood still: from the call to stop to the return of resume. 0 if it still stands.
+    pub guest_stop_us: u64,
+    /// The whole exchange.
+    pub total_us: u64,
+    /// Invariant I4 was checked and holds.
+    pub verified: bool,
+    /// The guest runs.
+    pub resumed: bool,
+}
+
+/// Measures laps.
+#[derive(Debug)]
+pub(crate) struct Stopwatch {
+    start: Instant,
+    lap: Instant,
+}
+
+impl Stopwatch {
+    pub fn start() -> Self {
+        let start = Instant::now();
+        Self { start, lap: start }
+    }
+
+    /// µs since the last lap.
+    pub fn lap(&mut self) -> u64 {
+        let now = Instant::now();
+        let us = now.duration_since(self.lap).as_micros() as u64;
+        self.lap = now;
+        us
+    }
+
+    /// µs since the start.
+    pub fn total(&self) -> u64 {
+        self.start.elapsed().as_micros() as u64
+    }
+}

@@ -1,0 +1,412 @@
+//! Rejoin: a syncvm over all pages, in rounds while the leader's guest keeps running.
+//!
+//! Round 0 covers every page, each later round what was written since; both sides hash, and only what
+//! differs crosses the wire, so a replica that is mostly right costs little. The joiner's guest does not
+//! run and is worth nothing meanwhile, so it takes pages directly. When little is left, the caller proposes
+//! an ordinary `SyncVm`, whose dirty set is that rest: [`lead_syncvm`](crate::exchange::lead_syncvm) stops
+//! the guest and makes the joiner whole.
+//!
+//! The order within a round is what makes it correct: **harvest, then read**. A page written after it was
+//! read is in the next harvest; a page read while it is written is too.
+
+use std::time::{Duration, Instant};
+
+use crate::exchange::{
+    BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Link, Observer, Phase,
+    Standing, SyncError,
+};
+use crate::page::{PAGE_BYTES, PageNumber};
+use crate::ram::GuestRam;
+use crate::transfer::{Checksum, Header, Kind, PagesChunk, Scope, Terms, TransferError, WireError};
+
+/// When to stop doing rounds.
+#[derive(Clone, Copy, Debug)]
+pub struct RejoinPolicy {
+    /// At most this many rounds (round 0 included).
+    pub max_rounds: u32,
+    /// Few enough pages for the stop that follows.
+    pub target_pages: usize,
+    /// No new round begins after this time.
+    pub max_time: Duration,
+    /// The whole rejoin fails after this time.
+    pub give_up_after: Duration,
+    /// What happens when rounds or time are used up.
+    pub at_limit: AtLimit,
+}
+
+impl Default for RejoinPolicy {
+    fn default() -> Self {
+        Self {
+            max_rounds: 12,
+            target_pages: 2_000,
+            max_time: Duration::from_secs(30),
+            give_up_after: Duration::from_secs(300),
+            at_limit: AtLimit::StopAnyway,
+        }
+    }
+}
+
+/// What happens when the guest writes faster than rounds can carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtLimit {
+    /// Go on to the stop; it will be longer.
+    StopAnyway,
+    /// Fail the rejoin.
+    GiveUp,
+}
+
+/// Why the rounds ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoundsEnd {
+    /// Few enough pages are left.
+    SmallEnough,
+    /// A round left no fewer pages than the one before: more of them are pointless.
+    NotConverging,
+    /// `max_rounds` or `max_time` is used up.
+    Limit,
+}
+
+impl RejoinPolicy {
+    /// Whether to end after `rounds` rounds, with `left` pages to do and `before` pages done in the last one.
+    #[must_use]
+    pub fn decide(
+        &self,
+        rounds: u32,
+        elapsed: Duration,
+        left: usize,
+        before: usize,
+    ) -> Option<RoundsEnd> {
+        if rounds == 0 {
+            // A joiner is only worth a stop after it has been given every page once.
+            None
+        } else if left <= self.target_pages {
+            Some(RoundsEnd::SmallEnough)
+        } else if rounds >= self.max_rounds || elapsed >= self.max_time {
+            Some(RoundsEnd::Limit)
+        } else if rounds >= 3 && left >= before {
+            Some(RoundsEnd::NotConverging)
+        } else {
+            None
+        }
+    }
+}
+
+/// What the rounds did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RejoinReport {
+    /// Rounds done.
+    pub rounds: u32,
+    /// Pages compared in all rounds together.
+    pub compared_pages: u64,
+    /// Pages that differed and were sent.
+    pub sent_pages: u64,
+    /// Pages left for the syncvm that follows (leader only).
+    pub left_pages: usize,
+    /// Why the rounds ended (leader only).
+    pub end: Option<RoundsEnd>,
+    /// Bytes sent to the peer.
+    pub bytes_sent: u64,
+    /// Bytes received from it.
+    pub bytes_received: u64,
+    /// The duration in µs.
+    pub total_us: u64,
+}
+
+/// Leader: brings the follower close to this guest while it runs. `number` must be at least the number of
+/// every earlier exchange in this view (the last commit index is right) and below that of the `SyncVm` that
+/// follows.
+///
+/// # Errors
+/// See [`SyncError`]. The guest runs as before, and the follower needs another rejoin.
+pub fn lead_rejoin<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+    number: u64,
+    policy: &RejoinPolicy,
+) -> Result<RejoinReport, SyncError> {
+    ctx.link.reset_counts();
+    ctx.rejoins = ctx.rejoins.wrapping_add(1);
+    ctx.pairing.forget_peer();
+    let mut header = Header {
+        group: ctx.config.group,
+        view: ctx.view,
+        number,
+        scope: Scope::Rejoin,
+        round: u32::from(ctx.rejoins) << 16,
+    };
+    let result = rounds(ctx, &mut header, policy);
+    if let Err(error) = &result {
+        ctx.pairing.abort();
+        ctx.link.send_abort(&header, error);
+    }
+    result
+}
+
+fn rounds<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+    header: &mut Header,
+    policy: &RejoinPolicy,
+) -> Result<RejoinReport, SyncError> {
+    let start = Instant::now();
+    let deadlines = Deadlines {
+        end: start + policy.give_up_after,
+        silence: ctx.config.silence_timeout,
+    };
+    let mut report = RejoinReport::default();
+    let mut before = usize::MAX;
+    loop {
+        live_harvest(ctx)?;
+        let left = ctx.pairing.pending_count();
+        if let Some(end) = policy.decide(report.rounds, start.elapsed(), left, before) {
+            if end != RoundsEnd::SmallEnough && policy.at_limit == AtLimit::GiveUp {
+                return Err(SyncError::Mismatch {
+                    what: "the pace of the guest's writes and of the rejoin (pages left, pages allowed)",
+                    ours: left as u64,
+                    theirs: policy.target_pages as u64,
+                });
+            }
+            ctx.link
+                .send(header, Kind::RoundsDone, &[], deadlines.next())?;
+            report.left_pages = left;
+            report.end = Some(end);
+            break;
+        }
+        before = left;
+        lead_round(ctx, header, &deadlines, &mut report)?;
+        report.rounds += 1;
+        header.round += 1;
+        ctx.observer.crash_point(Phase::LeaderRound);
+    }
+    report.bytes_sent = ctx.link.bytes_sent;
+    report.bytes_received = ctx.link.bytes_received;
+    report.total_us = start.elapsed().as_micros() as u64;
+    Ok(report)
+}
+
+/// Harvests a running guest; with a tracker that cannot, the guest is stopped for the moment it takes.
+fn live_harvest<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+) -> Result<(), SyncError> {
+    if !ctx.guest.harvest_needs_stop() {
+        return ctx.harvest();
+    }
+    ctx.guest.stop()?;
+    let harvested = ctx.harvest();
+    if ctx.observer.may_run() {
+        ctx.guest.resume()?;
+    }
+    harvested
+}
+
+/// One round over what was harvested: set, then per batch hashes and divergent pages, then the acknowledgement.
+fn lead_round<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+    header: &Header,
+    deadlines: &Deadlines,
+    report: &mut RejoinReport,
+) -> Result<(), SyncError> {
+    let pages: Vec<PageNumber> = ctx.pairing.open(header.basis()).iter().collect();
+    let terms = ctx.terms();
+    let set = ctx.pairing.in_flight();
+    ctx.link
+        .send_set(header, Kind::RoundSet, &terms, set, deadlines)?;
+    for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
+        let mut divergent = Vec::new();
+        ctx.compare_batch(header, deadlines, batch, Kind::Hashes, &mut divergent)?;
+        ctx.outgoing.copy_pages(ctx.guest.ram(), &divergent);
+        let mut checksum = Checksum::default();
+        let link = &mut ctx.link;
+        ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| {
+            link.send(header, kind, parts, deadlines.next())
+        })?;
+        let value = checksum.value().to_le_bytes();
+        ctx.link
+            .send(header, Kind::BatchEnd, &[&value], deadlines.next())?;
+        report.sent_pages += divergent.len() as u64;
+        report.compared_pages += batch.len() as u64;
+        let done = index * BATCH_PAGES + batch.len();
+        ctx.observer
+            .progress(header.round & 0xffff, done, pages.len());
+    }
+    ctx.link
+        .expect(header, Kind::RoundAck, "the end of the round", deadlines)?;
+    ctx.pairing.commit();
+    Ok(())
+}
+
+/// Follower: takes part in the leader's next rejoin, until the leader says that a syncvm follows. From the
+/// first round on this guest is [`Standing::Joining`] and must neither run nor lead.
+///
+/// # Errors
+/// See [`SyncError`]. The guest then needs another rejoin, unless no round had begun.
+pub fn follow_rejoin<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    give_up_after: Duration,
+) -> Result<RejoinReport, SyncError> {
+    ctx.link.reset_counts();
+    let start = Instant::now();
+    let deadlines = Deadlines {
+        end: start + give_up_after,
+        silence: ctx.config.silence_timeout,
+    };
+    let mut header = first_round(ctx, &deadlines)?;
+    let mut report = RejoinReport::default();
+    let result = loop {
+        match follow_round(ctx, &header, &deadlines, &mut report) {
+            Ok(true) => {
+                report.rounds += 1;
+                header.round += 1;
+                ctx.observer.crash_point(Phase::FollowerRound);
+            }
+            Ok(false) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    if let Err(error) = result {
+        ctx.link.send_abort(&header, &error);
+        return Err(error);
+    }
+    report.bytes_sent = ctx.link.bytes_sent;
+    report.bytes_received = ctx.link.bytes_received;
+    report.total_us = start.elapsed().as_micros() as u64;
+    Ok(report)
+}
+
+/// Waits for the first message of a round 0 in this view, and keeps it.
+fn first_round<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    deadlines: &Deadlines,
+) -> Result<Header, SyncError> {
+    let deadline = deadlines.next();
+    loop {
+        let (kind, header) = ctx.link.recv_any(ctx.config.group, deadline)?;
+        if header.view > ctx.view {
+            ctx.link.put_back(kind);
+            return Err(SyncError::Superseded {
+                view: header.view,
+                number: header.number,
+            });
+        }
+        let round_0 = kind == Kind::RoundSet && header.round & 0xffff == 0;
+        if header.view == ctx.view && header.scope == Scope::Rejoin && round_0 {
+            ctx.link.put_back(kind);
+            return Ok(header);
+        }
+        if Instant::now() >= deadline {
+            return Err(crate::exchange::ChannelError::Timeout.into());
+        }
+    }
+}
+
+/// One round; `false` when the leader says that the rounds are done.
+fn follow_round<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    header: &Header,
+    deadlines: &Deadlines,
+    report: &mut RejoinReport,
+) -> Result<bool, SyncError> {
+    let kind = ctx.link.recv(header, deadlines)?;
+    if kind == Kind::RoundsDone {
+        return Ok(false);
+    }
+    ctx.link.put_back(kind);
+    let terms = ctx.terms();
+    let (leader, set) = ctx
+        .link
+        .recv_set(header, Kind::RoundSet, &terms, deadlines)?;
+    if header.round & 0xffff == 0 {
+        begin_joining(ctx, &leader, set.is_all())?;
+    }
+    let pages: Vec<PageNumber> = set.iter().collect();
+    for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
+        ctx.send_hashes(header, deadlines, batch, Kind::Hashes)?;
+        let ram = ctx.guest.ram().clone();
+        report.sent_pages += take_batch(&mut ctx.link, header, deadlines, &ram, batch)?;
+        report.compared_pages += batch.len() as u64;
+        let done = index * BATCH_PAGES + batch.len();
+        ctx.observer
+            .progress(header.round & 0xffff, done, pages.len());
+    }
+    ctx.link
+        .send(header, Kind::RoundAck, &[], deadlines.next())?;
+    Ok(true)
+}
+
+/// The guest stops being anything; what it wrote so far is covered by round 0.
+fn begin_joining<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    leader: &Terms,
+    covers_all: bool,
+) -> Result<(), SyncError> {
+    if !covers_all {
+        return Err(WireError::Value {
+            field: "first round (it does not cover every page)",
+            value: 0,
+        }
+        .into());
+    }
+    ctx.guest.stop()?;
+    ctx.lose_guest();
+    ctx.harvest()?;
+    ctx.pairing.restart(leader.basis);
+    ctx.standing = Standing::Joining;
+    Ok(())
+}
+
+/// Writes the divergent pages of one batch into the joiner's guest as they come.
+fn take_batch<C: Channel>(
+    link: &mut Link<C>,
+    header: &Header,
+    deadlines: &Deadlines,
+    ram: &GuestRam,
+    batch: &[PageNumber],
+) -> Result<u64, SyncError> {
+    let mut checksum = Checksum::default();
+    let mut written = 0;
+    loop {
+        let kind = link.recv(header, deadlines)?;
+        let body = link.body();
+        match kind {
+            Kind::Pages => {
+                checksum.add(Kind::Pages, &[body]);
+                written += write_chunk(body, ram, batch)?;
+            }
+            Kind::BatchEnd => {
+                let received = checksum.value();
+                if body == received.to_le_bytes() {
+                    return Ok(written);
+                }
+                let announced = crate::wire::Reader(body).u64("checksum")?;
+                return Err(TransferError::Checksum {
+                    announced,
+                    received,
+                }
+                .into());
+            }
+            got => {
+                return Err(SyncError::Unexpected {
+                    got,
+                    wanted: "pages of the round",
+                });
+            }
+        }
+    }
+}
+
+fn write_chunk(body: &[u8], ram: &GuestRam, batch: &[PageNumber]) -> Result<u64, SyncError> {
+    let chunk = PagesChunk::decode(body)?;
+    let mut written = 0;
+    for (page, bytes) in chunk.pages() {
+        if batch.binary_search(&page).is_err() {
+            return Err(TransferError::NotInUnion { page }.into());
+        }
+        match bytes {
+            Some(bytes) => {
+                debug_assert_eq!(bytes.len(), PAGE_BYTES);
+                ram.write_page(page, bytes);
+            }
+            None => ram.zero_page(page),
+        }
+        written += 1;
+    }
+    Ok(written)
+}

@@ -1,0 +1,218 @@
+use super::*;
+use crate::dirty::DirtySet;
+use crate::ram::GuestRam;
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+const PAGES: usize = 600;
+
+fn ram() -> GuestRam {
+    let fd = memfd_create("plover-transfer-test", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, (PAGES * PAGE_BYTES) as u64).unwrap();
+    GuestRam::new(fd, None).unwrap()
+}
+
+/// 550 pages, every third of them zero: several messages.
+fn sample() -> (Vec<(Kind, Vec<u8>)>, DirtySet, GuestRam) {
+    let ram = ram();
+    let mut set = DirtySet::new(PAGES);
+    let pages: Vec<PageNumber> = (20..570).map(PageNumber).collect();
+    for &page in &pages {
+        set.insert(page);
+        if page.0 % 3 != 0 {
+            ram.write_page(page, &[page.0 as u8 | 1; PAGE_BYTES]);
+        }
+    }
+    let mut outgoing = Outgoing::default();
+    outgoing.copy_pages(&ram, &pages);
+    outgoing.set_device(vec![9; 60_000]);
+    let mut messages = Vec::new();
+    outgoing
+        .send_all(|_, kind, parts| {
+            let body = parts.concat();
+            assert!(body.len() <= MAX_BODY_BYTES);
+            messages.push((kind, body));
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+    (messages, set, ram)
+}
+
+fn collect<'a>(
+    staging: &'a mut Staging,
+    messages: &[(Kind, Vec<u8>)],
+    union: &DirtySet,
+) -> Result<VerifiedTransfer<'a>, TransferError> {
+    staging.begin();
+    let mut end = None;
+    for (kind, body) in messages {
+        match kind {
+            Kind::Pages => staging.page_chunk(body, union)?,
+            Kind::Device => staging.device_chunk(body, 1 << 20)?,
+            Kind::End => end = Some(End::decode(body)?),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    staging.verified(&end.expect("an end"))
+}
+
+#[test]
+fn a_whole_transfer_arrives_as_it_was() {
+    let (messages, union, source) = sample();
+    assert!(messages.len() >= 4, "several page messages");
+    let target = ram();
+    for page in 0..PAGES as u32 {
+        target.write_page(PageNumber(page), &[0xee; PAGE_BYTES]);
+    }
+    let mut staging = Staging::new(PAGES);
+    for _reuse in 0..2 {
+        let transfer = collect(&mut staging, &messages, &union).unwrap();
+        assert_eq!(
+            (transfer.pages(), transfer.device_state().len()),
+            (550, 60_000)
+        );
+        let mut halves = 0;
+        transfer.apply(&target, || halves += 1);
+        assert_eq!(halves, 1);
+    }
+    let (mut a, mut b) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+    for page in (0..PAGES as u32).map(PageNumber) {
+        source.read_page(page, &mut a);
+        target.read_page(page, &mut b);
+        assert_eq!(a == b, union.contains(page), "{page}");
+    }
+}
+
+#[test]
+fn a_lost_doubled_or_reordered_message_is_refused() {
+    let (messages, union, _) = sample();
+    let mut staging = Staging::new(PAGES);
+    for index in 0..messages.len() - 1 {
+        let mut lost = messages.clone();
+        lost.remove(index);
+        assert!(
+            collect(&mut staging, &lost, &union).is_err(),
+            "lost {index}"
+        );
+        let mut doubled = messages.clone();
+        doubled.insert(index, messages[index].clone());
+        assert!(
+            collect(&mut staging, &doubled, &union).is_err(),
+            "doubled {index}"
+        );
+    }
+    let mut swapped = messages.clone();
+    swapped.swap(0, 1);
+    let refused = collect(&mut staging, &swapped, &union).unwrap_err();
+    assert!(
+        matches!(refused, TransferError::Checksum { .. }),
+        "{refused}"
+    );
+}
+
+#[test]
+fn pages_outside_the_union_are_refused() {
+    let (messages, mut union, _) = sample();
+    let mut smaller = DirtySet::new(PAGES);
+    union
+        .iter()
+        .filter(|page| page.0 != 300)
+        .for_each(|page| smaller.insert(page));
+    union = smaller;
+    let refused = collect(&mut Staging::new(PAGES), &messages, &union).unwrap_err();
+    let page = PageNumber(300);
+    assert_eq!(refused, TransferError::NotInUnion { page });
+    let beyond = [
+        1u32.to_le_bytes().as_slice(),
+        &u32::MAX.to_le_bytes(),
+        &[FLAG_ZERO],
+    ]
+    .concat();
+    let refused = Staging::new(PAGES).page_chunk(&beyond, &DirtySet::all(PAGES));
+    assert!(matches!(refused, Err(TransferError::NotInUnion { .. })));
+}
+
+#[test]
+fn headers_terms_and_aborts_come_back() {
+    let header = Header {
+        group: 1,
+        view: 2,
+        number: 3,
+        scope: Scope::Sync,
+        round: 4,
+    };
+    let mut message = header.encode().to_vec();
+    message.push(7);
+    assert_eq!(Header::decode(&message), Ok((header, &[7u8][..])));
+    for basis in [None, Some(header.basis())] {
+        let terms = Terms {
+            ram_pages: 5,
+            hash: 1,
+            verify: true,
+            basis,
+        };
+        let mut body = terms.encode();
+        assert_eq!(body.len(), Terms::BYTES);
+        let piece = Piece {
+            total_bytes: 1,
+            offset_bytes: 0,
+            bytes: &[8],
+        };
+        body.extend(piece.head());
+        body.push(8);
+        assert_eq!(Terms::decode(&body), Ok((terms, piece)));
+    }
+    let abort = Abort {
+        needs_rejoin: true,
+        reason: "because".into(),
+    };
+    assert_eq!(Abort::decode(&abort.encode()), Ok(abort));
+    for code in 0..40 {
+        assert!(Kind::from_code(code).is_none_or(|kind| kind as u16 == code));
+        assert_eq!(Kind::from_code(code).is_some(), (1..=14).contains(&code));
+    }
+}
+
+#[test]
+fn long_things_go_in_pieces_and_a_gap_is_noticed() {
+    let whole: Vec<u8> = (0..3_000_000u32).map(|i| i as u8).collect();
+    let pieces: Vec<Piece<'_>> = Piece::cut(&whole).collect();
+    assert_eq!(pieces.len(), 3);
+    let mut back = Vec::new();
+    let done: Vec<bool> = pieces
+        .iter()
+        .map(|p| p.append_to(&mut back, 1 << 22).unwrap())
+        .collect();
+    assert_eq!(done, [false, false, true]);
+    assert_eq!(back, whole);
+    assert!(
+        pieces[2].append_to(&mut Vec::new(), 1 << 22).is_err(),
+        "not the next"
+    );
+    assert!(
+        pieces[0].append_to(&mut Vec::new(), 1 << 20).is_err(),
+        "too long"
+    );
+    assert_eq!(Piece::cut(&[]).count(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+    #[test]
+    fn decoders_survive_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        let _ = (Header::decode(&bytes), Terms::decode(&bytes), End::decode(&bytes), Abort::decode(&bytes));
+        let _ = PagesChunk::decode(&bytes).map(|chunk| chunk.pages().count());
+        let mut staging = Staging::new(PAGES);
+        let _ = staging.page_chunk(&bytes, &DirtySet::all(PAGES));
+        let _ = staging.device_chunk(&bytes, 1000);
+    }
+
+    #[test]
+    fn any_flipped_bit_of_a_transfer_is_refused(at in any::<prop::sample::Index>(), which in any::<prop::sample::Index>(), bit in 0u8..8) {
+        let (mut messages, union, _) = sample();
+        let message = which.index(messages.len());
+        let byte = at.index(messages[message].1.len());
+        messages[message].1[byte] ^= 1 << bit;
+        prop_assert!(collect(&mut Staging::new(PAGES), &messages, &union).is_err());
+    }
+}
