@@ -80,6 +80,8 @@ pub struct Connection {
     get_percent: u8,
     batch: u32,
     sequence: u64,
+    /// Requests that may still be sent.
+    budget: u64,
     requests: VecDeque<Request>,
     output: Vec<u8>,
     sent: usize,
@@ -106,6 +108,11 @@ impl Connection {
             get_percent: p.get_percent,
             batch: p.batch,
             sequence: 0,
+            budget: if p.requests_per_connection == 0 {
+                u64::MAX
+            } else {
+                p.requests_per_connection
+            },
             requests: VecDeque::with_capacity(p.in_flight as usize),
             output: Vec::with_capacity(p.in_flight as usize * request_bytes),
             sent: 0,
@@ -173,6 +180,11 @@ impl Connection {
         self.requests.len()
     }
 
+    /// Whether every request that it may send was sent and answered (or lost).
+    pub fn finished(&self) -> bool {
+        self.budget == 0 && self.requests.is_empty()
+    }
+
     /// Whether a part of the output still waits for room in the socket.
     pub fn unsent(&self) -> bool {
         self.sent < self.output.len()
@@ -187,13 +199,15 @@ impl Connection {
             self.output.clear();
             self.sent = 0;
             let free = in_flight.saturating_sub(self.requests.len() as u32);
-            if free < self.batch.min(in_flight) || free == 0 {
+            if free < self.batch.min(in_flight) || free == 0 || self.budget == 0 {
                 return Ok(());
             }
+            let count = self.budget.min(free.into());
+            self.budget -= count;
             if self.requests.is_empty() {
                 self.waiting_since_us = now_us;
             }
-            for _ in 0..free {
+            for _ in 0..count {
                 self.push_request(now_us);
             }
         }

@@ -52,6 +52,8 @@ pub struct LoadParameters {
     pub run: u32,
     /// Ends the load by itself; 0 means at [`Command::Stop`].
     pub duration_ms: u64,
+    /// Each connection sends that many requests and the load ends when all are answered; 0 means no such limit.
+    pub requests_per_connection: u64,
     /// Longest wait for the first connections.
     pub connect_timeout_ms: u64,
     /// A connection that owes an answer for that long is given up.
@@ -83,6 +85,7 @@ impl Default for LoadParameters {
             seed: 1,
             run: 0,
             duration_ms: 0,
+            requests_per_connection: 0,
             connect_timeout_ms: 10_000,
             idle_limit_ms: 30_000,
             drain_ms: 10_000,

@@ -426,6 +426,9 @@ impl<'a> Load<'a> {
         if self.p.duration_ms != 0 && now_us >= self.p.duration_ms * 1000 {
             self.stop_us.get_or_insert(now_us);
         }
+        if self.connections.iter().all(Connection::finished) {
+            self.stop_us.get_or_insert(now_us);
+        }
         if now_us >= self.next_progress_us {
             self.next_progress_us = now_us + self.p.progress_ms * 1000;
             emit(Output::Progress(self.progress(now_us)));
