@@ -70,7 +70,8 @@ impl Replica {
             self.form_group(out);
         } else if self.leader_lives() {
             self.phase = Phase::Follower;
-            self.deadline_us = self.leader_heard_us + self.config.failure_timeout_us + retry_us;
+            // A little later than the timeout: the voters must have missed the same heartbeat.
+            self.deadline_us = self.leader_heard_us + self.config.failure_timeout_us + retry_us / 4;
         } else if self.may_campaign() {
             self.start_pre_vote(out);
         } else {

@@ -36,8 +36,8 @@ impl Temper {
             restart: pick(&[30, 100, 300]),
             partition: pick(&[0, 5, 20, 50]),
             heal: pick(&[20, 80, 300]),
-            handover: pick(&[0, 10, 30]),
-            guest_death: pick(&[0, 0, 5]),
+            handover: pick(&[0, 30, 120]),
+            guest_death: pick(&[0, 0, 5, 20]),
             wipe: pick(&[0, 0, 300]),
             proposals: pick(&[1, 3, 8]),
         }

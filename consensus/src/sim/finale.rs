@@ -1,7 +1,7 @@
 //! The end of a run: all faults cease, everybody is back. If any replica may lead, somebody must.
 
 use super::chaos::propose_input;
-use super::cluster::{Cluster, GENESIS_LEADER, REPLICAS, Weather};
+use super::cluster::{Cluster, GENESIS_LEADER, Node, REPLICAS, Weather};
 use crate::effects::Event;
 use crate::entry::Base;
 use crate::ids::{ReplicaId, Viewstamp};
@@ -41,12 +41,13 @@ fn is_named(id: ReplicaId, last: Viewstamp, roles: &Base) -> bool {
 }
 
 /// The operator sees that no guest is left and allows a cold start where the newest log in sight names one.
-pub(super) fn cold_start_if_lost(cluster: &mut Cluster) {
+/// Returns whether there is one.
+pub(super) fn cold_start_if_lost(cluster: &mut Cluster) -> bool {
     if cluster.nodes.iter().any(|node| node.guest.is_some()) {
-        return;
+        return false;
     }
     let Some((last, roles)) = best_log(cluster) else {
-        return;
+        return false;
     };
     let able = everybody().find(|id| {
         cluster
@@ -59,6 +60,7 @@ pub(super) fn cold_start_if_lost(cluster: &mut Cluster) {
         cluster.nodes[id.slot()].cold_start = true;
         cluster.step(id, Event::AllowColdStart);
     }
+    able.is_some()
 }
 
 /// Waits until `done`; false if it never is.
@@ -83,33 +85,34 @@ pub(super) fn play(cluster: &mut Cluster) -> Result<bool, String> {
         }
         cluster.announce_link(id, true);
     }
+    // An old leader that was cut off learns so first.
+    for _ in 0..ROUNDS / 4 {
+        cluster.run_until(cluster.now_us + ROUND_US);
+        cluster.drive_products();
+    }
     let mut cold_start = false;
     if !wait(cluster, |cluster| leader(cluster).is_some()) {
         let Some((last, roles)) = best_log(cluster) else {
             return Ok(false);
         };
-        let named: Vec<ReplicaId> = everybody()
-            .filter(|id| is_named(*id, last, &roles))
-            .collect();
-        if let Some(able) = named
-            .iter()
-            .find(|id| cluster.nodes[id.slot()].guest.is_some())
-        {
+        let able =
+            |node: &&Node| node.guest.is_some() && !node.wiped && is_named(node.id, last, &roles);
+        if let Some(able) = cluster.nodes.iter().find(able) {
             return Err(format!(
-                "liveness: {able} is named and has a guest, and nobody leads"
+                "liveness: {} is named and has a guest, and nobody leads",
+                able.id
             ));
         }
-        let Some(id) = named.into_iter().find(|id| !cluster.nodes[id.slot()].wiped) else {
+        for node in &mut cluster.nodes {
+            // A guest that the log does not name is of no use any more.
+            node.guest = None;
+        }
+        if !cold_start_if_lost(cluster) {
             return Ok(true); // The only replicas that may lead lost disk and guest: the service is gone (R13).
-        };
-        cluster.note(|| format!("the operator allows {id} a cold start"));
-        cluster.nodes[id.slot()].cold_start = true;
-        cluster.step(id, Event::AllowColdStart);
+        }
         cold_start = true;
         if !wait(cluster, |cluster| leader(cluster).is_some()) {
-            return Err(format!(
-                "liveness: {id} was allowed a cold start, and nobody leads"
-            ));
+            return Err("liveness: a cold start was allowed, and nobody leads".to_owned());
         }
     }
     let before = cluster.checker.committed();

@@ -57,7 +57,7 @@ impl Options {
     pub fn new(seed: u64) -> Options {
         Options {
             seed,
-            rounds: 250,
+            rounds: 600,
             trace: false,
             mutant: Mutant::None,
         }

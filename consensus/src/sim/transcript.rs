@@ -112,6 +112,8 @@ pub(super) fn describe(message: &Message) -> String {
 enum Command<'a> {
     /// `form`: start three blank replicas with a guest at the genesis leader.
     Form,
+    /// `setup`: the same, with r1 as secondary, and without a word.
+    Setup,
     /// `run 50`: let so many milliseconds pass.
     Run(u64),
     /// `propose r0 text`
@@ -140,6 +142,7 @@ impl<'a> Command<'a> {
         let words: Vec<&str> = text.split_whitespace().collect();
         Some(match *words.as_slice() {
             ["form"] => Command::Form,
+            ["setup"] => Command::Setup,
             ["run", ms] => Command::Run(ms.parse().ok()?),
             ["propose", id, text] => Command::Propose(replica(id)?, text),
             ["second", leader, second] => Command::Second(replica(leader)?, replica(second)?),
@@ -160,6 +163,18 @@ impl<'a> Command<'a> {
                 (0..REPLICAS).for_each(|id| cluster.start(ReplicaId(id)));
                 cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Index(0));
                 cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
+            }
+            Command::Setup => {
+                let steps = [
+                    Command::Form,
+                    Command::Run(20),
+                    Command::Second(ReplicaId(0), ReplicaId(1)),
+                    Command::Run(30),
+                ];
+                for step in steps {
+                    step.play(cluster);
+                }
+                cluster.trace = None;
             }
             Command::Run(ms) => cluster.run_until(cluster.now_us + ms * 1000),
             Command::Propose(id, text) => {
