@@ -14,6 +14,7 @@ mod janitor;
 pub mod netns;
 pub mod process;
 pub mod programs;
+pub mod report;
 pub mod testbed;
 mod tool;
 pub mod wait;
