@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::error::{Context, with_sources};
 use crate::host::{Host, SWITCH_BRIDGE, UPLINK};
-use crate::process::Process;
+use crate::process::{Process, start_time};
 use crate::wait::{Deadline, wait_until};
 use crate::{Result, RigError, tool};
 
@@ -185,10 +185,23 @@ impl Host {
     /// SIGKILL to every process on the host, in whatever way it was started; supervised ones start again
     /// unless that is suspended.
     pub fn kill_everything(&self) -> Result<()> {
-        let victims: Vec<(u32, u64)> = self.namespace().live()?;
-        for &(pid, _) in &victims {
-            self.kill_inside(pid)?;
-        }
+        let victims = self.namespace().live()?;
+        self.kill_and_wait(&victims)
+    }
+
+    /// SIGKILL to the processes whose name (`comm`, 15 bytes at most) begins with `name`: for QEMU when it was
+    /// not started by [`Host::start`]. Returns how many there were.
+    pub fn kill_program(&self, name: &str) -> Result<usize> {
+        let mut victims = self.namespace().live()?;
+        victims.retain(|(pid, _)| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.starts_with(name))
+        });
+        self.kill_and_wait(&victims)?;
+        Ok(victims.len())
+    }
+
+    fn kill_and_wait(&self, victims: &[(u32, u64)]) -> Result<()> {
+        self.signal_inside(victims, Signal::KILL)?;
         wait_until(Deadline::after_secs(10), "killed processes to end", || {
             let live = self.namespace().live().ok()?;
             victims
@@ -200,21 +213,13 @@ impl Host {
 
     /// Freezes every process on the host, as a hung hypervisor or a long pause would.
     pub fn freeze(&self) -> Result<Fault> {
-        let processes: Vec<Process> = self
-            .processes()
-            .into_iter()
-            .filter(Process::is_running)
-            .collect();
-        let all = |processes: &[Process], act: fn(&Process) -> Result<()>| {
-            processes
-                .iter()
-                .map(act)
-                .collect::<Result<Vec<()>>>()
-                .map(drop)
-        };
-        all(&processes, Process::freeze)?;
-        let what = format!("{}: frozen", self.name());
-        Ok(Fault::new(what, move || all(&processes, Process::thaw)))
+        let frozen = self.namespace().live()?;
+        let (host, thawed) = (self.clone(), frozen.clone());
+        let fault = Fault::new(format!("{}: frozen", self.name()), move || {
+            host.signal_inside(&thawed, Signal::CONT)
+        });
+        self.signal_inside(&frozen, Signal::STOP)?;
+        Ok(fault)
     }
 
     /// Gives the host a disk of its own, so that it can be filled: a tmpfs at `directory()/data`.
@@ -278,21 +283,28 @@ impl Host {
         }
     }
 
-    fn kill_inside(&self, pid: u32) -> Result<()> {
-        let Some(raw) = Pid::from_raw(pid.cast_signed()) else {
-            return Ok(());
-        };
-        let Ok(handle) = rustix::process::pidfd_open(raw, PidfdFlags::empty()) else {
-            return Ok(());
-        };
-        // The handle pins the process; the second look makes sure that it is the one we mean.
-        if pid == std::process::id() || !self.namespace().contains(pid) {
-            return Ok(());
+    /// Signals those of the processes (id, start time) that still live on this host.
+    fn signal_inside(&self, processes: &[(u32, u64)], signal: Signal) -> Result<()> {
+        for &(pid, started) in processes {
+            let Some(raw) = Pid::from_raw(pid.cast_signed()) else {
+                continue;
+            };
+            let Ok(handle) = rustix::process::pidfd_open(raw, PidfdFlags::empty()) else {
+                continue;
+            };
+            // The handle pins the process; the second look makes sure that it is the one we mean.
+            let is_meant = self.namespace().contains(pid) && start_time(pid) == Some(started);
+            if pid == std::process::id() || !is_meant {
+                continue;
+            }
+            match rustix::process::pidfd_send_signal(&handle, signal) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+                Err(error) => {
+                    return Err(error).context(|| format!("cannot signal {pid} on {}", self.name()));
+                }
+            }
         }
-        match rustix::process::pidfd_send_signal(&handle, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(error).context(|| format!("cannot kill {pid} on {}", self.name())),
-        }
+        Ok(())
     }
 }
 

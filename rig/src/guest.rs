@@ -144,7 +144,7 @@ impl Guest {
         let text = |path: &Path| path.display().to_string();
         Ok([
             "-accel",
-            "tcg,thread=single",
+            "tcg",
             "-cpu",
             CPU,
             "-smp",

@@ -1,16 +1,18 @@
 //! A host of the test bed: a network namespace with an address, a bridge for its guest, and processes.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crate::error::Context;
 use crate::fault::LinkCuts;
 use crate::netns::NetNs;
 use crate::process::{Process, Spawn};
+use crate::wait::{Deadline, wait_until};
 use crate::{Result, tool};
 
 /// The bridge that joins the uplink and the guest's TAP device.
@@ -165,6 +167,20 @@ impl Host {
         tool::run("ip", &[&line[..], arguments].concat(), "")
     }
 
+    /// Waits until something accepts TCP connections at the address, seen from this host.
+    ///
+    /// # Errors
+    /// When the deadline passes.
+    pub fn wait_for_port(&self, address: SocketAddr, deadline: Deadline) -> Result<()> {
+        self.namespace().run(|| {
+            wait_until(deadline, &format!("a listener at {address}"), || {
+                TcpStream::connect_timeout(&address, CONNECT_LIMIT)
+                    .ok()
+                    .map(drop)
+            })
+        })?
+    }
+
     /// Makes a TAP device (with vnet headers) on the bridge, for a guest with QEMU's own network backend.
     pub fn add_tap(&self) -> Result<String> {
         let tap = format!("tap{}", self.inner.taps.fetch_add(1, Ordering::Relaxed));
@@ -180,3 +196,5 @@ pub(crate) const SWITCH_BRIDGE: &str = "switch";
 /// No spanning tree, no learning delay, no multicast queries: a frame on the wire was sent by somebody under test.
 pub(crate) const QUIET_BRIDGE: &str = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0";
 pub(crate) const PREFIX_BITS: u8 = 24;
+/// One attempt to connect; a lost SYN would otherwise cost a second.
+const CONNECT_LIMIT: Duration = Duration::from_millis(500);

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::error::Context;
+use crate::error::{Context, with_sources};
 use crate::process::start_time;
 use crate::wait::{Deadline, wait_until};
 use crate::{Result, RigError};
@@ -168,11 +168,14 @@ pub(crate) fn sweep() -> Result<()> {
     };
     for id in left(Path::new(SOCKETS)) {
         eprintln!("rig: removing what test bed {id} left behind (its owner is dead)");
-        Janitor {
+        let janitor = Janitor {
             child: spawn(&id)?,
             id,
+        };
+        // Its own janitor may be at work at the same time; then one of the two finds things gone.
+        if let Err(error) = janitor.finish(Leave::Nothing) {
+            eprintln!("rig: {}", with_sources(&error));
         }
-        .finish(Leave::Nothing)?;
     }
     let mut runs = left(&runs());
     runs.retain(|id| !id.socket_dir().exists());

@@ -29,9 +29,10 @@ while pids=$(victims) && [ -n "$pids" ] && [ $round -lt 100 ]; do
     [ $round -gt 1 ] && sleep 0.02
 done
 
-# Deepest first, because mounts may lie inside one another.
+# Deepest first, because mounts may lie inside one another. Blanks stand in /proc/mounts as \040.
 while read -r _ point _; do
-    case $point in "$run_dir"/*) echo "$point" ;; esac
+    point=$(printf '%b' "$point")
+    case $point in "$run_dir"/*) printf '%s\n' "$point" ;; esac
 done </proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
 
 for namespace in $(namespaces); do ip netns del "$namespace"; done

@@ -396,6 +396,10 @@ fn every_guest_boots_and_answers() {
     for (service, question, answer) in questions {
         let guest = Guest::new(service);
         let qemu = guest.boot_plain(bed.host(0), &[]).unwrap();
+        let address = SocketAddr::from((guest.ip, service.port()));
+        bed.client()
+            .wait_for_port(address, Deadline::after_secs(5))
+            .unwrap();
         let said = ask(&bed, &guest, question);
         assert!(said.starts_with(answer), "{service:?} said «{said}»");
         if service == racey {
@@ -406,6 +410,7 @@ fn every_guest_boots_and_answers() {
             })
             .unwrap();
         }
-        qemu.finish().unwrap();
+        assert_eq!(bed.host(0).kill_program("qemu-system-x86").unwrap(), 1);
+        qemu.wait_exit(Deadline::after_secs(5)).unwrap();
     }
 }
