@@ -31,8 +31,11 @@ const STOP_CHECK: Duration = Duration::from_millis(20);
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// The reactor did not answer in time.
-    #[error("the packet loop did not answer within {} s: it is stuck or not running", ANSWER_DEADLINE.as_secs())]
-    Stuck,
+    #[error("the packet loop did not answer within {waited_ms} ms: it is stuck or not running")]
+    Stuck {
+        /// How long the session waited.
+        waited_ms: u128,
+    },
     /// The device was dropped, or the session was told to end.
     #[error("the device is being shut down")]
     Gone,
@@ -97,6 +100,7 @@ pub(crate) struct SessionEnd {
     requests: SyncSender<Request>,
     wake: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
+    deadline: Duration,
 }
 
 /// The reactor's end.
@@ -105,14 +109,15 @@ pub(crate) struct ReactorEnd {
     wake: Arc<OwnedFd>,
 }
 
-/// Makes both ends. `stop` ends every wait of the session when it becomes true.
-pub(crate) fn pair(stop: Arc<AtomicBool>) -> std::io::Result<(SessionEnd, ReactorEnd)> {
+/// Makes both ends. `stop` ends every wait of the session when it becomes true; no wait is longer than `deadline`.
+pub(crate) fn pair(stop: Arc<AtomicBool>, deadline: Duration) -> std::io::Result<(SessionEnd, ReactorEnd)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
     let session = SessionEnd {
         requests: sender,
         wake: Arc::clone(&wake),
         stop,
+        deadline,
     };
     Ok((
         session,
@@ -134,6 +139,12 @@ pub(crate) fn drain(fd: &OwnedFd) {
 }
 
 impl SessionEnd {
+    fn stuck(&self) -> LinkError {
+        LinkError::Stuck {
+            waited_ms: self.deadline.as_millis(),
+        }
+    }
+
     /// Has the reactor carry out a command, and waits until it has.
     pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
         let (sender, receiver) = sync_channel(1);
@@ -142,11 +153,11 @@ impl SessionEnd {
             answer: sender,
         }) {
             Ok(()) => {}
-            Err(TrySendError::Full(_)) => return Err(LinkError::Stuck),
+            Err(TrySendError::Full(_)) => return Err(self.stuck()),
             Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),
         }
         signal(&self.wake);
-        let deadline = Instant::now() + ANSWER_DEADLINE;
+        let deadline = Instant::now() + self.deadline;
         loop {
             match receiver.recv_timeout(STOP_CHECK) {
                 Ok(answer) => return Ok(answer),
@@ -155,7 +166,7 @@ impl SessionEnd {
                     return Err(LinkError::Gone);
                 }
                 Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
-                    return Err(LinkError::Stuck);
+                    return Err(self.stuck());
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }

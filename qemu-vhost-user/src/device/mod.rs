@@ -10,6 +10,8 @@ mod memory;
 mod net;
 mod ring;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use features::{Features, Offloads, capabilities_json};
 pub use link::LinkError;

@@ -251,7 +251,8 @@ impl NetDevice {
         self.pending.drain(..).for_each(sink);
     }
 
-    fn execute(&mut self, command: Command) -> Answer {
+    /// Carries out one command.
+    pub(super) fn execute(&mut self, command: Command) -> Answer {
         match command {
             Command::Connected => {
                 self.stop_all();

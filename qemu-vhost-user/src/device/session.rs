@@ -22,7 +22,7 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use super::handler::Handler;
-use super::link::{Command, LinkError, SessionEnd, pair, signal};
+use super::link::{ANSWER_DEADLINE, Command, LinkError, SessionEnd, pair, signal};
 use super::memory::BackendDirty;
 use super::net::NetDevice;
 
@@ -80,7 +80,7 @@ pub enum SessionError {
 pub fn open(name: &str, endpoint: Endpoint) -> Result<(NetDevice, Session), SessionError> {
     let source = Source::prepare(endpoint)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (session_end, reactor_end) = pair(Arc::clone(&stop))?;
+    let (session_end, reactor_end) = pair(Arc::clone(&stop), ANSWER_DEADLINE)?;
     let dirty = BackendDirty::default();
     let shared = Arc::new(Shared {
         stop,
@@ -422,7 +422,7 @@ impl Runner {
             match link.call(Command::Disconnected) {
                 Ok(_) => break,
                 Err(LinkError::Gone) => return false,
-                Err(error @ LinkError::Stuck) => {
+                Err(error @ LinkError::Stuck { .. }) => {
                     warn!(vm = self.name, %error, "rings may still be in use")
                 }
             }
@@ -435,7 +435,7 @@ impl Runner {
 fn ending_of(error: LinkError) -> Ending {
     match error {
         LinkError::Gone => Ending::DeviceGone,
-        LinkError::Stuck => Ending::Refused(error.to_string()),
+        LinkError::Stuck { .. } => Ending::Refused(error.to_string()),
     }
 }
 

@@ -226,6 +226,20 @@ impl Qmp {
         let mut line = request.to_string().into_bytes();
         line.push(b'\n');
         self.write_all(&line, command, started, deadline)?;
+        let answer = self.answer(id, command, started, deadline);
+        // Events that arrived in one piece with the answer: the socket will not become readable for them again.
+        self.keep_buffered_events()?;
+        answer
+    }
+
+    /// Waits for the answer to the command with this id.
+    fn answer(
+        &mut self,
+        id: u64,
+        command: &str,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
         loop {
             match self.next_message(command, started, deadline)? {
                 Message::Event(event) => self.events.push(event),
@@ -262,12 +276,17 @@ impl Qmp {
     /// A lost connection; events that arrived before it are kept.
     pub fn poll_events(&mut self) -> Result<(), QmpError> {
         let received = self.receive();
+        self.keep_buffered_events()?;
+        received.map(drop)
+    }
+
+    fn keep_buffered_events(&mut self) -> Result<(), QmpError> {
         while let Some(message) = self.buffered_message()? {
             if let Message::Event(event) = message {
                 self.events.push(event);
             }
         }
-        received.map(drop)
+        Ok(())
     }
 
     /// The events seen since the last call, oldest first; also those that came while commands were executed, for

@@ -1,0 +1,157 @@
+//! `node.toml`: what is true of this host, whatever VMs it protects.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{ConfigError, VmConfig, invalid, read_toml};
+
+/// How the threads on the packet path are scheduled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scheduling {
+    /// SCHED_RR at a low real-time priority: a busy vCPU cannot delay a heartbeat.
+    #[default]
+    Realtime,
+    /// The kernel's default class.
+    Normal,
+}
+
+/// This host.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// The node's name; unique, and the one that the VMs' `replicas` use.
+    pub name: String,
+    /// Where the other nodes reach this one.
+    pub listen: SocketAddr,
+    /// Folder of the VM files; relative to this file.
+    #[serde(default = "default_vms_dir")]
+    pub vms_dir: PathBuf,
+    /// Sockets and other short-lived files (a tmpfs).
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// The durable logs, one folder per VM. The one place whose loss matters.
+    #[serde(default = "default_data_dir")]
+    pub data_dir: PathBuf,
+    /// The library that `plover launch` preloads into QEMU; found beside the executable when absent.
+    #[serde(default)]
+    pub agent_library: Option<PathBuf>,
+    /// The QEMU that `plover launch` starts.
+    #[serde(default = "default_qemu")]
+    pub qemu: PathBuf,
+    /// Cores for the reactor threads, one group each in turn; empty: the kernel chooses.
+    #[serde(default)]
+    pub reactor_cores: Vec<usize>,
+    /// Threads that hash pages beside the one that coordinates; absent: one per core but two.
+    #[serde(default)]
+    pub hash_workers: Option<usize>,
+    /// Scheduling class of the packet path.
+    #[serde(default)]
+    pub scheduling: Scheduling,
+    /// Largest size of one VM's log on disk.
+    #[serde(default = "default_log_max_mib")]
+    pub log_max_mib: u64,
+    /// Lets the control socket arm crash points; for tests only.
+    #[serde(default)]
+    pub debug_hooks: bool,
+    /// The VM groups, by name; read from `vms_dir`.
+    #[serde(skip)]
+    pub vms: BTreeMap<String, VmConfig>,
+}
+
+fn default_vms_dir() -> PathBuf {
+    "vms".into()
+}
+fn default_run_dir() -> PathBuf {
+    "/run/plover".into()
+}
+fn default_data_dir() -> PathBuf {
+    "/var/lib/plover".into()
+}
+fn default_qemu() -> PathBuf {
+    "qemu-system-x86_64".into()
+}
+fn default_log_max_mib() -> u64 {
+    4096
+}
+
+impl NodeConfig {
+    /// Reads `path` and every `*.toml` in its `vms_dir`.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names file, line and field.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let mut node: NodeConfig = read_toml(path)?;
+        if node.name.is_empty() || node.name.len() > 64 {
+            return Err(invalid(path, "name", "must have 1 to 64 bytes"));
+        }
+        let base = path.parent().unwrap_or(Path::new("."));
+        let vms_dir = base.join(&node.vms_dir);
+        node.vms = load_vms(&vms_dir, &node.name)?;
+        node.check_shared_resources(path)?;
+        Ok(node)
+    }
+
+    /// Two VMs of one node must not claim the same TAP.
+    fn check_shared_resources(&self, path: &Path) -> Result<(), ConfigError> {
+        let mut taps = BTreeMap::new();
+        for vm in self.vms.values() {
+            if let Some(other) = taps.insert(vm.uplink.tap.clone(), &vm.name) {
+                return Err(invalid(
+                    path,
+                    "uplink.tap",
+                    format!(
+                        "VMs {other} and {} both name {:?}; give each VM a TAP of its own",
+                        vm.name, vm.uplink.tap
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the sockets of `vm` are.
+    pub fn vm_run_dir(&self, vm: &str) -> PathBuf {
+        self.run_dir.join(vm)
+    }
+
+    /// The socket on which the command line reaches the daemon.
+    pub fn control_socket(&self) -> PathBuf {
+        self.run_dir.join("control.sock")
+    }
+
+    /// Hash workers to start: the configured number, or all cores but the guest's and the reactor's.
+    pub fn hash_workers(&self) -> usize {
+        self.hash_workers.unwrap_or_else(|| {
+            std::thread::available_parallelism().map_or(1, usize::from).saturating_sub(2).clamp(1, 16)
+        })
+    }
+}
+
+/// Reads the VM files of a folder.
+fn load_vms(dir: &Path, node: &str) -> Result<BTreeMap<String, VmConfig>, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable { path: dir.to_owned(), source };
+    let mut vms = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let vm = VmConfig::load(&path)?;
+        if vm.replica_named(node).is_none() {
+            return Err(invalid(
+                &path,
+                "replicas",
+                format!("none has node = {node:?}, this node's name; name it there or remove the file from this node"),
+            ));
+        }
+        vms.insert(vm.name.clone(), vm);
+    }
+    if vms.is_empty() {
+        return Err(invalid(dir, "vms_dir", "holds no VM file; write NAME.toml there"));
+    }
+    Ok(vms)
+}

@@ -1,0 +1,101 @@
+//! What a user can get wrong in the files, and what we answer.
+
+use std::path::{Path, PathBuf};
+
+use super::{ConfigError, NodeConfig, VmConfig};
+
+const NODE: &str = "name = \"a\"\nlisten = \"127.0.0.1:7400\"\n";
+const VM: &str = r#"memory_mib = 256
+mac = "52:54:00:00:00:01"
+replicas = [
+    { node = "a", address = "127.0.0.1:7400" },
+    { node = "b", address = "127.0.0.2:7400" },
+    { node = "c", address = "127.0.0.3:7400" },
+]
+uplink = { tap = "plv0" }
+"#;
+
+struct Files(PathBuf);
+
+impl Files {
+    fn new(test: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("plover-config-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("vms")).unwrap();
+        Self(dir)
+    }
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn vm_error(test: &str, from: &str, to: &str) -> String {
+    let files = Files::new(test);
+    assert!(VM.contains(from), "the sample has {from}");
+    let path = files.write("redis.toml", &VM.replace(from, to));
+    VmConfig::load(&path).expect_err("must be refused").to_string()
+}
+
+#[test]
+fn a_minimal_pair_of_files_is_enough() {
+    let files = Files::new("minimal");
+    files.write("vms/redis.toml", VM);
+    let node = NodeConfig::load(&files.write("node.toml", NODE)).unwrap();
+    let vm = &node.vms["redis"];
+    assert_eq!(vm.mac_bytes().unwrap(), [0x52, 0x54, 0, 0, 0, 1]);
+    assert_eq!(vm.policy.failure_timeout_ms, 100);
+    assert_eq!(node.control_socket(), Path::new("/run/plover/control.sock"));
+}
+
+#[test]
+fn an_unknown_key_is_refused_with_its_line() {
+    let files = Files::new("unknown");
+    let path = files.write("node.toml", &format!("{NODE}lissten = 3\n"));
+    let text = NodeConfig::load(&path).unwrap_err().to_string();
+    assert!(text.contains("node.toml") && text.contains("lissten") && text.contains("line 3"), "{text}");
+    let text = vm_error("unknown-vm", "tap = \"plv0\"", "tap = \"plv0\", brigde = \"br0\"");
+    assert!(text.contains("brigde") && text.contains("line 8"), "{text}");
+}
+
+#[test]
+fn a_node_that_is_in_no_replica_list_is_refused() {
+    let files = Files::new("stranger");
+    files.write("vms/redis.toml", VM);
+    let path = files.write("node.toml", &NODE.replace("\"a\"", "\"z\""));
+    let text = NodeConfig::load(&path).unwrap_err().to_string();
+    assert!(text.contains("\"z\"") && text.contains("redis.toml"), "{text}");
+}
+
+#[test]
+fn two_replicas_with_one_name_or_address_are_refused() {
+    let text = vm_error("twice", "node = \"b\"", "node = \"a\"");
+    assert!(text.contains("twice"), "{text}");
+    let text = vm_error("address", "127.0.0.2", "127.0.0.1");
+    assert!(text.contains("two nodes"), "{text}");
+}
+
+#[test]
+fn values_out_of_range_name_the_field() {
+    for (test, from, to, field) in [
+        ("mac", "52:54:00:00:00:01", "53:54:00:00:00:01", "mac"),
+        ("mem", "memory_mib = 256", "memory_mib = 0", "memory_mib"),
+        ("tap", "\"plv0\"", "\"a-name-that-is-too-long\"", "uplink.tap"),
+        ("pol", "uplink =", "policy = { failure_timeout_ms = 1 }\nuplink =", "policy.failure_timeout_ms"),
+    ] {
+        let text = vm_error(test, from, to);
+        assert!(text.contains(field), "{text}");
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = NodeConfig::load(Path::new("/nonexistent/node.toml")).unwrap_err();
+    assert!(matches!(error, ConfigError::Unreadable { .. }) && error.to_string().contains("/nonexistent/node.toml"));
+}

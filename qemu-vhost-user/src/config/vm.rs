@@ -1,0 +1,256 @@
+//! `vms/NAME.toml`: one protected VM. The same file belongs on all three nodes.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{ConfigError, invalid, read_toml};
+
+/// What to do while only one replica has the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Degraded {
+    /// Serve without holding output: the group has used up its one failure.
+    #[default]
+    Serve,
+    /// Hold output until a secondary is back.
+    Hold,
+}
+
+/// Which page hash the replicas compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum HashKind {
+    /// 128-bit CityHash, the paper's choice (PLOVER §5.2).
+    #[default]
+    City128,
+    /// XXH3 with 128 bits.
+    #[serde(rename = "xxh3-128")]
+    Xxh3,
+}
+
+/// Which dirty tracker to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrackerChoice {
+    /// The best that the kernel offers.
+    #[default]
+    Auto,
+    /// userfaultfd write protection and PAGEMAP_SCAN.
+    Uffd,
+    /// Soft-dirty bits.
+    SoftDirty,
+    /// Every page is dirty every time.
+    Full,
+}
+
+/// Where the guest's memory lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryBackend {
+    /// memfd.
+    #[default]
+    Memfd,
+    /// memfd on hugepages.
+    Hugepages,
+}
+
+/// Who listens on the vhost-user socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum SocketSide {
+    /// QEMU listens, Plover connects (and reconnects).
+    #[default]
+    Qemu,
+    /// Plover listens, QEMU connects.
+    Plover,
+}
+
+/// One member of the group.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicaConfig {
+    /// The node's name, as in its `node.toml`.
+    pub node: String,
+    /// Where its daemon listens.
+    pub address: SocketAddr,
+}
+
+/// How the VM reaches the network.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Uplink {
+    /// Name of the TAP device; made if it does not exist.
+    pub tap: String,
+    /// Bridge to attach it to.
+    #[serde(default)]
+    pub bridge: Option<String>,
+}
+
+/// When slots end, what is held, how failures are noticed. Times carry their unit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// What to do while only one replica has the guest.
+    pub degraded: Degraded,
+    /// After every syncvm both sides hash all RAM and compare it and the device state (I4). Slow; for tests and doubts.
+    pub verify: bool,
+    /// The leader's guest runs again after the copy, not after the transfer.
+    pub early_resume: bool,
+    /// A peer that says nothing for this long counts as failed.
+    pub failure_timeout_ms: u64,
+    /// The guest counts as idle when its vCPUs stood still for this long (PLOVER §4.3).
+    pub idle_threshold_us: u64,
+    /// A slot ends at the latest when its oldest held frame is this old.
+    pub max_hold_ms: u64,
+    /// A slot ends at the latest after this time, if the guest consumed or produced anything.
+    pub max_slot_ms: u64,
+    /// Longest time that the secondary waits for its guest to become idle before a syncvm.
+    pub max_idle_wait_ms: u64,
+    /// Longest time for any one step of a syncvm; then it is retried, and then the secondary is given up.
+    pub sync_timeout_ms: u64,
+    /// Bytes of guest output that can be held.
+    pub guard_mib: usize,
+    /// Which page hash the replicas compare.
+    pub hash: HashKind,
+    /// Which dirty tracker to use.
+    pub tracker: TrackerChoice,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            degraded: Degraded::Serve,
+            verify: false,
+            early_resume: true,
+            failure_timeout_ms: 100,
+            idle_threshold_us: 100,
+            max_hold_ms: 50,
+            max_slot_ms: 200,
+            max_idle_wait_ms: 20,
+            sync_timeout_ms: 2000,
+            guard_mib: 32,
+            hash: HashKind::City128,
+            tracker: TrackerChoice::Auto,
+        }
+    }
+}
+
+/// One VM group.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The VM's name: the file's name without `.toml`.
+    #[serde(skip)]
+    pub name: String,
+    /// The file it was read from, for messages.
+    #[serde(skip)]
+    pub path: PathBuf,
+    /// Guest RAM.
+    pub memory_mib: u64,
+    /// The guest's MAC address, the same on all replicas.
+    pub mac: String,
+    /// The three members; the first boots the guest when the group is formed.
+    pub replicas: Vec<ReplicaConfig>,
+    /// How the VM reaches the network.
+    pub uplink: Uplink,
+    /// Where the guest's memory lives.
+    #[serde(default)]
+    pub memory_backend: MemoryBackend,
+    /// Who listens on the vhost-user socket.
+    #[serde(default)]
+    pub vhost_user_server: SocketSide,
+    /// The vhost-user socket; `run_dir/NAME/vhost.sock` when absent.
+    #[serde(default)]
+    pub vhost_user_socket: Option<PathBuf>,
+    /// QEMU's QMP socket; `run_dir/NAME/qmp.sock` when absent.
+    #[serde(default)]
+    pub qmp_socket: Option<PathBuf>,
+    /// The agent's socket; `run_dir/NAME/agent.sock` when absent.
+    #[serde(default)]
+    pub agent_socket: Option<PathBuf>,
+    /// When slots end, what is held, how failures are noticed.
+    #[serde(default)]
+    pub policy: Policy,
+}
+
+impl VmConfig {
+    /// Reads one VM file; the VM is named like the file.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names file, line and field.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let mut vm: VmConfig = read_toml(path)?;
+        vm.name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        vm.path = path.to_owned();
+        vm.check()?;
+        Ok(vm)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let bad = |field: &str, message: String| Err(invalid(&self.path, field, message));
+        if self.replicas.len() != 3 {
+            return bad("replicas", format!("names {} nodes; a group has exactly three", self.replicas.len()));
+        }
+        for (at, replica) in self.replicas.iter().enumerate() {
+            for other in &self.replicas[..at] {
+                if other.node == replica.node {
+                    return bad("replicas", format!("names node {:?} twice; each node has one replica", other.node));
+                }
+                if other.address == replica.address {
+                    return bad("replicas", format!("gives {} to two nodes; each has its own", other.address));
+                }
+            }
+        }
+        if !(1..=1 << 20).contains(&self.memory_mib) {
+            return bad("memory_mib", format!("is {}; allowed are 1 to {}", self.memory_mib, 1 << 20));
+        }
+        if self.uplink.tap.is_empty() || self.uplink.tap.len() > 15 {
+            return bad("uplink.tap", "must have 1 to 15 bytes, the kernel's limit for a device name".into());
+        }
+        self.mac_bytes()?;
+        self.check_policy()
+    }
+
+    fn check_policy(&self) -> Result<(), ConfigError> {
+        let ranges = [
+            ("policy.failure_timeout_ms", self.policy.failure_timeout_ms, 20, 60_000),
+            ("policy.idle_threshold_us", self.policy.idle_threshold_us, 20, 100_000),
+            ("policy.max_hold_ms", self.policy.max_hold_ms, 1, 60_000),
+            ("policy.max_slot_ms", self.policy.max_slot_ms, 1, 60_000),
+            ("policy.max_idle_wait_ms", self.policy.max_idle_wait_ms, 0, 60_000),
+            ("policy.sync_timeout_ms", self.policy.sync_timeout_ms, 50, 600_000),
+            ("policy.guard_mib", self.policy.guard_mib as u64, 1, 4096),
+        ];
+        for (field, value, least, most) in ranges {
+            if !(least..=most).contains(&value) {
+                return Err(invalid(&self.path, field, format!("is {value}; allowed are {least} to {most}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The MAC address as bytes.
+    ///
+    /// # Errors
+    /// When the text is not six hexadecimal bytes of a unicast address.
+    pub fn mac_bytes(&self) -> Result<[u8; 6], ConfigError> {
+        let mut mac = [0u8; 6];
+        let mut parts = self.mac.split(':');
+        let parsed = mac.iter_mut().all(|byte| {
+            parts.next().filter(|part| part.len() == 2).and_then(|part| u8::from_str_radix(part, 16).ok())
+                .map(|value| *byte = value).is_some()
+        });
+        if !parsed || parts.next().is_some() || mac[0] & 1 != 0 {
+            let message = format!("{:?} is no unicast MAC address; write it like 52:54:00:12:34:56", self.mac);
+            return Err(invalid(&self.path, "mac", message));
+        }
+        Ok(mac)
+    }
+
+    /// The position of a node in the group.
+    pub fn replica_named(&self, node: &str) -> Option<usize> {
+        self.replicas.iter().position(|replica| replica.node == node)
+    }
+}

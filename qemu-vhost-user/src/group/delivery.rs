@@ -1,0 +1,159 @@
+//! From committed entries to the guest's RX ring, in log order, each frame once.
+//!
+//! The queue blocks at a `SyncVm` that concerns this replica until the syncvm lets it go on: nothing behind it may reach
+//! the guest before (architecture.md, «edge cases»). A guest that offers no buffers gets a short while to catch up, and
+//! then frames are dropped as a NIC's would be, so that a guest that never reads cannot stop the group.
+
+use std::collections::VecDeque;
+
+use consensus::{Entry, Index, ReplicaId, View};
+use dataplane::batch;
+
+use super::ordering::Committed;
+use super::reactor::Reactor;
+use crate::device::Inject;
+
+/// How long a guest may offer no RX buffers before its frames are dropped.
+const RX_STALL_LIMIT_US: u64 = 50_000;
+/// How long a guest's rings may take to start after `cont` before its frames are dropped.
+const RING_START_LIMIT_US: u64 = 1_000_000;
+
+/// The queue and the place in it.
+#[derive(Debug, Default)]
+pub struct Delivery {
+    queue: VecDeque<Committed>,
+    backlog_bytes: usize,
+    /// Frames of the first entry that were delivered already.
+    frames_done: usize,
+    applied: Index,
+    stalled_since_us: Option<u64>,
+    retry_us: u64,
+    /// When the last frame reached the guest.
+    pub last_injected_us: u64,
+    /// Whether the guest got anything since its last syncvm.
+    pub consumed_since_sync: bool,
+    /// Frames dropped for want of buffers, of a driver, or for being malformed.
+    pub frames_dropped: u64,
+}
+
+/// What became of the first entry.
+enum Step {
+    Done,
+    Blocked,
+}
+
+impl Delivery {
+    /// Committed bytes that wait.
+    pub fn backlog_bytes(&self) -> usize {
+        self.backlog_bytes
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// The last entry that the guest has consumed.
+    pub fn applied(&self) -> Index {
+        self.applied
+    }
+
+    /// When a stalled delivery should be looked at again.
+    pub fn next_deadline_us(&self) -> u64 {
+        if self.stalled_since_us.is_some() { self.retry_us } else { u64::MAX }
+    }
+
+    /// Takes the `SyncVm` at the head off the queue: it is over. Harmless when something else is there.
+    pub fn pass_sync(&mut self, number: Index) {
+        if self.queue.front().is_some_and(|head| head.index == number) {
+            self.pop();
+        }
+    }
+
+    fn push(&mut self, committed: Committed) {
+        self.backlog_bytes += committed.entry.payload().len();
+        self.queue.push_back(committed);
+    }
+
+    fn pop(&mut self) {
+        if let Some(done) = self.queue.pop_front() {
+            self.backlog_bytes -= done.entry.payload().len();
+            self.applied = done.index;
+            self.frames_done = 0;
+            self.stalled_since_us = None;
+        }
+    }
+}
+
+impl Reactor<'_> {
+    /// Delivers as much as the guest takes.
+    pub(super) fn deliver(&mut self, now: u64) {
+        while let Some(committed) = self.ordering.committed.pop_front() {
+            self.delivery.push(committed);
+        }
+        while let Some(head) = self.delivery.queue.front() {
+            let (index, view) = (head.index, head.view);
+            let step = match head.entry {
+                Entry::Noop { leader } => {
+                    self.leader_changed(now, leader);
+                    Step::Done
+                }
+                Entry::Second { replica, .. } => {
+                    self.second_named(replica);
+                    Step::Done
+                }
+                Entry::Input(_) => self.deliver_input(now),
+                Entry::SyncVm { with } => self.reach_sync(now, index, view, with),
+            };
+            match step {
+                Step::Done => self.delivery.pop(),
+                Step::Blocked => return,
+            }
+        }
+    }
+
+    fn deliver_input(&mut self, now: u64) -> Step {
+        if !self.guest.consumes() {
+            return Step::Done;
+        }
+        let Some(Committed { entry: Entry::Input(payload), .. }) = self.delivery.queue.front() else {
+            return Step::Done;
+        };
+        let payload = payload.clone();
+        let Ok(frames) = batch::frames(&payload) else {
+            // Our own leader wrote it; a mistake of ours must not stop the group.
+            self.delivery.frames_dropped += 1;
+            return Step::Done;
+        };
+        for frame in frames.skip(self.delivery.frames_done) {
+            match self.device.inject(frame) {
+                Inject::Done => {
+                    self.delivery.stalled_since_us = None;
+                    self.delivery.last_injected_us = now;
+                    self.delivery.consumed_since_sync = true;
+                }
+                Inject::NoBuffers if !self.stalled_too_long(now, RX_STALL_LIMIT_US) => return Step::Blocked,
+                Inject::NotRunning if !self.stalled_too_long(now, RING_START_LIMIT_US) => return Step::Blocked,
+                Inject::NoBuffers | Inject::NotRunning => self.delivery.frames_dropped += 1,
+            }
+            self.delivery.frames_done += 1;
+        }
+        Step::Done
+    }
+
+    /// Notes a stall; true once it has lasted too long. A guest that never had a driver is not waited for.
+    fn stalled_too_long(&mut self, now: u64, limit_us: u64) -> bool {
+        if !self.guest.rings_expected(self.device.is_running()) {
+            return true;
+        }
+        let since = *self.delivery.stalled_since_us.get_or_insert(now);
+        self.delivery.retry_us = now + 1_000;
+        now.saturating_sub(since) >= limit_us
+    }
+
+    /// A `SyncVm` is at the head: it is ours to lead, ours to follow, or nothing to us.
+    fn reach_sync(&mut self, now: u64, index: Index, view: View, with: ReplicaId) -> Step {
+        let concerned = if with == self.me { self.reach_followed_sync(now, index, view) } else { self.reach_led_sync(index) };
+        if concerned { Step::Blocked } else { Step::Done }
+    }
+}

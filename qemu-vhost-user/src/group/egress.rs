@@ -1,0 +1,129 @@
+//! The way out: what the guest sends is held in the guard, or leaves at once while there is nobody to wait for.
+//!
+//! I3 lives here: a frame leaves only through [`Egress::release`], which wants the proof that its slot was acknowledged, or
+//! through [`Egress::set_direct`], which wants the proof that `Second(none)` is committed in this view. Both proofs are made
+//! by `lead.rs` alone.
+
+use dataplane::guard::{Guard, SlotMark};
+use dataplane::uplink::Uplink;
+use dataplane::uplink::tap::Tap;
+
+use crate::device::NetDevice;
+
+/// Frames taken from the guest in one turn of the reactor.
+const TX_BUDGET_FRAMES: usize = 256;
+
+/// Proof that frames may leave: made only when consensus says so.
+#[derive(Debug)]
+pub struct ReleaseProof(());
+
+impl ReleaseProof {
+    /// `leading` is what consensus answers now, `view` the view in which the reason to release arose.
+    pub fn new(leading: Option<consensus::View>, view: consensus::View) -> Option<Self> {
+        (leading == Some(view)).then_some(Self(()))
+    }
+}
+
+/// The guard, the rule, and the device that the frames leave by.
+pub struct Egress {
+    guard: Guard,
+    uplink: Tap,
+    direct: bool,
+    frames_out: u64,
+    frames_dropped: u64,
+}
+
+impl Egress {
+    /// Holds everything until told otherwise.
+    pub fn new(guard_bytes: usize, uplink: Tap) -> Self {
+        Self { guard: Guard::new(guard_bytes), uplink, direct: false, frames_out: 0, frames_dropped: 0 }
+    }
+
+    /// Takes what the guest has sent. Returns the number of frames taken.
+    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64) -> usize {
+        let (guard, uplink) = (&mut self.guard, &mut self.uplink);
+        let (mut out, mut dropped) = (0, 0);
+        let taken = if self.direct {
+            device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| {
+                send(uplink, frame, &mut out, &mut dropped);
+                true
+            })
+        } else {
+            device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| guard.push(now_us, frame).is_ok())
+        };
+        self.frames_out += out;
+        self.frames_dropped += dropped;
+        taken
+    }
+
+    /// Ends the present slot: what is held now belongs to it, what comes later does not.
+    pub fn seal(&mut self) -> SlotMark {
+        self.guard.seal()
+    }
+
+    /// Lets the frames of all slots through `mark` leave.
+    pub fn release(&mut self, mark: SlotMark, _proof: ReleaseProof) -> usize {
+        let (uplink, mut out, mut dropped) = (&mut self.uplink, 0, 0);
+        let released = self.guard.release(mark, |frame| send(uplink, frame, &mut out, &mut dropped));
+        self.frames_out += out;
+        self.frames_dropped += dropped;
+        released
+    }
+
+    /// From now on frames leave at once; what is held leaves first.
+    pub fn set_direct(&mut self, proof: ReleaseProof) {
+        if !self.direct {
+            let mark = self.guard.seal();
+            self.release(mark, proof);
+            self.direct = true;
+        }
+    }
+
+    /// From now on frames are held.
+    pub fn set_held(&mut self) {
+        self.direct = false;
+    }
+
+    /// Whether frames leave at once.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Forgets the frames of all slots through `mark`: another replica has sent them.
+    pub fn discard(&mut self, mark: SlotMark) {
+        self.guard.discard(mark);
+    }
+
+    /// Forgets everything: the guest that said it is no longer part of the group.
+    pub fn discard_all(&mut self) {
+        self.guard.discard_all();
+    }
+
+    /// Sends a frame of ours (an announcement), if there is room for it.
+    pub fn announce(&mut self, frame: &[u8], _proof: ReleaseProof) {
+        send(&mut self.uplink, frame, &mut self.frames_out, &mut self.frames_dropped);
+    }
+
+    /// The uplink, for receiving and settings.
+    pub fn uplink(&mut self) -> &mut Tap {
+        &mut self.uplink
+    }
+
+    /// The guard, for looking at.
+    pub fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    /// Frames that left, and frames that the uplink had no room for.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.frames_out, self.frames_dropped)
+    }
+}
+
+/// Sends one frame; a full queue drops it as a full NIC would, and TCP repairs that.
+fn send(uplink: &mut Tap, frame: &[u8], out: &mut u64, dropped: &mut u64) {
+    match uplink.send(frame) {
+        Ok(true) => *out += 1,
+        Ok(false) | Err(_) => *dropped += 1,
+    }
+}

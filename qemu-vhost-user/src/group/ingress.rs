@@ -1,0 +1,106 @@
+//! The way in: frames from the uplink become batches, batches become proposals.
+//!
+//! A batch is proposed as soon as the uplink is empty or the batch is full, and while few proposals are on their way;
+//! under load the next batch therefore grows while the last ones commit. Only a serving leader orders; everybody else
+//! throws away what the bridge floods to its TAP.
+
+use consensus::Entry;
+use dataplane::batch::BatchBuilder;
+use dataplane::frame::MAX_FRAME_BYTES;
+use dataplane::uplink::Uplink;
+
+use super::reactor::Reactor;
+
+/// Largest batch.
+const BATCH_BYTES: usize = 256 << 10;
+/// Proposals of inputs that may be on their way at once.
+const PROPOSALS_IN_FLIGHT: u64 = 4;
+/// Committed input that may wait for the guest; then the uplink's own queue fills and drops, as a NIC's does.
+const BACKLOG_BYTES: usize = 8 << 20;
+/// Frames that are thrown away in one turn.
+const DRAIN_BUDGET_FRAMES: usize = 256;
+
+/// The batch being built, and counters.
+pub struct Ingress {
+    batch: BatchBuilder,
+    scratch: Box<[u8]>,
+    watched: bool,
+    last_proposed: u64,
+    /// Frames that were ordered.
+    pub frames_in: u64,
+}
+
+impl Ingress {
+    /// Nothing taken yet.
+    pub fn new() -> Self {
+        Self {
+            batch: BatchBuilder::new(BATCH_BYTES),
+            scratch: vec![0; MAX_FRAME_BYTES].into_boxed_slice(),
+            watched: true,
+            last_proposed: 0,
+            frames_in: 0,
+        }
+    }
+
+    /// Notes whether the uplink should be watched; says whether that is a change.
+    pub fn set_watched(&mut self, watched: bool) -> bool {
+        std::mem::replace(&mut self.watched, watched) != watched
+    }
+
+    /// Whether inputs were proposed that are not committed yet.
+    pub fn in_flight(&self, commit_index: u64) -> bool {
+        self.last_proposed > commit_index
+    }
+}
+
+impl Reactor<'_> {
+    /// Whether there is room for more input on its way to the guest.
+    pub(super) fn may_take_inputs(&self) -> bool {
+        let replica = self.ordering.replica();
+        replica.last_index().0.saturating_sub(replica.commit_index().0) < PROPOSALS_IN_FLIGHT
+            && self.delivery.backlog_bytes() < BACKLOG_BYTES
+    }
+
+    /// Takes frames from the uplink: proposes them as a serving leader, throws them away otherwise.
+    /// Returns whether there may be more.
+    pub(super) fn take_inputs(&mut self, now: u64) -> bool {
+        if !self.is_serving() {
+            return self.drain_uplink();
+        }
+        if !self.may_take_inputs() {
+            return false;
+        }
+        let mut more = true;
+        while let Some(spare) = self.ingress.batch.spare(MAX_FRAME_BYTES) {
+            match self.egress.uplink().recv(spare) {
+                Ok(Some(len)) => {
+                    self.ingress.batch.commit(len).expect("a frame fits the space that was asked for it");
+                }
+                Ok(None) | Err(_) => {
+                    more = false;
+                    break;
+                }
+            }
+        }
+        if !self.ingress.batch.is_empty() {
+            let frames = self.ingress.batch.len() as u64;
+            let payload = self.ingress.batch.finish();
+            if let Some(index) = self.ordering.propose(now, Entry::Input(payload.into())) {
+                self.ingress.last_proposed = index.0;
+                self.ingress.frames_in += frames;
+            }
+            // Not proposed (the lead was just lost): the frames are dropped, and the clients' TCP sends them again.
+        }
+        more
+    }
+
+    fn drain_uplink(&mut self) -> bool {
+        for _ in 0..DRAIN_BUDGET_FRAMES {
+            match self.egress.uplink().recv(&mut self.ingress.scratch) {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return false,
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,468 @@
+//! What a leader is about, besides ordering inputs: who is secondary, when a slot ends, when frames leave.
+//!
+//! A new leader first commits `Second(none)`: whoever was secondary is now itself or gone. From then on it serves without
+//! the hold (or with it, if the operator says so) and brings a joiner in: rounds while the guest runs, one syncvm, and
+//! `Second(joiner)`. From the stop of that syncvm on frames are held again, because the joiner may lead from that state as
+//! soon as `Second(joiner)` is chosen.
+
+use std::sync::atomic::Ordering;
+
+use consensus::{Entry, Event, Index, ReplicaId, View};
+use dataplane::guard::SlotMark;
+use dataplane::uplink::announce;
+use syncvm::idle::Activity;
+use syncvm::slot::{SlotConfig, SlotPolicy, SlotSnapshot};
+
+use super::egress::ReleaseProof;
+use super::follow::IDLE_POLL_US;
+use super::reactor::Reactor;
+use super::requests::HandOver;
+use super::worker::{Command, Report};
+use crate::config::{Degraded, Policy};
+
+/// A secondary that fails this many syncvms in a row is given up.
+const SYNC_FAILURES_LIMIT: u32 = 3;
+/// A newly named secondary may take this long to say that its guest is whole.
+const INTACT_GRACE_US: u64 = 3_000_000;
+/// The guest's place is announced at once and again after these times: the first may meet a bridge that still forwards
+/// to the dead side.
+const ANNOUNCE_AFTER_US: [u64; 3] = [0, 50_000, 300_000];
+
+/// A syncvm that this leader has under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeadSync {
+    /// None.
+    Resting,
+    /// Proposed, not committed.
+    Proposed {
+        /// Its index.
+        number: Index,
+        /// With whom.
+        with: ReplicaId,
+    },
+    /// The worker is at it.
+    Running {
+        /// Its index.
+        number: Index,
+        /// With whom.
+        with: ReplicaId,
+        /// End of the slot, once the guest stands still.
+        mark: Option<SlotMark>,
+        /// Since when the slot after it lasts.
+        resumed_us: Option<u64>,
+    },
+}
+
+/// How far the joiner is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejoin {
+    /// Nobody is being brought in.
+    Resting,
+    /// Rounds, then its syncvm.
+    Rounds(ReplicaId),
+    /// Near enough; its syncvm is next or under way.
+    Final(ReplicaId),
+    /// Whole; `Second` is on its way.
+    Naming(ReplicaId),
+}
+
+/// A leader's mind.
+pub struct Lead {
+    /// The view it leads.
+    pub view: View,
+    none_index: Option<Index>,
+    /// The syncvm under way.
+    pub sync: LeadSync,
+    /// The joiner.
+    pub rejoin: Rejoin,
+    named_since_us: Option<u64>,
+    dropping: Option<Index>,
+    failures: u32,
+    announced: usize,
+    serving_since_us: Option<u64>,
+    slot_since_us: u64,
+    policy: SlotPolicy,
+    /// A planned hand-over.
+    pub hand_over: Option<HandOver>,
+    /// A syncvm was asked for.
+    pub forced_sync: bool,
+}
+
+impl Lead {
+    fn new(view: View, now_us: u64, policy: SlotPolicy) -> Self {
+        Self {
+            view,
+            none_index: None,
+            sync: LeadSync::Resting,
+            rejoin: Rejoin::Resting,
+            named_since_us: None,
+            dropping: None,
+            failures: 0,
+            announced: 0,
+            serving_since_us: None,
+            slot_since_us: now_us,
+            policy,
+            hand_over: None,
+            forced_sync: false,
+        }
+    }
+
+    /// When the next decision may be due.
+    pub fn next_deadline_us(&self, now_us: u64) -> u64 {
+        let announce = match (self.serving_since_us, ANNOUNCE_AFTER_US.get(self.announced)) {
+            (Some(since), Some(after)) => since + after,
+            _ => u64::MAX,
+        };
+        let idle = if self.sync == LeadSync::Resting && self.named_since_us.is_some() {
+            now_us + IDLE_POLL_US
+        } else {
+            u64::MAX
+        };
+        announce.min(idle)
+    }
+}
+
+impl Reactor<'_> {
+    /// Whether this replica leads, has the guest running or between two runs, and may order inputs.
+    pub(super) fn is_serving(&self) -> bool {
+        self.lead.as_ref().is_some_and(|lead| lead.serving_since_us.is_some())
+            && self.ordering.replica().leading().is_some()
+    }
+
+    pub(super) fn begin_lead(&mut self, now: u64, view: View) {
+        // An exchange with the old leader that was not acknowledged is void; one that was is applied first.
+        self.leave_exchange_of_another_view();
+        self.lead = Some(Lead::new(view, now, SlotPolicy::new(slot_config(&self.vm.policy))));
+        if !self.guest.running && self.guest.attached.as_ref().is_some_and(|attached| attached.fresh) {
+            self.worker.standing.may_run.store(true, Ordering::Release);
+            self.worker.send(Command::RunFresh);
+        }
+    }
+
+    /// Another view began. The guest is left as it is: if nobody else comes to lead, this replica may again.
+    pub(super) fn end_lead(&mut self) {
+        let Some(lead) = self.lead.take() else { return };
+        self.egress.set_held();
+        self.guest.unwatch_idle();
+        match lead.sync {
+            LeadSync::Running { number, .. } => {
+                self.worker.standing.cancel_exchange();
+                self.delivery.pass_sync(number);
+            }
+            LeadSync::Proposed { number, .. } => self.delivery.pass_sync(number),
+            LeadSync::Resting => {}
+        }
+        if matches!(lead.rejoin, Rejoin::Rounds(_)) {
+            self.worker.standing.cancel_exchange();
+        }
+        if let Some(hand_over) = lead.hand_over {
+            hand_over.done(&self.vm.name);
+        }
+    }
+
+    /// Everything that a leader decides, once per turn.
+    pub(super) fn plan_lead(&mut self, now: u64) {
+        let Some(view) = self.ordering.replica().leading() else { return };
+        if self.lead.as_ref().is_none_or(|lead| lead.view != view) {
+            return;
+        }
+        if !self.none_committed(now) || !self.guest.intact || !self.guest_ready() {
+            return;
+        }
+        self.announce(now, view);
+        self.drop_failed_secondary(now);
+        match self.ordering.replica().second() {
+            Some(second) => self.plan_slot(now, second),
+            None => self.plan_rejoin(now, view),
+        }
+    }
+
+    /// The guest runs, or stands still only because a syncvm of ours is at it.
+    fn guest_ready(&self) -> bool {
+        !self.follow.is_running()
+            && (self.guest.running || matches!(self.lead.as_ref().map(|lead| lead.sync), Some(LeadSync::Running { .. })))
+    }
+
+    /// `Second(none)` of this view: proposed once, and waited for.
+    fn none_committed(&mut self, now: u64) -> bool {
+        let lead = self.lead.as_ref().expect("planning needs a leader");
+        match lead.none_index {
+            Some(index) => self.ordering.replica().commit_index() >= index,
+            None => {
+                let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
+                if let Some(lead) = &mut self.lead {
+                    lead.none_index = proposed;
+                }
+                false
+            }
+        }
+    }
+
+    /// Tells the bridges where the guest is now.
+    fn announce(&mut self, now: u64, view: View) {
+        let lead = self.lead.as_mut().expect("planning needs a leader");
+        let since = *lead.serving_since_us.get_or_insert(now);
+        let Some(after) = ANNOUNCE_AFTER_US.get(lead.announced) else { return };
+        if now < since + after {
+            return;
+        }
+        lead.announced += 1;
+        let mac = self.vm.mac_bytes().expect("checked when the file was read");
+        if let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) {
+            self.egress.announce(&announce::rarp(mac), proof);
+        }
+    }
+
+    /// Commits `Second(none)` when the secondary is lost: silent, without a guest, or failing at every syncvm.
+    fn drop_failed_secondary(&mut self, now: u64) {
+        let Some(second) = self.ordering.replica().second() else {
+            return;
+        };
+        let timeout_us = self.vm.policy.failure_timeout_ms * 1000;
+        let lead = self.lead.as_ref().expect("planning needs a leader");
+        if lead.dropping.is_some() {
+            return;
+        }
+        let peer = self.peers.get(second);
+        let silent = self.ordering.replica().peer_silent_us(second, now) > 2 * timeout_us;
+        let away = !peer.connected && now.saturating_sub(peer.lost_us) > timeout_us;
+        let never_whole = lead.named_since_us.is_some_and(|since| now > since + INTACT_GRACE_US);
+        let guestless = !peer.report.intact && peer.connected && (peer.seen_intact || never_whole);
+        let failing = lead.failures >= SYNC_FAILURES_LIMIT;
+        if !(silent || away || guestless || failing) {
+            return;
+        }
+        self.note_error(format!(
+            "secondary {} is given up (silent {silent}, away {away}, without a whole guest {guestless}, failing {failing})",
+            self.peers.name(second)
+        ));
+        self.worker.standing.cancel_exchange();
+        self.peers.rest(second, now);
+        let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
+        let lead = self.lead.as_mut().expect("planning needs a leader");
+        lead.dropping = proposed;
+        lead.failures = 0;
+    }
+
+    /// A committed `Second` passed by.
+    pub(super) fn second_named(&mut self, second: Option<ReplicaId>) {
+        let now = dataplane::wait::now_us();
+        let Some(lead) = &mut self.lead else { return };
+        lead.dropping = None;
+        lead.failures = 0;
+        match second {
+            Some(peer) if lead.rejoin == Rejoin::Naming(peer) => {
+                lead.rejoin = Rejoin::Resting;
+                lead.named_since_us = Some(now);
+                lead.slot_since_us = now;
+                self.peers.get_mut(peer).seen_intact = self.peers.get(peer).report.intact;
+                tracing::info!(vm = %self.vm.name, secondary = %self.peers.name(peer), "protected");
+            }
+            _ => lead.named_since_us = None,
+        }
+    }
+
+    /// Nobody is secondary: serve, and bring somebody in.
+    fn plan_rejoin(&mut self, now: u64, view: View) {
+        let joining = matches!(
+            self.lead.as_ref().map(|lead| (lead.rejoin, lead.sync)),
+            Some((Rejoin::Naming(_), _) | (_, LeadSync::Running { .. }))
+        );
+        if !joining && self.vm.policy.degraded == Degraded::Serve && !self.egress.is_direct() {
+            if let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) {
+                self.egress.set_direct(proof);
+            }
+        }
+        let lead = self.lead.as_ref().expect("planning needs a leader");
+        match (lead.rejoin, lead.sync) {
+            (Rejoin::Resting, LeadSync::Resting) if lead.hand_over.is_none() => {
+                let Some(own) = &self.guest.attached else { return };
+                if let Some(peer) = self.peers.joiner(&own.fingerprint, now) {
+                    self.set_rejoin(Rejoin::Rounds(peer));
+                    let number = self.ordering.replica().commit_index();
+                    self.worker.send(Command::LeadRejoin { view, peer, number });
+                }
+            }
+            (Rejoin::Final(peer), LeadSync::Resting) => self.propose_sync(now, peer),
+            _ => {}
+        }
+    }
+
+    /// There is a secondary: end the slot when it is time.
+    fn plan_slot(&mut self, now: u64, second: ReplicaId) {
+        self.egress.set_held();
+        let commit = self.ordering.replica().commit_index().0;
+        let lead = self.lead.as_mut().expect("planning needs a leader");
+        if lead.sync != LeadSync::Resting {
+            return;
+        }
+        let guard = self.egress.guard();
+        let something = guard.frames() > 0 || self.delivery.consumed_since_sync;
+        if something {
+            self.guest.watch_idle();
+        }
+        let state = SlotSnapshot {
+            activity: if something { self.guest.activity(now, self.delivery.last_injected_us) } else { Activity::Unknown },
+            guard_bytes: guard.bytes(),
+            guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
+            oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
+            slot_age_us: if something { now.saturating_sub(lead.slot_since_us) } else { 0 },
+            consumed_inputs: u64::from(self.delivery.consumed_since_sync),
+            pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
+            last_sync_cost_us: self.totals.last_cost_us,
+        };
+        let forced = lead.forced_sync || lead.hand_over.is_some();
+        if forced || lead.policy.decide(&state).is_some() {
+            self.propose_sync(now, second);
+        }
+    }
+
+    fn propose_sync(&mut self, now: u64, with: ReplicaId) {
+        if let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) {
+            self.guest.unwatch_idle();
+            if let Some(lead) = &mut self.lead {
+                lead.sync = LeadSync::Proposed { number, with };
+                lead.forced_sync = false;
+            }
+        }
+    }
+
+    /// The head of the queue is a `SyncVm` with another replica. Returns whether it is ours and blocks the queue.
+    pub(super) fn reach_led_sync(&mut self, number: Index) -> bool {
+        let Some(lead) = &mut self.lead else { return false };
+        match lead.sync {
+            LeadSync::Proposed { number: present, with } if present == number => {
+                lead.sync = LeadSync::Running { number, with, mark: None, resumed_us: None };
+                let last = lead.hand_over.is_some();
+                let view = lead.view;
+                self.guest.stopped_for_hand_over = last;
+                self.worker.send(Command::Lead { number, view, peer: with, last });
+                true
+            }
+            LeadSync::Running { number: present, resumed_us, .. } => present == number && resumed_us.is_none(),
+            _ => false,
+        }
+    }
+
+    /// The worker stopped our guest for the syncvm that we lead.
+    pub(super) fn led_guest_stopped(&mut self, number: Index, slot_end: SlotMark) {
+        let Some(lead) = &mut self.lead else { return };
+        if let LeadSync::Running { number: present, mark, .. } = &mut lead.sync
+            && *present == number
+        {
+            *mark = Some(slot_end);
+            // From this state on a joiner may come to lead.
+            self.egress.set_held();
+            self.delivery.consumed_since_sync = false;
+        }
+    }
+
+    /// What the worker says while this replica leads.
+    pub(super) fn lead_report(&mut self, now: u64, report: Report) {
+        match report {
+            Report::Resumed { number } => self.led_guest_resumed(now, number),
+            Report::Acknowledged { number, view } => self.sync_acknowledged(now, number, view),
+            Report::Led(report) => self.totals.led(&report),
+            Report::LeadFailed { number, error, diverged } => self.sync_failed(now, number, error, diverged),
+            Report::RejoinReady { peer, summary } => {
+                tracing::info!(vm = %self.vm.name, peer = %self.peers.name(peer), summary, "joiner is near");
+                if self.rejoin_is(Rejoin::Rounds(peer)) {
+                    self.set_rejoin(Rejoin::Final(peer));
+                }
+            }
+            Report::RejoinFailed { peer, error } => {
+                self.peers.rest(peer, now);
+                self.note_error(format!("bringing in {}: {error}", self.peers.name(peer)));
+                if self.rejoin_is(Rejoin::Rounds(peer)) {
+                    self.set_rejoin(Rejoin::Resting);
+                }
+            }
+            _ => unreachable!("only a leader's reports come here"),
+        }
+    }
+
+    fn led_guest_resumed(&mut self, now: u64, number: Index) {
+        self.delivery.pass_sync(number);
+        let Some(lead) = &mut self.lead else { return };
+        lead.slot_since_us = now;
+        if let LeadSync::Running { number: present, resumed_us, .. } = &mut lead.sync
+            && *present == number
+        {
+            *resumed_us = Some(now);
+        }
+    }
+
+    /// The other side has it all: the slot's frames may leave.
+    fn sync_acknowledged(&mut self, now: u64, number: Index, view: View) {
+        let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) else { return };
+        let Some(lead) = &mut self.lead else { return };
+        let LeadSync::Running { number: present, with, mark: Some(mark), .. } = lead.sync else { return };
+        if present != number {
+            return;
+        }
+        lead.sync = LeadSync::Resting;
+        lead.failures = 0;
+        self.egress.release(mark, proof);
+        self.ordering.step(now, Event::Truncate(number));
+        if self.rejoin_is(Rejoin::Final(with)) {
+            self.set_rejoin(Rejoin::Naming(with));
+            self.ordering.propose(now, Entry::Second { replica: Some(with), base: number });
+        }
+        self.sync_request_done(now, with);
+    }
+
+    fn sync_failed(&mut self, now: u64, number: Index, error: String, diverged: bool) {
+        self.totals.failed += 1;
+        self.totals.diverged += u64::from(diverged);
+        self.note_error(format!("syncvm {}: {error}", number.0));
+        self.delivery.pass_sync(number);
+        let Some(lead) = &mut self.lead else { return };
+        let LeadSync::Running { with, .. } = lead.sync else { return };
+        self.guest.stopped_for_hand_over = false;
+        lead.sync = LeadSync::Resting;
+        lead.failures += 1;
+        if lead.rejoin == Rejoin::Final(with) {
+            lead.rejoin = Rejoin::Resting;
+            lead.failures = 0;
+            self.peers.rest(with, now);
+        }
+    }
+
+    /// A peer's connection broke: an exchange with it is over.
+    pub(super) fn exchange_partner_lost(&mut self, peer: ReplicaId) {
+        if self.exchange_partner() == Some(peer) {
+            self.leave_exchange_of_another_view();
+            if self.lead.is_some() {
+                self.worker.standing.cancel_exchange();
+            }
+        }
+    }
+
+    /// With whom bulk data is exchanged now.
+    pub(super) fn exchange_partner(&self) -> Option<ReplicaId> {
+        let Some(lead) = &self.lead else { return self.ordering.replica().leader() };
+        match (lead.sync, lead.rejoin) {
+            (LeadSync::Proposed { with, .. } | LeadSync::Running { with, .. }, _) => Some(with),
+            (_, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer)) => Some(peer),
+            _ => None,
+        }
+    }
+
+    fn rejoin_is(&self, rejoin: Rejoin) -> bool {
+        self.lead.as_ref().is_some_and(|lead| lead.rejoin == rejoin)
+    }
+
+    fn set_rejoin(&mut self, rejoin: Rejoin) {
+        if let Some(lead) = &mut self.lead {
+            lead.rejoin = rejoin;
+        }
+    }
+}
+
+fn slot_config(policy: &Policy) -> SlotConfig {
+    SlotConfig {
+        max_hold_us: policy.max_hold_ms * 1000,
+        max_slot_us: policy.max_slot_ms * 1000,
+        ..SlotConfig::default()
+    }
+}

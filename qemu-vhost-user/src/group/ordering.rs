@@ -1,0 +1,201 @@
+//! Consensus, its durable log and its messages, joined: the part of the reactor that turns [`Effects`] into I/O.
+//!
+//! Nothing here decides anything; [`Replica`] does. The order is that of [`Effects`]: persist, send, apply, notices.
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use consensus::{Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View};
+use dataplane::fabric::{Fabric, PeerId, TcpFabric};
+use storage_log::{FileLog, LogStore, Options, Record};
+
+use super::GroupError;
+use super::messages::KIND_CONSENSUS;
+
+/// One committed entry on its way to the guest.
+#[derive(Debug, Clone)]
+pub struct Committed {
+    /// Its position.
+    pub index: Index,
+    /// The view that proposed it.
+    pub view: View,
+    /// What it says.
+    pub entry: Entry,
+}
+
+/// The replica of consensus with the log and the fabric it works through.
+pub struct Ordering {
+    replica: Replica,
+    effects: Effects,
+    log: FileLog,
+    fabric: TcpFabric,
+    persisted: PersistId,
+    buffer: Vec<u8>,
+    /// Committed entries that the reactor has not taken yet.
+    pub committed: VecDeque<Committed>,
+    /// Notices that the reactor has not taken yet.
+    pub notices: VecDeque<Notice>,
+    log_failed: bool,
+    served_alone: bool,
+}
+
+impl Ordering {
+    /// Opens the log in `dir` and starts a replica from what it holds.
+    ///
+    /// # Errors
+    /// When the log cannot be opened or does not hold what we wrote.
+    pub fn open(dir: &Path, options: Options, config: Config, fabric: TcpFabric, now_us: u64) -> Result<Self, GroupError> {
+        let (log, stored) = FileLog::open(dir, options)?;
+        if stored.torn_bytes > 0 {
+            tracing::warn!(dir = %dir.display(), bytes = stored.torn_bytes, "cut an unfinished write off the log's end");
+        }
+        let corrupt = |error: consensus::WireError| GroupError::ForeignLog { dir: dir.to_owned(), reason: error.to_string() };
+        let state = stored.state.as_deref().map(HardState::decode).transpose().map_err(corrupt)?;
+        let entries: Result<Vec<_>, _> = stored
+            .entries
+            .iter()
+            .map(|stored| Entry::decode(&stored.bytes).map(|entry| (Index(stored.index), View(stored.view), entry)))
+            .collect();
+        let recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
+        let served_alone = served_alone(&recovered, config.me);
+        let replica = Replica::new(config, recovered, now_us);
+        Ok(Self {
+            replica,
+            effects: Effects::default(),
+            log,
+            fabric,
+            persisted: PersistId(0),
+            buffer: Vec::with_capacity(1 << 20),
+            committed: VecDeque::new(),
+            notices: VecDeque::new(),
+            log_failed: false,
+            served_alone,
+        })
+    }
+
+    /// What consensus knows.
+    pub fn replica(&self) -> &Replica {
+        &self.replica
+    }
+
+    /// The connections, for registering and looking at.
+    pub fn fabric(&mut self) -> &mut TcpFabric {
+        &mut self.fabric
+    }
+
+    /// Becomes readable when the log's durable position has moved.
+    pub fn log(&self) -> &FileLog {
+        &self.log
+    }
+
+    /// Hands an event to consensus and carries out what follows.
+    pub fn step(&mut self, now_us: u64, event: Event) {
+        self.replica.step(now_us, event, &mut self.effects);
+        self.carry_out(now_us);
+    }
+
+    /// Proposes an entry; `None` when this replica may not now.
+    pub fn propose(&mut self, now_us: u64, entry: Entry) -> Option<Index> {
+        let proposed = self.replica.propose(now_us, entry, &mut self.effects).ok();
+        self.carry_out(now_us);
+        proposed
+    }
+
+    /// A consensus message, without its kind byte.
+    pub fn receive(&mut self, now_us: u64, from: ReplicaId, bytes: &[u8]) {
+        match Message::decode(bytes) {
+            Ok(message) => self.step(now_us, Event::Message { from, message }),
+            Err(error) => {
+                tracing::warn!(from = from.0, %error, "a peer's message is not understood; its connection is closed");
+                self.fabric.disconnect(PeerId(from.0));
+            }
+        }
+    }
+
+    /// Looks at the log: tells consensus what became durable, or that nothing will any more.
+    pub fn poll_log(&mut self, now_us: u64) {
+        let durable = self.log.durable().0;
+        if durable > self.persisted.0 {
+            self.persisted = PersistId(durable);
+            self.step(now_us, Event::Persisted { through: PersistId(durable) });
+        }
+        if !self.log_failed && self.log.failed().is_some() {
+            self.fail_log(now_us);
+        }
+    }
+
+    /// Why the log failed, if it did: the group must then be torn down and started again.
+    pub fn log_failure(&self) -> Option<GroupError> {
+        self.log.failed().map(GroupError::from)
+    }
+
+    /// Whether the log says at start that this replica led and nobody was secondary: then a guest that still runs is
+    /// the group's, and only this daemon was away. True at most once per process.
+    pub fn take_served_alone(&mut self) -> bool {
+        std::mem::take(&mut self.served_alone)
+    }
+
+    /// When the fabric wants to be polled next.
+    pub fn fabric_deadline_us(&self) -> u64 {
+        self.fabric.next_deadline_us()
+    }
+
+    /// Sends a message that is not consensus's.
+    pub fn send_plain(&mut self, to: ReplicaId, bytes: &[u8]) {
+        // A peer that is away or slow hears the next report.
+        let _ = self.fabric.send(PeerId(to.0), &[bytes]);
+    }
+
+    fn fail_log(&mut self, now_us: u64) {
+        self.log_failed = true;
+        self.step(now_us, Event::StorageFailed);
+    }
+
+    fn carry_out(&mut self, now_us: u64) {
+        let mut refused = false;
+        for persist in self.effects.persist.drain(..) {
+            let appended = match &persist {
+                Persist::State(state) => {
+                    self.buffer.clear();
+                    state.encode(&mut self.buffer);
+                    let appended = self.log.append(Record::State(&self.buffer));
+                    self.log.truncate_prefix(state.base.index.0);
+                    appended
+                }
+                Persist::Append { index, view, entry } => {
+                    self.buffer.clear();
+                    entry.encode_header(&mut self.buffer);
+                    self.log.append(Record::Entry { index: index.0, view: view.0, parts: [&self.buffer, entry.payload()] })
+                }
+            };
+            refused |= appended.is_err();
+        }
+        self.log.flush();
+        for (to, message) in self.effects.messages.drain(..) {
+            self.buffer.clear();
+            self.buffer.push(KIND_CONSENSUS);
+            message.encode(&mut self.buffer);
+            // Lost when the peer is away: consensus sends again.
+            let _ = self.fabric.send(PeerId(to.0), &[&self.buffer]);
+        }
+        let committed = self.effects.committed.drain(..);
+        self.committed.extend(committed.map(|(index, view, entry)| Committed { index, view, entry }));
+        self.notices.extend(self.effects.notices.drain(..));
+        if refused && !self.log_failed {
+            self.fail_log(now_us);
+        }
+    }
+}
+
+/// Whether the last `Noop` of a stored log names `me` and its last `Second` nobody.
+fn served_alone(recovered: &Recovered, me: ReplicaId) -> bool {
+    let (mut leader, mut second) = (recovered.base.leader, recovered.base.second);
+    for (_, _, entry) in &recovered.entries {
+        match entry {
+            Entry::Noop { leader: named } => leader = Some(*named),
+            Entry::Second { replica, .. } => second = *replica,
+            Entry::Input(_) | Entry::SyncVm { .. } => {}
+        }
+    }
+    leader == Some(me) && second.is_none()
+}

@@ -1,0 +1,311 @@
+//! The reactor: one thread per group that runs to completion.
+//!
+//! A turn polls everything once in the order of the packet's way (uplink, propose, fabric, consensus, log, deliver, collect,
+//! guard, send) and then decides (roles, slots, requests). It blocks in one place only, the poller, until the next event or
+//! the next deadline. The state has one owner per part: [`Ordering`] the log, [`Delivery`] what the guest has consumed,
+//! [`Egress`] what is held, [`Lead`] what a leader is about, [`Follow`] what a secondary is about.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::sync::mpsc::Receiver;
+
+use consensus::{Event, Notice, ReplicaId};
+use dataplane::counters::LoopCounter;
+use dataplane::fabric::Fabric;
+use dataplane::uplink::{OffloadFlags, Uplink};
+use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
+
+use super::GroupError;
+use super::delivery::Delivery;
+use super::egress::Egress;
+use super::follow::Follow;
+use super::guest::LocalGuest;
+use super::ingress::Ingress;
+use super::lead::Lead;
+use super::messages::{GuestReport, KIND_CONSENSUS, KIND_REPORT};
+use super::ordering::Ordering;
+use super::peers::{PeerEvent, Peers};
+use super::requests::SyncWaiters;
+use super::totals::Totals;
+use super::worker::{Report, Worker};
+use crate::config::{NodeConfig, VmConfig};
+use crate::control::GroupRequest;
+use crate::device::{DeviceEvent, NetDevice};
+
+/// Poller tokens; the fabric's own begin at [`TOKEN_FABRIC`].
+const TOKEN_WAKE: u64 = 0;
+const TOKEN_WORKER: u64 = 1;
+const TOKEN_LOG: u64 = 2;
+const TOKEN_DEVICE: u64 = 3;
+const TOKEN_UPLINK: u64 = 4;
+const TOKEN_KICKS: u64 = 8;
+/// First token of the fabric.
+pub const TOKEN_FABRIC: u64 = 64;
+
+/// Peers hear how our guest is at least this often.
+const REPORT_INTERVAL_US: u64 = 100_000;
+/// Bulk progress is looked at this often.
+const PROGRESS_INTERVAL_US: u64 = 10_000;
+/// The loop looks at everything at least this often, whatever its deadlines say.
+const LONGEST_SLEEP_US: u64 = 50_000;
+
+/// All of one group on this node.
+pub struct Reactor<'a> {
+    pub(super) node: &'a NodeConfig,
+    pub(super) vm: &'a VmConfig,
+    pub(super) me: ReplicaId,
+    pub(super) ordering: Ordering,
+    pub(super) device: NetDevice,
+    pub(super) ingress: Ingress,
+    pub(super) egress: Egress,
+    pub(super) delivery: Delivery,
+    pub(super) worker: Worker,
+    pub(super) guest: LocalGuest,
+    pub(super) peers: Peers,
+    pub(super) lead: Option<Lead>,
+    pub(super) follow: Follow,
+    pub(super) totals: Totals,
+    pub(super) last_error: Option<String>,
+    pub(super) loops: LoopCounter,
+    pub(super) requests: Receiver<GroupRequest>,
+    pub(super) wake: Arc<EventFd>,
+    pub(super) stopping: &'a AtomicBool,
+    pub(super) poller: Arc<Poller>,
+    pub(super) next_progress_us: u64,
+    pub(super) next_report_us: u64,
+    pub(super) reported: GuestReport,
+    pub(super) bulk_seen: u64,
+    pub(super) sync_waiters: SyncWaiters,
+}
+
+impl Reactor<'_> {
+    /// Runs until the daemon ends (`Ok`) or the group must be started anew (`Err`).
+    pub fn run(&mut self) -> Result<(), GroupError> {
+        let system = |source| GroupError::System { what: "epoll", source };
+        self.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read).map_err(system)?;
+        self.poller.add(&*self.worker.report_event, TOKEN_WORKER, Interest::Read).map_err(system)?;
+        self.poller.add(self.ordering.log().event_fd(), TOKEN_LOG, Interest::Read).map_err(system)?;
+        self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read).map_err(system)?;
+        self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read).map_err(system)?;
+        let mut ready: Vec<Ready> = Vec::with_capacity(64);
+        while !self.stopping.load(Atomic::Acquire) {
+            let now = now_us();
+            let busy = self.turn(now)?;
+            let after = now_us();
+            self.loops.end_loop(after, busy);
+            if busy {
+                continue;
+            }
+            let sleep_us = self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US);
+            self.watch_uplink();
+            self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
+            self.loops.end_sleep(now_us());
+        }
+        Ok(())
+    }
+
+    /// One turn. Returns whether there may be more to do at once.
+    fn turn(&mut self, now: u64) -> Result<bool, GroupError> {
+        self.wake.drain();
+        let mut busy = self.take_inputs(now);
+        busy |= self.poll_fabric(now);
+        self.ordering.poll_log(now);
+        if now >= self.ordering.replica().next_deadline_us() {
+            self.ordering.step(now, Event::Tick);
+        }
+        self.take_notices(now);
+        self.take_worker_reports(now);
+        busy |= self.egress.collect(&mut self.device, now) > 0;
+        self.take_device_events();
+        self.deliver(now);
+        self.note_bulk_progress(now);
+        self.plan_follow(now);
+        self.plan_lead(now);
+        self.take_requests(now);
+        self.send_report(now);
+        self.device.flush_signals();
+        match self.ordering.log_failure() {
+            Some(failure) => Err(failure),
+            None => Ok(busy),
+        }
+    }
+
+    fn next_deadline_us(&self, now: u64) -> u64 {
+        let mut next = self.ordering.replica().next_deadline_us().min(self.next_report_us);
+        next = next.min(self.ordering.fabric_deadline_us());
+        next = next.min(self.follow.next_deadline_us(now));
+        next = next.min(self.delivery.next_deadline_us());
+        if let Some(lead) = &self.lead {
+            next = next.min(lead.next_deadline_us(now));
+        }
+        next
+    }
+
+    /// The uplink is watched only while its frames are wanted, or can be thrown away at once.
+    fn watch_uplink(&mut self) {
+        let wanted = !self.is_serving() || self.may_take_inputs();
+        if self.ingress.set_watched(wanted) {
+            let changed = if wanted {
+                self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read)
+            } else {
+                self.poller.remove(self.egress.uplink().fd())
+            };
+            debug_assert!(changed.is_ok(), "the uplink is in the poller exactly while it is watched");
+        }
+    }
+
+    fn poll_fabric(&mut self, now: u64) -> bool {
+        let mut inbox = std::mem::take(&mut self.peers.inbox);
+        self.ordering.fabric().poll(now, &mut |event| inbox.take(event));
+        let any = !inbox.is_empty();
+        inbox.drain(|peer, event| match event {
+            PeerEvent::Connected => self.peer_connected(now, peer),
+            PeerEvent::Lost(reason) => self.peer_lost(now, peer, &reason),
+            PeerEvent::Refused(reason) => self.peers.note_refusal(peer, reason),
+            PeerEvent::Message(bytes) => self.peer_message(now, peer, bytes),
+        });
+        self.peers.inbox = inbox;
+        any
+    }
+
+    fn peer_connected(&mut self, now: u64, peer: ReplicaId) {
+        tracing::info!(vm = %self.vm.name, peer = %self.peers.name(peer), "connected");
+        self.peers.connected(peer);
+        self.ordering.step(now, Event::PeerConnected(peer));
+        self.next_report_us = now;
+    }
+
+    fn peer_lost(&mut self, now: u64, peer: ReplicaId, reason: &str) {
+        tracing::warn!(vm = %self.vm.name, peer = %self.peers.name(peer), reason, "connection lost");
+        self.peers.lost(peer, now);
+        self.ordering.step(now, Event::PeerLost(peer));
+        self.exchange_partner_lost(peer);
+    }
+
+    fn peer_message(&mut self, now: u64, peer: ReplicaId, bytes: &[u8]) {
+        match bytes.split_first() {
+            Some((&KIND_CONSENSUS, rest)) => self.ordering.receive(now, peer, rest),
+            Some((&KIND_REPORT, rest)) => match GuestReport::decode(rest) {
+                Ok(report) => self.peers.note_report(peer, report, now),
+                Err(error) => tracing::warn!(peer = peer.0, %error, "a peer's report is not understood"),
+            },
+            _ => tracing::warn!(peer = peer.0, "a peer sent a message of an unknown kind; is it another version?"),
+        }
+    }
+
+    fn take_notices(&mut self, now: u64) {
+        while let Some(notice) = self.ordering.notices.pop_front() {
+            tracing::info!(vm = %self.vm.name, ?notice, "consensus");
+            match notice {
+                Notice::Leading { view } => self.begin_lead(now, view),
+                Notice::LostLead { .. } => self.end_lead(),
+                Notice::Following { .. } => self.leave_exchange_of_another_view(),
+                Notice::Jumped { .. } => self.invalidate_guest(now, "the log that it needed is gone"),
+                Notice::HandOverFailed { .. } => self.hand_over_failed(),
+                Notice::Ineligible { .. } | Notice::Promoted => {}
+            }
+        }
+        let replica = self.ordering.replica();
+        self.worker.standing.set_view(replica.view(), replica.leader());
+    }
+
+    fn take_worker_reports(&mut self, now: u64) {
+        self.worker.report_event.drain();
+        while let Some(report) = self.worker.next_report() {
+            match report {
+                Report::Attached { .. } | Report::Lost { .. } | Report::Running | Report::Halted => {
+                    self.guest_report(now, report);
+                }
+                Report::Stopped { number } => self.guest_stopped(number),
+                Report::Joining
+                | Report::Staged { .. }
+                | Report::Applied { .. }
+                | Report::Followed(_)
+                | Report::FollowFailed { .. } => {
+                    self.follow_report(now, report);
+                }
+                _ => self.lead_report(now, report),
+            }
+        }
+    }
+
+    fn take_device_events(&mut self) {
+        let (poller, events) = (&self.poller, &mut self.guest.device_events);
+        // Kick descriptors must leave the poller at once: QEMU keeps its end open, and gives the number to another.
+        self.device.handle_commands(&mut |event| match event {
+            DeviceEvent::WatchKick { ring, kick } => {
+                if let Err(error) = poller.add(&*kick, TOKEN_KICKS + u64::from(ring.0), Interest::ReadEdge) {
+                    tracing::warn!(%error, ?ring, "a kick descriptor cannot be watched; the device is polled instead");
+                }
+            }
+            DeviceEvent::UnwatchKick { kick, .. } => {
+                let _ = poller.remove(&*kick);
+            }
+            event => events.push(event),
+        });
+        let mut events = std::mem::take(&mut self.guest.device_events);
+        for event in events.drain(..) {
+            self.device_event(event);
+        }
+        self.guest.device_events = events;
+    }
+
+    fn device_event(&mut self, event: DeviceEvent) {
+        match event {
+            DeviceEvent::Started { offloads, .. } => {
+                let flags = OffloadFlags {
+                    csum: offloads.checksum,
+                    tso4: offloads.tso4,
+                    tso6: offloads.tso6,
+                    ecn: offloads.ecn,
+                };
+                if let Err(error) = self.egress.uplink().set_offload(flags) {
+                    self.note_error(format!("uplink {}: offloads not set: {error}", self.vm.uplink.tap));
+                }
+            }
+            DeviceEvent::Broken(error) => {
+                self.note_error(format!("the guest's network device was stopped: {error}"));
+            }
+            _ => {}
+        }
+    }
+
+    /// Bulk bytes are a sign of life: heartbeats can queue behind them on a slow link.
+    fn note_bulk_progress(&mut self, now: u64) {
+        if now < self.next_progress_us {
+            return;
+        }
+        self.next_progress_us = now + PROGRESS_INTERVAL_US;
+        let progress = self.worker.standing.progress();
+        if progress != self.bulk_seen {
+            self.bulk_seen = progress;
+            if let Some(peer) = self.exchange_partner() {
+                self.ordering.step(now, Event::PeerHeard(peer));
+            }
+        }
+    }
+
+    fn send_report(&mut self, now: u64) {
+        let report = self.own_report();
+        let changed = report.intact != self.reported.intact
+            || report.attached != self.reported.attached
+            || report.problem != self.reported.problem;
+        if !changed && now < self.next_report_us {
+            return;
+        }
+        self.next_report_us = now + REPORT_INTERVAL_US;
+        let mut bytes = Vec::with_capacity(512);
+        report.encode(&mut bytes);
+        for peer in self.peers.ids() {
+            self.ordering.send_plain(peer, &bytes);
+        }
+        self.reported = report;
+    }
+
+    /// For status and log.
+    pub(super) fn note_error(&mut self, text: String) {
+        tracing::warn!(vm = %self.vm.name, "{text}");
+        self.last_error = Some(text);
+    }
+
+}

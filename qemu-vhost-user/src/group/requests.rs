@@ -1,0 +1,243 @@
+//! What the command line asks of a group, and the answers.
+
+use std::sync::mpsc::Sender;
+
+use consensus::{Event, ReplicaId};
+
+use super::lead::Rejoin;
+use super::reactor::Reactor;
+use super::worker::{Command, CrashAction};
+use crate::control::{GroupRequest, Request, Response};
+use crate::status::{GroupStatus, PeerStatus};
+
+/// A planned hand-over under way: one last syncvm, then the secondary leads.
+pub struct HandOver {
+    reply: Sender<Response>,
+    handed: bool,
+}
+
+impl HandOver {
+    /// Another view began.
+    pub fn done(self, vm: &str) {
+        let response = if self.handed {
+            Response::Done(format!("{vm}: the secondary has taken over"))
+        } else {
+            Response::Refused(format!("{vm}: another view began before the last syncvm; see `plover status {vm}`"))
+        };
+        let _ = self.reply.send(response);
+    }
+}
+
+/// Those who wait for a syncvm to be acknowledged.
+pub type SyncWaiters = Vec<Sender<Response>>;
+
+impl Reactor<'_> {
+    /// Answers what waits.
+    pub(super) fn take_requests(&mut self, now: u64) {
+        while let Ok(GroupRequest { request, reply }) = self.requests.try_recv() {
+            let response = match request {
+                Request::Status { .. } => Some(Response::Status(vec![self.status(now)])),
+                Request::Failover { .. } => self.request_hand_over(&reply),
+                Request::Sync { .. } => self.request_sync(&reply),
+                Request::ColdStart { .. } => Some(self.cold_start(now)),
+                Request::CrashPoint { phase, action, .. } => Some(self.arm_crash_point(&phase, &action)),
+            };
+            if let Some(response) = response {
+                let _ = reply.send(response);
+            }
+        }
+    }
+
+    /// Why nothing can be asked of a secondary now, if so.
+    fn no_secondary(&self) -> Option<String> {
+        let name = &self.vm.name;
+        if self.ordering.replica().leading().is_none() || self.lead.is_none() {
+            let leader = self.ordering.replica().leader().map_or("nobody known", |id| self.peers.name(id));
+            return Some(format!("{name}: this node does not lead; ask the leader ({leader})"));
+        }
+        if self.ordering.replica().second().is_none() {
+            return Some(format!("{name}: there is no secondary now; see `plover status {name}`"));
+        }
+        None
+    }
+
+    fn request_hand_over(&mut self, reply: &Sender<Response>) -> Option<Response> {
+        if let Some(reason) = self.no_secondary() {
+            return Some(Response::Refused(reason));
+        }
+        let lead = self.lead.as_mut().expect("just checked");
+        if lead.hand_over.is_some() {
+            return Some(Response::Refused(format!("{}: a failover is under way already", self.vm.name)));
+        }
+        lead.hand_over = Some(HandOver { reply: reply.clone(), handed: false });
+        None
+    }
+
+    fn request_sync(&mut self, reply: &Sender<Response>) -> Option<Response> {
+        if let Some(reason) = self.no_secondary() {
+            return Some(Response::Refused(reason));
+        }
+        self.sync_waiters.push(reply.clone());
+        self.lead.as_mut().expect("just checked").forced_sync = true;
+        None
+    }
+
+    /// A syncvm was acknowledged: answer those who asked for it, and hand over if that was the last one.
+    pub(super) fn sync_request_done(&mut self, now: u64, with: ReplicaId) {
+        for waiter in self.sync_waiters.drain(..) {
+            let text = format!("{}: syncvm acknowledged by {}", self.vm.name, self.peers.name(with));
+            let _ = waiter.send(Response::Done(text));
+        }
+        let Some(hand_over) = self.lead.as_mut().and_then(|lead| lead.hand_over.as_mut()) else { return };
+        // Only the syncvm that left the guest stopped is the last one; the request may have come during an earlier one.
+        if !self.guest.stopped_for_hand_over {
+            return;
+        }
+        hand_over.handed = true;
+        self.ordering.step(now, Event::HandOver { to: with });
+    }
+
+    /// The secondary did not take over: go on leading.
+    pub(super) fn hand_over_failed(&mut self) {
+        let Some(lead) = &mut self.lead else { return };
+        if let Some(hand_over) = lead.hand_over.take() {
+            let text = format!("{}: the secondary did not take over in time; this node leads on", self.vm.name);
+            let _ = hand_over.reply.send(Response::Refused(text));
+        }
+        if std::mem::take(&mut self.guest.stopped_for_hand_over) {
+            self.worker.send(Command::Resume);
+        }
+    }
+
+    fn cold_start(&mut self, now: u64) -> Response {
+        let name = &self.vm.name;
+        if self.ordering.replica().leading().is_some() {
+            return Response::Refused(format!("{name}: this node leads; there is nothing to start"));
+        }
+        if let Some(peer) = self.peers.iter().find(|peer| peer.connected && peer.report.intact) {
+            return Response::Refused(format!("{name}: {} has a whole guest; a cold start would lose it", peer.node));
+        }
+        match &self.guest.attached {
+            Some(attached) if attached.fresh => {}
+            Some(_) => {
+                return Response::Refused(format!("{name}: this node's guest has run before; restart its QEMU first"));
+            }
+            None => return Response::Refused(format!("{name}: no QEMU is attached; start it with `plover launch {name}`")),
+        }
+        self.guest.cold_start = true;
+        self.ordering.step(now, Event::AllowColdStart);
+        self.claim_guest(now);
+        Response::Done(format!("{name}: this node boots the guest afresh once a majority agrees"))
+    }
+
+    fn arm_crash_point(&mut self, phase: &str, action: &str) -> Response {
+        if !self.node.debug_hooks {
+            return Response::Refused("crash points need debug_hooks = true in node.toml; never on a host that matters".into());
+        }
+        match (phase.parse(), action.parse::<CrashAction>()) {
+            (Ok(phase), Ok(action)) => {
+                self.worker.crash_points.arm(phase, action);
+                Response::Done(format!("{action:?} at {phase}"))
+            }
+            (Err(_), _) => Response::Refused(format!("{phase:?} is no phase of syncvm")),
+            (_, Err(error)) => Response::Refused(error),
+        }
+    }
+
+    /// Whether the death of this leader would lose nothing, or why it would.
+    fn protection(&self) -> Result<(), String> {
+        let replica = self.ordering.replica();
+        if let Some(problem) = self.guest.problem.as_ref().filter(|_| replica.leading().is_some()) {
+            return Err(problem.clone());
+        }
+        let Some(lead) = self.lead.as_ref().filter(|_| replica.leading().is_some()) else {
+            return match replica.leader() {
+                Some(leader) if leader != self.me => Err(format!("ask the leader, {}", self.peers.name(leader))),
+                _ if self.guest.powered_off => Err("the guest has switched itself off".into()),
+                _ => Err("no leader; a leader needs a whole guest and a majority of nodes".into()),
+            };
+        };
+        match (replica.second(), lead.rejoin) {
+            (Some(second), _) if self.peers.get(second).connected => Ok(()),
+            (Some(second), _) => Err(format!("secondary {} is not connected", self.peers.name(second))),
+            (None, Rejoin::Resting) => Err(self.why_no_joiner()),
+            (None, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer)) => {
+                Err(format!("{} is being brought in", self.peers.name(peer)))
+            }
+        }
+    }
+
+    fn why_no_joiner(&self) -> String {
+        let mut reasons = Vec::new();
+        for peer in self.peers.iter() {
+            let reason = match (&peer.refusal, &peer.report.problem) {
+                (Some(refusal), _) => refusal.clone(),
+                _ if !peer.connected => "not connected".into(),
+                (_, Some(problem)) => problem.clone(),
+                _ => "waiting".into(),
+            };
+            reasons.push(format!("{}: {reason}", peer.node));
+        }
+        format!("no secondary ({})", reasons.join("; "))
+    }
+
+    fn status(&mut self, now: u64) -> GroupStatus {
+        self.loops.publish();
+        let loops = self.loops.reader().read();
+        let protection = self.protection();
+        let replica = self.ordering.replica();
+        let role = if replica.leading().is_some() { "leader".to_owned() } else { format!("{:?}", replica.role()).to_lowercase() };
+        let name = |id: ReplicaId| self.peers.name(id).to_owned();
+        let guest = match (&self.guest.attached, self.guest.running) {
+            (None, _) => self.guest.problem.clone().unwrap_or_else(|| "absent".into()),
+            (Some(_), true) => "running".into(),
+            (Some(attached), false) if attached.fresh => "prepared".into(),
+            (Some(_), false) => "stopped".into(),
+        };
+        let (frames_out, send_dropped) = self.egress.counts();
+        GroupStatus {
+            vm: self.vm.name.clone(),
+            node: self.node.name.clone(),
+            role,
+            view: replica.view().0,
+            leader: replica.leader().map(name),
+            secondary: replica.second().map(name),
+            protected: protection.is_ok(),
+            unprotected_reason: protection.err(),
+            guest,
+            guest_intact: self.guest.intact,
+            commit_index: replica.commit_index().0,
+            last_index: replica.last_index().0,
+            applied_index: self.delivery.applied().0,
+            base_index: replica.base().index.0,
+            held_frames: self.egress.guard().frames() as u64,
+            held_bytes: self.egress.guard().bytes() as u64,
+            frames_in: self.ingress.frames_in,
+            frames_out,
+            frames_dropped: self.delivery.frames_dropped + send_dropped,
+            tracker: self.guest.attached.as_ref().map(|attached| attached.tracker.clone()).unwrap_or_default(),
+            last_sync: self.totals.last(),
+            totals: self.totals.sums(),
+            peers: self.peers.iter().map(|peer| self.peer_status(peer.id, now)).collect(),
+            last_error: self.last_error.clone(),
+            busy_us: loops.busy_us,
+            idle_us: loops.idle_us,
+        }
+    }
+
+    fn peer_status(&self, id: ReplicaId, now: u64) -> PeerStatus {
+        let (peer, replica) = (self.peers.get(id), self.ordering.replica());
+        let lag_entries = match replica.leading() {
+            Some(_) => replica.last_index().0.saturating_sub(replica.match_index(id).0),
+            None => 0,
+        };
+        PeerStatus {
+            node: peer.node.clone(),
+            connected: peer.connected,
+            silent_ms: replica.peer_silent_us(id, now) / 1000,
+            lag_entries,
+            guest_intact: peer.report.intact,
+            refusal: peer.refusal.clone(),
+        }
+    }
+}

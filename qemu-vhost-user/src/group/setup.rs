@@ -1,0 +1,151 @@
+//! Puts a group together from its configuration and runs it.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::Receiver;
+
+use consensus::{Config, ReplicaId};
+use dataplane::counters::LoopCounter;
+use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
+use dataplane::uplink::tap::Tap;
+use dataplane::wait::{EventFd, Poller, now_us};
+use storage_log::Options;
+
+use super::GroupError;
+use super::delivery::Delivery;
+use super::egress::Egress;
+use super::follow::Follow;
+use super::guest::LocalGuest;
+use super::ingress::Ingress;
+use super::messages::GuestReport;
+use super::ordering::Ordering;
+use super::peers::Peers;
+use super::reactor::{Reactor, TOKEN_FABRIC};
+use super::scheduling;
+use super::totals::Totals;
+use super::worker::{self, CrashPoints, WorkerSetup};
+use crate::config::{NodeConfig, SocketSide, VmConfig};
+use crate::control::GroupRequest;
+use crate::device::{self, Endpoint};
+use crate::node::SocketOverride;
+
+/// Bytes of one log segment.
+const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// What a group needs from its node.
+pub struct GroupSetup<'a> {
+    /// This node.
+    pub node: &'a NodeConfig,
+    /// The VM.
+    pub vm: &'a VmConfig,
+    /// Where its reactor runs; the kernel chooses when absent.
+    pub core: Option<usize>,
+    /// The peers' door.
+    pub listener: &'a Listener,
+    /// Requests from the control socket.
+    pub requests: Receiver<GroupRequest>,
+    /// Wakes the reactor.
+    pub wake: Arc<EventFd>,
+    /// Set when the daemon ends.
+    pub stopping: &'a AtomicBool,
+    /// `--socket-path` or `--fd`.
+    pub socket: SocketOverride,
+}
+
+/// Runs the group in the calling thread until the daemon ends.
+///
+/// # Errors
+/// When the group cannot be put together or must be started anew.
+pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
+    let GroupSetup { node, vm, core, listener, requests, wake, stopping, socket } = setup;
+    let system = |what| move |source| GroupError::System { what, source };
+    let slot = vm.replica_named(&node.name).expect("checked when the files were read");
+    let me = ReplicaId(u8::try_from(slot).expect("three replicas"));
+    let run_dir = node.vm_run_dir(&vm.name);
+    std::fs::create_dir_all(&run_dir).map_err(system("run_dir"))?;
+    let log_dir = node.data_dir.join(&vm.name);
+    std::fs::create_dir_all(&log_dir).map_err(system("data_dir"))?;
+
+    let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
+    let GroupPort { control, bulk } = register(listener, vm, me)?;
+    let now = now_us();
+    let fabric = TcpFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
+        .map_err(system("fabric"))?;
+    let options = Options { segment_bytes: SEGMENT_BYTES, max_bytes: node.log_max_mib << 20, ..Options::default() };
+    let ordering = Ordering::open(&log_dir, options, consensus_config(vm, me, listener), fabric, now)?;
+    let uplink = Tap::open(&vm.uplink.tap, vm.uplink.bridge.as_deref())
+        .map_err(|error| GroupError::Uplink { tap: vm.uplink.tap.clone(), reason: error.to_string() })?;
+    let (device, _session) = device::open(&vm.name, endpoint(node, vm, socket))
+        .map_err(|error| GroupError::Device(error.to_string()))?;
+    let worker = worker::start(WorkerSetup {
+        vm: vm.clone(),
+        node: node.name.clone(),
+        run_dir,
+        hash_workers: node.hash_workers(),
+        scheduling: node.scheduling,
+        bulk,
+        dirty: device.dirty(),
+        crash_points: Arc::new(CrashPoints::default()),
+    })
+    .map_err(system("guest worker"))?;
+    scheduling::apply(node.scheduling, core, "reactor");
+    let mut reactor = Reactor {
+        node,
+        vm,
+        me,
+        ordering,
+        device,
+        ingress: Ingress::new(),
+        egress: Egress::new(vm.policy.guard_mib << 20, uplink),
+        delivery: Delivery::default(),
+        worker,
+        guest: LocalGuest::new(vm.policy.idle_threshold_us),
+        peers: Peers::new(&vm.replicas, me),
+        lead: None,
+        follow: Follow::default(),
+        totals: Totals::new(),
+        last_error: None,
+        loops: LoopCounter::new(now),
+        requests,
+        wake,
+        stopping,
+        poller,
+        next_progress_us: 0,
+        next_report_us: 0,
+        reported: GuestReport::default(),
+        bulk_seen: 0,
+        sync_waiters: Vec::new(),
+    };
+    reactor.run()
+}
+
+fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPort, GroupError> {
+    let replicas = (0u8..)
+        .zip(&vm.replicas)
+        .map(|(id, replica)| Replica { id: PeerId(id), node: replica.node.clone(), addr: replica.address })
+        .collect();
+    listener.register(&vm.name, replicas, PeerId(me.0)).map_err(|error| GroupError::Fabric(error.to_string()))
+}
+
+fn consensus_config(vm: &VmConfig, me: ReplicaId, listener: &Listener) -> Config {
+    let timeout_us = vm.policy.failure_timeout_ms * 1000;
+    Config {
+        failure_timeout_us: timeout_us,
+        heartbeat_interval_us: timeout_us / 4,
+        ..Config::new(me, ReplicaId(0), listener.identity().instance ^ now_us())
+    }
+}
+
+fn endpoint(node: &NodeConfig, vm: &VmConfig, socket: SocketOverride) -> Endpoint {
+    if let Some(fd) = socket.fd {
+        return Endpoint::Inherited(fd);
+    }
+    if let Some(path) = socket.path {
+        return Endpoint::Listen(path);
+    }
+    let path = vm.vhost_user_socket.clone().unwrap_or_else(|| node.vm_run_dir(&vm.name).join("vhost.sock"));
+    match vm.vhost_user_server {
+        SocketSide::Qemu => Endpoint::Connect(path),
+        SocketSide::Plover => Endpoint::Listen(path),
+    }
+}

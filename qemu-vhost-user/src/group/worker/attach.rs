@@ -1,0 +1,203 @@
+//! A QEMU that the worker is attached to: QMP, agent, memory and tracker, as the guest that syncvm works on.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use syncvm::exchange::{Guest, GuestError};
+use syncvm::tracker::{self, Candidates, DirtyTracker, TrackerKind};
+use syncvm::{DirtySet, GuestRam, PageNumber};
+
+use crate::config::{TrackerChoice, VmConfig};
+use crate::device::BackendDirty;
+use crate::qemu::agent::{AgentClient, VcpuClocks};
+use crate::qemu::fingerprint::Fingerprint;
+use crate::qemu::preflight::{self, Accepted};
+use crate::qemu::qmp::{EventKind, Qmp, RunState};
+use crate::qemu::ram::RamInfo;
+use crate::qemu::state_file::StateFile;
+
+/// How long QMP and the agent may take to answer when QEMU is there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one QMP command may take; QEMU's main loop can be busy for a while, but not for this long.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What became known at attaching.
+pub struct Found {
+    /// What must be equal on all replicas.
+    pub fingerprint: Fingerprint,
+    /// The guest has never run.
+    pub fresh: bool,
+    /// It runs.
+    pub running: bool,
+    /// The vCPUs' clocks.
+    pub clocks: VcpuClocks,
+    /// Tracker and reason.
+    pub tracker: String,
+}
+
+/// What QEMU said by itself.
+#[derive(Debug, PartialEq, Eq)]
+pub enum QemuNews {
+    /// Nothing that matters.
+    Nothing,
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The connection is gone.
+    Gone(String),
+}
+
+/// One attached QEMU.
+pub struct QemuGuest {
+    qmp: Qmp,
+    agent: AgentClient,
+    ram: GuestRam,
+    tracker: Box<dyn DirtyTracker>,
+    dirty: BackendDirty,
+    state_file: StateFile,
+    /// Its process.
+    pub pid: i32,
+    powered_off: bool,
+}
+
+/// Where a VM's QEMU is to be found.
+pub struct Sockets {
+    /// QMP.
+    pub qmp: PathBuf,
+    /// The agent.
+    pub agent: PathBuf,
+    /// A folder for state files.
+    pub run_dir: PathBuf,
+}
+
+impl Sockets {
+    /// As configured, or in `run_dir`.
+    pub fn of(vm: &VmConfig, run_dir: &Path) -> Self {
+        Self {
+            qmp: vm.qmp_socket.clone().unwrap_or_else(|| run_dir.join("qmp.sock")),
+            agent: vm.agent_socket.clone().unwrap_or_else(|| run_dir.join("agent.sock")),
+            run_dir: run_dir.to_owned(),
+        }
+    }
+}
+
+impl QemuGuest {
+    /// Connects to QEMU, checks it and takes hold of its memory. `replica` names this node in messages.
+    ///
+    /// # Errors
+    /// A text with the remedy: no QEMU yet, or one that cannot be protected.
+    pub fn attach(sockets: &Sockets, vm: &VmConfig, replica: &str, dirty: BackendDirty) -> Result<(Self, Found), String> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let mut qmp = Qmp::connect(&sockets.qmp, deadline).map_err(|error| error.to_string())?;
+        qmp.set_timeout(COMMAND_TIMEOUT);
+        let mut agent = AgentClient::connect(&sockets.agent, deadline).ok();
+        let Accepted { fingerprint, ram } = preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir)
+            .map_err(|refusal| refusal.to_string())?;
+        if ram.length_bytes != vm.memory_mib << 20 {
+            return Err(format!(
+                "QEMU has {} MiB of memory but {} says memory_mib = {}; make them equal on all nodes",
+                ram.length_bytes >> 20,
+                vm.path.display(),
+                vm.memory_mib
+            ));
+        }
+        let mut agent = agent.expect("the check refuses a missing agent");
+        let status = qmp.query_status().map_err(|error| error.to_string())?;
+        let clocks = agent.clocks().map_err(|error| error.to_string())?;
+        let (tracker, why) = choose_tracker(vm.policy.tracker, &mut agent, &ram)?;
+        let file = ram.clone_file().map_err(|error| error.to_string())?;
+        let mapping = GuestRam::new(file, Some(ram.length_bytes)).map_err(|error| error.to_string())?;
+        let state_file = StateFile::create(&sockets.run_dir, &vm.name).map_err(|error| error.to_string())?;
+        let found = Found {
+            fingerprint,
+            fresh: status == RunState::Prelaunch,
+            running: status == RunState::Running,
+            clocks,
+            tracker: why,
+        };
+        let pid = ram.qemu_pid;
+        Ok((Self { qmp, agent, ram: mapping, tracker, dirty, state_file, pid, powered_off: false }, found))
+    }
+
+    /// Readable when QEMU says something by itself.
+    pub fn event_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.qmp.poll_fd()
+    }
+
+    /// What QEMU has said by itself.
+    pub fn news(&mut self) -> QemuNews {
+        let polled = self.qmp.poll_events();
+        for event in self.qmp.take_events() {
+            if let EventKind::Shutdown { guest: true, .. } = event.kind {
+                self.powered_off = true;
+            }
+        }
+        match polled {
+            _ if self.powered_off => QemuNews::PoweredOff,
+            Err(error) => QemuNews::Gone(error.to_string()),
+            Ok(()) => QemuNews::Nothing,
+        }
+    }
+}
+
+/// The configured tracker, or the best there is.
+fn choose_tracker(
+    choice: TrackerChoice,
+    agent: &mut AgentClient,
+    ram: &RamInfo,
+) -> Result<(Box<dyn DirtyTracker>, String), String> {
+    let force = match choice {
+        TrackerChoice::Auto => None,
+        TrackerChoice::Uffd => Some(TrackerKind::Uffd),
+        TrackerChoice::SoftDirty => Some(TrackerKind::SoftDirty),
+        TrackerChoice::Full => Some(TrackerKind::Full),
+    };
+    let candidates = Candidates {
+        pid: u32::try_from(ram.qemu_pid).map_err(|_| "QEMU has no process id here".to_owned())?,
+        ram: ram.file.as_fd(),
+        pages: (ram.length_bytes / syncvm::PAGE_BYTES as u64) as usize,
+        uffd: agent.take_userfaultfd().map_err(|error| tracing::warn!(%error, "no userfaultfd")).ok(),
+        force,
+    };
+    let (tracker, choice) = tracker::choose(candidates).map_err(|error| error.to_string())?;
+    Ok((tracker, format!("{} ({})", choice.kind, choice.reason)))
+}
+
+impl Guest for QemuGuest {
+    fn stop(&mut self) -> Result<(), GuestError> {
+        self.qmp.stop().map_err(|error| GuestError::new("stop", error))
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.qmp.cont().map_err(|error| GuestError::new("run", error))
+    }
+
+    fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
+        self.tracker.harvest(into).map_err(|error| GuestError::new("tell its dirty pages", error))?;
+        // False before the guest's driver has set the device up: then the device has written nothing either.
+        self.dirty.drain(&mut |page| into.insert(PageNumber(page as u32)));
+        Ok(())
+    }
+
+    fn harvest_needs_stop(&self) -> bool {
+        !self.tracker.exact_while_running()
+    }
+
+    fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
+        self.qmp.save_devices_state(self.state_file.path()).map_err(|error| GuestError::new("save its device state", error))?;
+        let mut state = Vec::new();
+        self.state_file.read_into(&mut state).map_err(|error| GuestError::new("give its device state", error))?;
+        Ok(state)
+    }
+
+    fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        let failed = |error: String| GuestError::new("load the device state", error);
+        self.state_file.write(state).map_err(|error| failed(error.to_string()))?;
+        self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
+        self.qmp.load_devices_state(self.state_file.path()).map_err(|error| failed(error.to_string()))
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+}

@@ -1,0 +1,459 @@
+//! The worker's thread: attaches to QEMU, carries out commands, takes part in rejoins that a leader begins.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use consensus::{Index, ReplicaId, View};
+use dataplane::fabric::PeerId;
+use dataplane::fabric::bulk::BulkLink;
+use dataplane::fabric::{BulkPort, IncomingBulk};
+use dataplane::wait::{Interest, Poller};
+use syncvm::exchange::{
+    ExchangeConfig, FollowerContext, Guest, LeaderContext, Parts, Standing as GuestStanding, SyncError, follow_syncvm,
+    lead_syncvm,
+};
+use syncvm::hash::{HashKind, HashPool};
+use syncvm::pairing::Pairing;
+use syncvm::rejoin::{RejoinPolicy, follow_rejoin, lead_rejoin};
+
+use super::attach::{QemuGuest, QemuNews, Sockets};
+use super::link::BulkChannel;
+use super::observer::WorkerObserver;
+use super::{Command, CrashPoints, Report, Worker, WorkerPort, queues};
+use crate::config::{self, Scheduling, VmConfig};
+use crate::device::BackendDirty;
+use crate::group::scheduling;
+
+const TOKEN_COMMANDS: u64 = 0;
+const TOKEN_BULK: u64 = 1;
+const TOKEN_QEMU: u64 = 2;
+
+/// How often a QEMU is looked for.
+const ATTACH_INTERVAL: Duration = Duration::from_millis(200);
+/// How often an attached one is asked whether it lives; its end is also seen at once from the closed connection.
+const IDLE_WAIT_US: u64 = 1_000_000;
+/// How long opening a bulk connection may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a whole rejoin may take.
+const REJOIN_TIMEOUT: Duration = Duration::from_secs(600);
+/// Pages left when the rounds of a rejoin end.
+const REJOIN_TARGET_PAGES: usize = 1024;
+
+/// What a worker needs.
+pub struct WorkerSetup {
+    /// The VM.
+    pub vm: VmConfig,
+    /// This node's name.
+    pub node: String,
+    /// The VM's sockets and state files.
+    pub run_dir: PathBuf,
+    /// Hash threads.
+    pub hash_workers: usize,
+    /// Whether the thread may go before others.
+    pub scheduling: Scheduling,
+    /// Bulk connections.
+    pub bulk: BulkPort,
+    /// The device's own writes into guest memory.
+    pub dirty: BackendDirty,
+    /// For tests.
+    pub crash_points: Arc<CrashPoints>,
+}
+
+type Leader = LeaderContext<QemuGuest, BulkChannel, WorkerObserver>;
+type Follower = FollowerContext<QemuGuest, BulkChannel, WorkerObserver>;
+
+/// What the attached guest is part of.
+enum Side {
+    /// No QEMU.
+    Detached,
+    /// A QEMU, and no exchange so far.
+    Alone(QemuGuest),
+    /// It leads exchanges with this peer.
+    Leading(Box<Leader>, ReplicaId),
+    /// It follows.
+    Following(Box<Follower>),
+}
+
+struct Serve {
+    setup: WorkerSetup,
+    port: Arc<WorkerPort>,
+    sockets: Sockets,
+    pool: Arc<HashPool>,
+    poller: Poller,
+    side: Side,
+    next_attach: Instant,
+    last_problem: String,
+}
+
+/// Starts the thread.
+///
+/// # Errors
+/// When descriptors or threads are used up.
+pub fn start(setup: WorkerSetup) -> std::io::Result<Worker> {
+    let (mut worker, port) = queues(setup.crash_points.clone())?;
+    let poller = Poller::new()?;
+    poller.add(&*port.command_event, TOKEN_COMMANDS, Interest::Read)?;
+    poller.add(&setup.bulk, TOKEN_BULK, Interest::ReadEdge)?;
+    let name = format!("plover-guest-{}", setup.vm.name);
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        scheduling::favour(setup.scheduling);
+        let mut serve = Serve {
+            sockets: Sockets::of(&setup.vm, &setup.run_dir),
+            pool: Arc::new(HashPool::new(setup.hash_workers)),
+            port: Arc::new(port),
+            poller,
+            side: Side::Detached,
+            next_attach: Instant::now(),
+            last_problem: String::new(),
+            setup,
+        };
+        serve.run();
+    })?;
+    worker.thread = Some(thread);
+    Ok(worker)
+}
+
+impl Serve {
+    fn run(&mut self) {
+        let mut ready = Vec::new();
+        loop {
+            let timeout_us = match self.side {
+                Side::Detached => ATTACH_INTERVAL.as_micros() as u64,
+                _ => IDLE_WAIT_US,
+            };
+            if let Err(error) = self.poller.wait(Some(timeout_us), &mut ready) {
+                tracing::error!(%error, "the guest worker cannot wait");
+                return;
+            }
+            self.port.command_event.drain();
+            while let Some(command) = self.port.next_command() {
+                if command == Command::End {
+                    return;
+                }
+                self.carry_out(command);
+            }
+            self.take_incoming();
+            self.look_at_qemu();
+            if matches!(self.side, Side::Detached) && Instant::now() >= self.next_attach {
+                self.try_attach();
+            }
+        }
+    }
+
+    fn guest(&mut self) -> Option<&mut QemuGuest> {
+        match &mut self.side {
+            Side::Detached => None,
+            Side::Alone(guest) => Some(guest),
+            Side::Leading(context, _) => Some(&mut context.guest),
+            Side::Following(context) => Some(&mut context.guest),
+        }
+    }
+
+    fn try_attach(&mut self) {
+        self.next_attach = Instant::now() + ATTACH_INTERVAL;
+        let attached = QemuGuest::attach(&self.sockets, &self.setup.vm, &self.setup.node, self.setup.dirty.clone());
+        match attached {
+            Ok((guest, found)) => {
+                if let Err(error) = self.poller.add(guest.event_fd(), TOKEN_QEMU, Interest::Read) {
+                    tracing::warn!(%error, "QEMU's events are only seen once a second");
+                }
+                self.port.crash_points.set_qemu(guest.pid);
+                self.side = Side::Alone(guest);
+                self.last_problem.clear();
+                self.port.report(Report::Attached {
+                    fingerprint: found.fingerprint,
+                    fresh: found.fresh,
+                    running: found.running,
+                    clocks: found.clocks,
+                    tracker: found.tracker,
+                });
+            }
+            Err(reason) => {
+                if reason != self.last_problem {
+                    self.last_problem.clone_from(&reason);
+                    self.port.report(Report::Lost { reason, powered_off: false });
+                }
+            }
+        }
+    }
+
+    /// Notices a QEMU that is gone or whose guest switched itself off.
+    fn look_at_qemu(&mut self) {
+        let Some(guest) = self.guest() else { return };
+        let (reason, powered_off) = match guest.news() {
+            QemuNews::Nothing => return,
+            QemuNews::PoweredOff => ("the guest has switched itself off".to_owned(), true),
+            QemuNews::Gone(reason) => (reason, false),
+        };
+        self.drop_link();
+        // Closing its connection takes it out of the poller as well.
+        self.side = Side::Detached;
+        self.last_problem.clone_from(&reason);
+        self.port.report(Report::Lost { reason, powered_off });
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::RunFresh | Command::Resume => self.run_guest(),
+            Command::Halt => self.halt(),
+            Command::Lead { number, view, peer, last } => self.lead(number, view, peer, last),
+            Command::LeadRejoin { view, peer, number } => self.lead_rejoin(view, peer, number),
+            Command::Follow { number, view } => self.follow(number, view),
+            Command::End => {}
+        }
+    }
+
+    fn run_guest(&mut self) {
+        if !self.port.standing.may_run.load(Ordering::Acquire) {
+            return;
+        }
+        if let Some(guest) = self.guest() {
+            match guest.resume() {
+                Ok(()) => self.port.report(Report::Running),
+                Err(error) => tracing::error!(%error, "the guest does not run"),
+            }
+        }
+    }
+
+    /// Stops the guest and forgets what is known about it: its next use begins with a rejoin.
+    fn halt(&mut self) {
+        self.drop_link();
+        if let Some(mut guest) = self.take_guest() {
+            match guest.stop() {
+                Ok(()) => self.port.report(Report::Halted),
+                Err(error) => tracing::error!(%error, "the guest does not stop"),
+            }
+            self.side = Side::Alone(guest);
+        }
+    }
+
+    /// Takes the guest out of whatever it is part of.
+    fn take_guest(&mut self) -> Option<QemuGuest> {
+        match std::mem::replace(&mut self.side, Side::Detached) {
+            Side::Detached => None,
+            Side::Alone(guest) => Some(guest),
+            Side::Leading(context, _) => Some(context.into_parts().0),
+            Side::Following(context) => Some(context.into_parts().0),
+        }
+    }
+
+    fn drop_link(&mut self) {
+        *self.port.standing.link.lock().expect("no holder of this lock panics") = None;
+        match &mut self.side {
+            Side::Leading(context, _) => context.replace_channel(BulkChannel(None)),
+            Side::Following(context) => context.replace_channel(BulkChannel(None)),
+            Side::Detached | Side::Alone(_) => {}
+        }
+    }
+
+    /// Makes the connection known to the reactor, which may cut it.
+    fn adopt_link(&self, link: BulkLink) -> BulkChannel {
+        *self.port.standing.link.lock().expect("no holder of this lock panics") =
+            Some((link.cancel_handle(), link.progress()));
+        BulkChannel(Some(link))
+    }
+
+    fn has_link(&self) -> bool {
+        self.port.standing.link.lock().expect("no holder of this lock panics").is_some()
+    }
+
+    fn parts(&self, guest: QemuGuest, view: View) -> Parts<QemuGuest, BulkChannel, WorkerObserver> {
+        let policy = &self.setup.vm.policy;
+        Parts {
+            guest,
+            channel: BulkChannel(None),
+            observer: WorkerObserver::new(self.port.clone()),
+            config: ExchangeConfig {
+                silence_timeout: Duration::from_millis(policy.sync_timeout_ms),
+                total_timeout: Duration::from_millis(policy.sync_timeout_ms * 10),
+                hash: match policy.hash {
+                    config::HashKind::City128 => HashKind::City128,
+                    config::HashKind::Xxh3 => HashKind::Xxh3_128,
+                },
+                early_resume: policy.early_resume,
+                verify: policy.verify,
+                ..ExchangeConfig::new(group_hash(&self.setup.vm.name))
+            },
+            view: view.0,
+            pool: self.pool.clone(),
+        }
+    }
+
+    /// The leader's context towards `peer` with a standing connection. A context towards somebody else is dropped:
+    /// nothing is known about a new peer.
+    fn leader_towards(&mut self, peer: ReplicaId, view: View, number: u64) -> Result<&mut Leader, String> {
+        let same = matches!(&self.side, Side::Leading(_, present) if *present == peer);
+        if !same {
+            self.drop_link();
+            let guest = self.take_guest().ok_or("no QEMU is attached")?;
+            let pairing = Pairing::fresh(guest.ram().pages());
+            let context = LeaderContext::new(self.parts(guest, view), pairing);
+            self.side = Side::Leading(Box::new(context), peer);
+        }
+        let channel = if self.has_link() && number != 0 {
+            None
+        } else {
+            let deadline = Instant::now() + DIAL_TIMEOUT;
+            let link = self.setup.bulk.dial(PeerId(peer.0), view.0, number, deadline);
+            Some(self.adopt_link(link.map_err(|error| error.to_string())?))
+        };
+        let Side::Leading(context, _) = &mut self.side else { unreachable!("just made") };
+        if let Some(channel) = channel {
+            context.replace_channel(channel);
+        }
+        context.view = view.0;
+        Ok(context)
+    }
+
+    fn lead(&mut self, number: Index, view: View, peer: ReplicaId, last: bool) {
+        let early_resume = self.setup.vm.policy.early_resume && !last;
+        let result = match self.leader_towards(peer, view, number.0) {
+            Ok(context) => {
+                context.config.early_resume = early_resume;
+                context.observer.begin(number, view, last);
+                lead_syncvm(context, number.0)
+                    .map_err(|error| (describe(&error), matches!(error, SyncError::Diverged { .. })))
+            }
+            Err(error) => Err((error, false)),
+        };
+        match result {
+            Ok(report) => self.port.report(Report::Led(report)),
+            Err((error, diverged)) => {
+                self.drop_link();
+                if last {
+                    self.run_guest();
+                }
+                self.port.report(Report::LeadFailed { number, error, diverged });
+            }
+        }
+    }
+
+    fn lead_rejoin(&mut self, view: View, peer: ReplicaId, number: Index) {
+        let policy = RejoinPolicy {
+            target_pages: REJOIN_TARGET_PAGES,
+            give_up_after: REJOIN_TIMEOUT,
+            ..RejoinPolicy::default()
+        };
+        self.drop_link();
+        let result = self
+            .leader_towards(peer, view, 0)
+            .and_then(|context| lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error)));
+        match result {
+            Ok(report) => {
+                let summary = format!(
+                    "{} rounds, {} pages compared, {} sent, {} left, {} bytes, {} ms",
+                    report.rounds,
+                    report.compared_pages,
+                    report.sent_pages,
+                    report.left_pages,
+                    report.bytes_sent + report.bytes_received,
+                    report.total_us / 1000
+                );
+                self.port.report(Report::RejoinReady { peer, summary });
+            }
+            Err(error) => {
+                self.drop_link();
+                self.port.report(Report::RejoinFailed { peer, error });
+            }
+        }
+    }
+
+    /// The follower's context; a guest that led before is worth nothing to another leader.
+    fn follower(&mut self, view: View) -> Option<&mut Follower> {
+        if !matches!(self.side, Side::Following(_)) {
+            let guest = self.take_guest()?;
+            let context = FollowerContext::new(self.parts(guest, view));
+            self.side = Side::Following(Box::new(context));
+        }
+        let Side::Following(context) = &mut self.side else { return None };
+        context.view = view.0;
+        Some(context)
+    }
+
+    fn follow(&mut self, number: Index, view: View) {
+        if !self.has_link() {
+            self.await_link(view);
+        }
+        let result = match self.follower(view) {
+            None => Err(("no QEMU is attached".to_owned(), false)),
+            Some(context) => {
+                context.observer.begin(number, view, false);
+                follow_syncvm(context, number.0)
+                    .map_err(|error| (describe(&error), context.standing() == GuestStanding::Whole))
+            }
+        };
+        match result {
+            Ok(report) => self.port.report(Report::Followed(report)),
+            Err((error, whole)) => {
+                self.drop_link();
+                self.port.report(Report::FollowFailed { number, error, whole });
+            }
+        }
+    }
+
+    /// The leader opens the connection; it may come a moment after the `SyncVm`.
+    fn await_link(&mut self, view: View) {
+        let deadline = Instant::now() + DIAL_TIMEOUT;
+        while let Some(incoming) = self.setup.bulk.wait(deadline) {
+            if incoming.view == view.0 && incoming.number != 0 {
+                let channel = self.adopt_link(incoming.link);
+                if let Some(context) = self.follower(view) {
+                    context.replace_channel(channel);
+                }
+                return;
+            }
+        }
+    }
+
+    fn take_incoming(&mut self) {
+        while let Some(incoming) = self.setup.bulk.take() {
+            let standing = &self.port.standing;
+            let expected = incoming.view == standing.view.load(Ordering::Acquire)
+                && u64::from(incoming.peer.0) + 1 == standing.leader.load(Ordering::Acquire);
+            if expected {
+                self.accept(incoming);
+            } else {
+                tracing::info!(peer = incoming.peer.0, view = incoming.view, "a bulk connection of another view is refused");
+            }
+        }
+    }
+
+    /// A leader of the present view opens a connection: for a rejoin (number 0), or to go on after a broken one.
+    fn accept(&mut self, incoming: IncomingBulk) {
+        let (view, rejoin) = (View(incoming.view), incoming.number == 0);
+        let channel = self.adopt_link(incoming.link);
+        if rejoin && let Some(guest) = self.guest() {
+            // It will be overwritten: it must not run, and the reactor must not count on it, from here on.
+            if let Err(error) = guest.stop() {
+                tracing::error!(%error, "the guest does not stop for a rejoin");
+                return self.drop_link();
+            }
+            self.port.report(Report::Joining);
+        }
+        let Some(context) = self.follower(view) else { return self.drop_link() };
+        context.replace_channel(channel);
+        if rejoin && let Err(error) = follow_rejoin(context, REJOIN_TIMEOUT) {
+            tracing::warn!(error = describe(&error), "the rejoin broke off");
+            self.drop_link();
+        }
+    }
+}
+
+/// An error with its causes, for people.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// The group's number in syncvm's messages: FNV-1a of its name.
+fn group_hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}

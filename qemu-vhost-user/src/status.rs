@@ -1,0 +1,198 @@
+//! What `plover status` shows: one snapshot of a group, built by its reactor when somebody asks.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+/// The figures of one syncvm.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SyncStatus {
+    /// Its number: the log index of its entry.
+    pub number: u64,
+    /// Pages that this side wrote.
+    pub dirty_pages: u64,
+    /// Pages of the union.
+    pub union_pages: u64,
+    /// Pages that differed.
+    pub divergent_pages: u64,
+    /// Bytes that crossed the wire, both ways.
+    pub bytes_sent: u64,
+    /// What sending every dirty page of the leader would have cost.
+    pub full_transfer_bytes: u64,
+    /// How long the guest stood still.
+    pub guest_stop_us: u64,
+    /// Phase name and its time.
+    pub phases_us: Vec<(String, u64)>,
+}
+
+/// Sums over all syncvms since the daemon started.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SyncTotals {
+    /// Acknowledged syncvms.
+    pub count: u64,
+    /// Syncvms that failed and were retried.
+    pub failed: u64,
+    /// Pages written by either side.
+    pub dirty_pages: u64,
+    /// Pages that differed.
+    pub divergent_pages: u64,
+    /// Bytes that crossed the wire.
+    pub bytes_sent: u64,
+    /// What full transfers would have cost.
+    pub full_transfer_bytes: u64,
+    /// Median guest stop.
+    pub stop_ms_p50: f64,
+    /// 99th percentile of the guest stop.
+    pub stop_ms_p99: f64,
+    /// Full comparisons of RAM and device state that found no difference (`verify = true`).
+    pub verified: u64,
+    /// Full comparisons that found one: must stay 0.
+    pub diverged: u64,
+}
+
+/// One other replica as this one sees it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its node.
+    pub node: String,
+    /// Whether the control connection stands.
+    pub connected: bool,
+    /// Time since its last sign of life.
+    pub silent_ms: u64,
+    /// Log entries of ours that it has not confirmed (leader only).
+    pub lag_entries: u64,
+    /// Whether its guest is whole, as it last said.
+    pub guest_intact: bool,
+    /// Why it was refused or refuses us.
+    pub refusal: Option<String>,
+}
+
+/// One group on this node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// The VM.
+    pub vm: String,
+    /// This node.
+    pub node: String,
+    /// leader, secondary or witness.
+    pub role: String,
+    /// Consensus view.
+    pub view: u64,
+    /// Who leads, if known.
+    pub leader: Option<String>,
+    /// Who is secondary by the committed log.
+    pub secondary: Option<String>,
+    /// Whether the death of the leader would lose nothing and interrupt nobody.
+    pub protected: bool,
+    /// Why not.
+    pub unprotected_reason: Option<String>,
+    /// What the local guest is: absent, prepared, running, stopped; and why, if that helps.
+    pub guest: String,
+    /// Whether the local guest may take over or lead.
+    pub guest_intact: bool,
+    /// Committed log index.
+    pub commit_index: u64,
+    /// Last log index.
+    pub last_index: u64,
+    /// Index up to which the local guest has consumed inputs.
+    pub applied_index: u64,
+    /// Index up to which the log has been dropped.
+    pub base_index: u64,
+    /// Frames in the guard.
+    pub held_frames: u64,
+    /// Bytes in the guard.
+    pub held_bytes: u64,
+    /// Frames of clients that were ordered.
+    pub frames_in: u64,
+    /// Frames that left.
+    pub frames_out: u64,
+    /// Frames dropped on the way in: no buffers, too large, guest without driver.
+    pub frames_dropped: u64,
+    /// Dirty tracker in use and why.
+    pub tracker: String,
+    /// The last acknowledged syncvm.
+    pub last_sync: Option<SyncStatus>,
+    /// Sums.
+    pub totals: SyncTotals,
+    /// The others.
+    pub peers: Vec<PeerStatus>,
+    /// The last thing that went wrong, for people.
+    pub last_error: Option<String>,
+    /// Microseconds the reactor was busy, and idle, since start.
+    pub busy_us: u64,
+    /// See `busy_us`.
+    pub idle_us: u64,
+}
+
+impl GroupStatus {
+    /// The text of `plover status`.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        let protection = match (&self.unprotected_reason, self.protected) {
+            (_, true) => "protected".to_owned(),
+            (Some(reason), false) => format!("NOT protected: {reason}"),
+            (None, false) => "NOT protected".to_owned(),
+        };
+        let _ = writeln!(text, "{} on {}: {}, view {}, {protection}", self.vm, self.node, self.role, self.view);
+        let _ = writeln!(
+            text,
+            "  group     leader {}, secondary {}",
+            self.leader.as_deref().unwrap_or("unknown"),
+            self.secondary.as_deref().unwrap_or("none")
+        );
+        let _ = writeln!(text, "  guest     {}{}", self.guest, if self.guest_intact { "" } else { " (not whole)" });
+        let _ = writeln!(
+            text,
+            "  log       committed {} of {}, applied {}, base {}",
+            self.commit_index, self.last_index, self.applied_index, self.base_index
+        );
+        let _ = writeln!(
+            text,
+            "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
+            self.frames_in, self.frames_out, self.frames_dropped, self.held_frames, self.held_bytes
+        );
+        self.render_sync(&mut text);
+        for peer in &self.peers {
+            let state = if peer.connected { "connected" } else { "NOT connected" };
+            let refusal = peer.refusal.as_deref().map(|why| format!("; {why}")).unwrap_or_default();
+            let _ = writeln!(
+                text,
+                "  peer      {}: {state}, silent {} ms, lag {} entries{refusal}",
+                peer.node, peer.silent_ms, peer.lag_entries
+            );
+        }
+        if let Some(error) = &self.last_error {
+            let _ = writeln!(text, "  error     {error}");
+        }
+        text
+    }
+
+    fn render_sync(&self, text: &mut String) {
+        let totals = &self.totals;
+        let _ = writeln!(
+            text,
+            "  syncvm    {} done, {} failed, stop p50 {:.1} ms p99 {:.1} ms, {} bytes sent (full transfer: {}); tracker {}",
+            totals.count,
+            totals.failed,
+            totals.stop_ms_p50,
+            totals.stop_ms_p99,
+            totals.bytes_sent,
+            totals.full_transfer_bytes,
+            self.tracker
+        );
+        if let Some(last) = &self.last_sync {
+            let phases: Vec<String> = last.phases_us.iter().map(|(name, us)| format!("{name} {us}")).collect();
+            let _ = writeln!(
+                text,
+                "  last      #{}: dirty {}, union {}, divergent {}, {} bytes, guest stopped {} us ({})",
+                last.number,
+                last.dirty_pages,
+                last.union_pages,
+                last.divergent_pages,
+                last.bytes_sent,
+                last.guest_stop_us,
+                phases.join(", ")
+            );
+        }
+    }
+}
