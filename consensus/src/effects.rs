@@ -100,7 +100,8 @@ pub enum Notice {
         /// The view of the campaign.
         view: View,
     },
-    /// This replica came back with an empty disk, has caught up, and votes again (R13).
+    /// This replica came back with an empty disk, has caught up, and votes again as
+    /// soon as the record that says so is durable (R13).
     Promoted,
 }
 

@@ -308,7 +308,6 @@ impl Cluster {
         let node = &mut self.nodes[id.slot()];
         match notice {
             Notice::Jumped { base } => (node.handed_out, node.guest) = (base, None),
-            Notice::Promoted => node.wiped = false,
             Notice::Leading { view } => {
                 let replica = node.replica.take().expect("it just took a step");
                 let result = self
@@ -324,8 +323,10 @@ impl Cluster {
                 self.nodes[id.slot()].cold_start = false;
             }
             Notice::Following { .. } => node.cold_start = false,
-            Notice::LostLead { .. } | Notice::HandOverFailed { .. } | Notice::Ineligible { .. } => {
-            }
+            Notice::Promoted
+            | Notice::LostLead { .. }
+            | Notice::HandOverFailed { .. }
+            | Notice::Ineligible { .. } => {}
         }
     }
 
@@ -427,6 +428,7 @@ impl Cluster {
                 let node = &mut self.nodes[usize::from(node)];
                 if node.life == life && node.replica.is_some() {
                     node.disk.apply(through);
+                    node.wiped &= !node.disk.lets_vote() || self.mutant == Mutant::VoteAfterWipe;
                     let id = node.id;
                     self.step(id, Event::Persisted { through });
                 }

@@ -74,6 +74,11 @@ impl Disk {
         Recovered::from_store(self.state, entries.collect())
     }
 
+    /// A replica that starts from this disk votes.
+    pub(super) fn lets_vote(&self) -> bool {
+        self.state.is_some_and(|state| !state.learner)
+    }
+
     pub(super) fn holds(&self, index: Index, view: View) -> bool {
         let Some(state) = self.state else {
             return false;
