@@ -308,6 +308,10 @@ pub struct Progress {
 }
 
 /// The result of a job.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one report per process; a box would only be in the reader's way"
+)]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Report {
