@@ -414,3 +414,42 @@ fn every_guest_boots_and_answers() {
         qemu.wait_exit(Deadline::after_secs(5)).unwrap();
     }
 }
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_ready_guest_is_silent_and_takes_a_jump_of_its_clock() {
+    let bed = Testbed::new().unwrap();
+    let host = bed.host(0);
+    let guest = Guest::new(Service::Redis);
+    let qemu = guest.boot_plain(host, &[]).unwrap();
+    let traffic = || {
+        host.output("ip", &["-s", "-o", "link", "show", "tap0"])
+            .unwrap()
+    };
+    let before = traffic();
+    assert!(before.contains("RX:"), "{before}");
+    let frame = wait_until(Deadline::after_secs(2), "a frame", || {
+        (traffic() != before).then_some(())
+    });
+    assert!(
+        frame.is_err(),
+        "the guest sent something by itself:\n{before}\n{}",
+        traffic()
+    );
+
+    assert_eq!(ask(&bed, &guest, b"PING\r\n"), "+PONG");
+    let console = host.directory().join("console-tap0.log");
+    let said_before = std::fs::read_to_string(&console).unwrap();
+    let frozen = qemu.frozen().unwrap();
+    let answer = wait_until(Deadline::after_secs(3), "an end", || {
+        (!qemu.is_running()).then_some(())
+    });
+    assert!(answer.is_err(), "QEMU ended while frozen");
+    frozen.undo().unwrap();
+    assert_eq!(ask(&bed, &guest, b"PING\r\n"), "+PONG");
+    assert_eq!(
+        std::fs::read_to_string(&console).unwrap(),
+        said_before,
+        "the kernel complained"
+    );
+}

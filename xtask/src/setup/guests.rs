@@ -22,6 +22,8 @@ const PACKAGES: [&str; 6] = [
     "memcached",
     "nginx",
 ];
+/// Changed when the unpacked packages must be fetched again; everything made from them then follows.
+pub const RECIPE: &str = "guest packages 1";
 const LIBRARIES: &str = "lib/x86_64-linux-gnu";
 const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 /// pthread_cancel loads it by name, so no executable mentions it.
@@ -60,7 +62,7 @@ const IMAGES: [Image; 4] = [
 /// Downloads and unpacks the guests' packages into `target/rig/guest-root`.
 pub fn unpack(setup: &Setup) -> Result<()> {
     let what = "the guests' kernel, Redis, memcached and nginx from Debian (100 MB download, 15 s)";
-    let recipe = format!("{} 1", PACKAGES.join(" "));
+    let recipe = format!("{} {RECIPE}", PACKAGES.join(" "));
     setup.make(
         &Part {
             path: "guest-root",
@@ -97,7 +99,7 @@ pub fn build_images(setup: &Setup) -> Result<()> {
     for image in &IMAGES {
         let path = format!("initrd/{}.cpio", image.service);
         let recipe = format!(
-            "2 {} {init}{nginx_conf}{racey}{}",
+            "2 {RECIPE} {} {init}{nginx_conf}{racey}{}",
             kernel::release(setup)?,
             APPLETS.join(" ")
         );

@@ -10,12 +10,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Part, Setup};
+use super::{Part, Setup, guests};
 
 /// Extracts `target/rig/vmlinux` from the unpacked kernel package.
 pub fn extract(setup: &Setup) -> Result<()> {
     let image = compressed_image(setup)?;
-    let recipe = image.display().to_string();
+    let recipe = format!("{} {}", image.display(), guests::RECIPE);
     let what = "unpacking the guest's kernel (2 s)";
     setup.make(
         &Part {
