@@ -199,7 +199,7 @@ impl Replica {
         if !genesis {
             self.promise(view, out);
         }
-        self.phase = Phase::Candidate(Candidate {
+        self.phase = Phase::Candidate(Box::new(Candidate {
             view,
             votes: [None; MAX_REPLICAS],
             genesis,
@@ -209,7 +209,7 @@ impl Replica {
                     .config
                     .failure_timeout_us
                     .max(4 * self.config.campaign_retry_us),
-        });
+        }));
         self.repeat_question(out);
     }
 }

@@ -58,7 +58,7 @@ pub enum ProposeError {
 enum Phase {
     Follower,
     PreVote { view: View, granted: u8 },
-    Candidate(Candidate),
+    Candidate(Box<Candidate>),
     Leader(Leading),
 }
 
