@@ -136,7 +136,7 @@ mod tests {
         assert_eq!(idle.sample(220, Some(0)), Activity::Unknown);
         assert_eq!(idle.sample(320, Some(0)), Activity::Idle);
         assert_eq!(idle.activity(), Activity::Idle);
-        idle.sample(330, Some(5_000));
+        assert_eq!(idle.sample(330, Some(5_001)), Activity::Busy);
         assert_eq!(idle.sample(340, Some(10)), Activity::Unknown, "a new QEMU");
         assert_eq!(idle.sample(440, Some(10)), Activity::Idle);
     }

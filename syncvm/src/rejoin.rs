@@ -112,9 +112,8 @@ pub struct RejoinReport {
     pub total_us: u64,
 }
 
-/// Leader: brings the follower close to this guest while it runs. `number` must be at least the number of
-/// every earlier exchange in this view (the last commit index is right) and below that of the `SyncVm` that
-/// follows.
+/// Leader: brings the follower close to this guest while it runs. `number` is the last commit index: not
+/// below any earlier `SyncVm` of this view, and below the one that follows.
 ///
 /// # Errors
 /// See [`SyncError`]. The guest runs as before, and the follower needs another rejoin.
@@ -129,7 +128,9 @@ pub fn lead_rejoin<G: Guest, C: Channel, O: Observer>(
     let mut header = Header {
         group: ctx.config.group,
         view: ctx.view,
-        number,
+        // Later than every syncvm so far, whose leftovers may still arrive; rounds come before a syncvm of the
+        // same number.
+        number: number.max(ctx.last_number + 1),
         scope: Scope::Rejoin,
         round: u32::from(ctx.rejoins) << 16,
     };
@@ -158,11 +159,8 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
         let left = ctx.pairing.pending_count();
         if let Some(end) = policy.decide(report.rounds, start.elapsed(), left, before) {
             if end != RoundsEnd::SmallEnough && policy.at_limit == AtLimit::GiveUp {
-                return Err(SyncError::Mismatch {
-                    what: "the pace of the guest's writes and of the rejoin (pages left, pages allowed)",
-                    ours: left as u64,
-                    theirs: policy.target_pages as u64,
-                });
+                let target = policy.target_pages;
+                return Err(SyncError::NotConverging { left, target });
             }
             ctx.link
                 .send(header, Kind::RoundsDone, &[], deadlines.next())?;
@@ -248,27 +246,41 @@ pub fn follow_rejoin<G: Guest, C: Channel, O: Observer>(
         end: start + give_up_after,
         silence: ctx.config.silence_timeout,
     };
-    let mut header = first_round(ctx, &deadlines)?;
-    let mut report = RejoinReport::default();
-    let result = loop {
-        match follow_round(ctx, &header, &deadlines, &mut report) {
-            Ok(true) => {
-                report.rounds += 1;
-                header.round += 1;
-                ctx.observer.crash_point(Phase::FollowerRound);
+    let mut report = loop {
+        let mut header = first_round(ctx, &deadlines)?;
+        match follow_rounds(ctx, &mut header, &deadlines) {
+            Ok(report) => break report,
+            // That was an attempt which the leader has given up already.
+            Err(SyncError::Superseded { view, .. })
+                if view == ctx.view && ctx.link.kept(is_first_round) => {}
+            Err(error) => {
+                ctx.link.send_abort(&header, &error);
+                return Err(error);
             }
-            Ok(false) => break Ok(()),
-            Err(error) => break Err(error),
         }
     };
-    if let Err(error) = result {
-        ctx.link.send_abort(&header, &error);
-        return Err(error);
-    }
     report.bytes_sent = ctx.link.bytes_sent;
     report.bytes_received = ctx.link.bytes_received;
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+fn follow_rounds<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut FollowerContext<G, C, O>,
+    header: &mut Header,
+    deadlines: &Deadlines,
+) -> Result<RejoinReport, SyncError> {
+    let mut report = RejoinReport::default();
+    while follow_round(ctx, header, deadlines, &mut report)? {
+        report.rounds += 1;
+        header.round += 1;
+        ctx.observer.crash_point(Phase::FollowerRound);
+    }
+    Ok(report)
+}
+
+fn is_first_round(kind: Kind, header: &Header) -> bool {
+    kind == Kind::RoundSet && header.scope == Scope::Rejoin && header.round & 0xffff == 0
 }
 
 /// Waits for the first message of a round 0 in this view, and keeps it.
@@ -286,8 +298,7 @@ fn first_round<G: Guest, C: Channel, O: Observer>(
                 number: header.number,
             });
         }
-        let round_0 = kind == Kind::RoundSet && header.round & 0xffff == 0;
-        if header.view == ctx.view && header.scope == Scope::Rejoin && round_0 {
+        if header.view == ctx.view && is_first_round(kind, &header) {
             ctx.link.put_back(kind);
             return Ok(header);
         }
@@ -315,6 +326,9 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
         .recv_set(header, Kind::RoundSet, &terms, deadlines)?;
     if header.round & 0xffff == 0 {
         begin_joining(ctx, &leader, set.is_all())?;
+    } else if set.is_all() {
+        // The guest rewrote everything; what the leader knows is relative to this round from now on.
+        ctx.pairing.adopt(leader.basis);
     }
     let pages: Vec<PageNumber> = set.iter().collect();
     for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {

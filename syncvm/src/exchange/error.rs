@@ -122,6 +122,16 @@ pub enum SyncError {
     /// This replica's guest may not run any more (it is no longer leader).
     #[error("this replica lost its role during the exchange; its guest stays stopped")]
     Deposed,
+    /// The guest writes faster than the rejoin carries, and the policy says not to stop it.
+    #[error(
+        "the guest writes faster than rejoin rounds carry: {left} pages are left, {target} are allowed; raise the target or let the rejoin stop the guest"
+    )]
+    NotConverging {
+        /// Pages left after the last round.
+        left: usize,
+        /// Pages allowed.
+        target: usize,
+    },
     /// Invariant I4 does not hold.
     #[error(
         "after syncvm {number} the guests differ in {pages} pages (first: {first_pages:?}) and {device_bytes} bytes of device state (first at {first_device_byte:?})"

@@ -31,6 +31,8 @@ pub struct LeaderContext<G, C, O> {
     pub(crate) link: Link<C>,
     pub(crate) outgoing: Outgoing,
     pub(crate) rejoins: u16,
+    /// The number of the last syncvm tried.
+    pub(crate) last_number: u64,
 }
 
 impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
@@ -55,6 +57,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             pairing,
             outgoing: Outgoing::default(),
             rejoins: 0,
+            last_number: 0,
         }
     }
 
@@ -160,6 +163,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
     number: u64,
 ) -> Result<SyncReport, SyncError> {
     ctx.link.reset_counts();
+    ctx.last_number = ctx.last_number.max(number);
     let header = Header {
         group: ctx.config.group,
         view: ctx.view,

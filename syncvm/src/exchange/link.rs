@@ -123,6 +123,16 @@ impl<C: Channel> Link<C> {
         self.put_back = Some((kind as u16, std::mem::take(&mut self.message)));
     }
 
+    /// Whether a message is kept for the next [`Self::recv`] and satisfies `test`.
+    pub fn kept(&self, test: impl FnOnce(Kind, &Header) -> bool) -> bool {
+        self.put_back.as_ref().is_some_and(|(code, message)| {
+            match (Kind::from_code(*code), Header::decode(message)) {
+                (Some(kind), Ok((header, _))) => test(kind, &header),
+                _ => false,
+            }
+        })
+    }
+
     /// Like [`Self::recv`], but only `wanted` will do.
     pub fn expect(
         &mut self,

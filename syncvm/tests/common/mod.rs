@@ -1,0 +1,388 @@
+//! A guest in a memfd that writes at random whenever it "runs", and a channel that breaks where it is told.
+#![allow(dead_code)] // each test binary uses its own part of these fakes
+
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use syncvm::exchange::{
+    Channel, ChannelError, ExchangeConfig, FollowerContext, Guest, GuestError, LeaderContext,
+    Observer, Parts, Phase, SyncError, SyncReport, follow_syncvm, lead_syncvm,
+};
+use syncvm::hash::HashPool;
+use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber, Pairing};
+
+pub const PAGES: usize = 96;
+
+/// SplitMix64.
+#[derive(Clone)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+}
+
+pub fn new_ram(pages: usize) -> GuestRam {
+    let fd = memfd_create("plover-fake-guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, (pages * PAGE_BYTES) as u64).unwrap();
+    GuestRam::new(fd, None).unwrap()
+}
+
+pub fn snapshot(ram: &GuestRam) -> Vec<u8> {
+    let mut bytes = vec![0; ram.pages() * PAGE_BYTES];
+    for (page, into) in bytes.chunks_exact_mut(PAGE_BYTES).enumerate() {
+        ram.read_page(PageNumber(page as u32), into);
+    }
+    bytes
+}
+
+/// What the fake refuses to do, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Stop,
+    Harvest,
+    Save,
+    Load,
+    Resume,
+}
+
+pub struct FakeGuest {
+    pub ram: GuestRam,
+    pub dirty: Arc<Mutex<DirtySet>>,
+    pub device: Vec<u8>,
+    pub running: bool,
+    pub rng: Rng,
+    pub writes_per_run: usize,
+    pub refuse: Option<Refusal>,
+    /// RAM and device state when it was stopped last, loaded last, and just before it ran again last.
+    pub at_stop: (Vec<u8>, Vec<u8>),
+    pub at_load: Option<(Vec<u8>, Vec<u8>)>,
+    pub at_resume: (Vec<u8>, Vec<u8>),
+    pub needs_stop: bool,
+    pub drop_every: Option<usize>,
+    pub corrupt_load: bool,
+    /// After this many more runs the guest calms down to one write per run.
+    pub calm_after_runs: Option<usize>,
+}
+
+impl FakeGuest {
+    pub fn new(seed: u64, pages: usize) -> Self {
+        let mut guest = Self {
+            ram: new_ram(pages),
+            dirty: Arc::new(Mutex::new(DirtySet::new(pages))),
+            device: vec![seed as u8; 3000],
+            running: true,
+            rng: Rng(seed),
+            writes_per_run: 12,
+            refuse: None,
+            at_stop: Default::default(),
+            at_load: None,
+            at_resume: Default::default(),
+            needs_stop: false,
+            drop_every: None,
+            corrupt_load: false,
+            calm_after_runs: None,
+        };
+        guest.run_a_while();
+        guest
+    }
+
+    pub fn state(&self) -> (Vec<u8>, Vec<u8>) {
+        (snapshot(&self.ram), self.device.clone())
+    }
+
+    /// What a guest does with its time: whole pages, single bytes, zeroed pages, device registers.
+    pub fn run_a_while(&mut self) {
+        for _ in 0..self.writes_per_run {
+            let page = PageNumber(self.rng.below(self.ram.pages()) as u32);
+            let mut bytes = vec![0; PAGE_BYTES];
+            match self.rng.below(4) {
+                0 => {}
+                1 => bytes.fill(self.rng.next() as u8),
+                // The same on both sides: dirty, but not divergent.
+                2 => bytes.fill(page.0 as u8),
+                _ => {
+                    self.ram.read_page(page, &mut bytes);
+                    let at = self.rng.below(PAGE_BYTES);
+                    bytes[at] = self.rng.next() as u8;
+                }
+            }
+            self.ram.write_page(page, &bytes);
+            self.dirty.lock().unwrap().insert(page);
+        }
+        let at = self.rng.below(self.device.len());
+        self.device[at] = self.rng.next() as u8;
+    }
+
+    fn refused(&mut self, what: Refusal) -> Result<(), GuestError> {
+        if self.refuse == Some(what) {
+            self.refuse = None;
+            return Err(GuestError::new(
+                "obey",
+                format!("{what:?} refused by the test"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Guest for FakeGuest {
+    fn stop(&mut self) -> Result<(), GuestError> {
+        self.refused(Refusal::Stop)?;
+        self.running = false;
+        self.at_stop = self.state();
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.refused(Refusal::Resume)?;
+        self.at_resume = self.state();
+        self.running = true;
+        match &mut self.calm_after_runs {
+            Some(0) => self.writes_per_run = 1,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.run_a_while();
+        Ok(())
+    }
+    fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
+        let mut dirty = self.dirty.lock().unwrap();
+        for (index, page) in dirty.iter().enumerate() {
+            if self.drop_every.is_none_or(|n| index % n != 0) {
+                into.insert(page);
+            }
+        }
+        dirty.clear();
+        drop(dirty);
+        if self.refuse == Some(Refusal::Harvest) {
+            // The nastiest way to fail: the bits are gone, the pages were not reported.
+            into.clear();
+        }
+        self.refused(Refusal::Harvest)
+    }
+    fn harvest_needs_stop(&self) -> bool {
+        self.needs_stop
+    }
+    fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
+        assert!(!self.running, "saved while running");
+        self.refused(Refusal::Save)?;
+        Ok(self.device.clone())
+    }
+    fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        assert!(!self.running, "loaded while running");
+        self.refused(Refusal::Load)?;
+        self.device = state.to_vec();
+        self.device[7] ^= u8::from(self.corrupt_load);
+        self.at_load = Some(self.state());
+        Ok(())
+    }
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+}
+
+/// How the channel breaks at a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// The sender sees an error, nothing arrives.
+    Refused,
+    /// The sender sees success, nothing arrives.
+    Lost,
+    /// The sender sees an error, but it arrived.
+    Uncertain,
+}
+
+pub struct Fault {
+    pub at_message: usize,
+    pub how: Break,
+}
+
+pub struct MemoryChannel {
+    to_peer: Option<Sender<(u16, Vec<u8>)>>,
+    from_peer: Receiver<(u16, Vec<u8>)>,
+    sent: Arc<AtomicUsize>,
+    fault: Option<Arc<Fault>>,
+}
+
+/// Both ends of a channel; messages of both directions count towards the fault.
+pub fn channel_pair(fault: Option<Fault>) -> (MemoryChannel, MemoryChannel) {
+    let (a_out, b_in) = channel();
+    let (b_out, a_in) = channel();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let fault = fault.map(Arc::new);
+    let end = |to_peer, from_peer| MemoryChannel {
+        to_peer: Some(to_peer),
+        from_peer,
+        sent: Arc::clone(&sent),
+        fault: fault.clone(),
+    };
+    (end(a_out, a_in), end(b_out, b_in))
+}
+
+impl MemoryChannel {
+    fn deliver(&mut self, kind: u16, message: Vec<u8>) -> Result<(), ChannelError> {
+        let to_peer = self.to_peer.as_ref().ok_or(ChannelError::Closed)?;
+        to_peer
+            .send((kind, message))
+            .map_err(|_| ChannelError::Closed)
+    }
+}
+
+impl Channel for MemoryChannel {
+    fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], _: Instant) -> Result<(), ChannelError> {
+        let message: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        assert!(message.len() <= syncvm::transfer::MAX_MESSAGE_BYTES);
+        let number = self.sent.fetch_add(1, Ordering::SeqCst);
+        let Some(fault) = self
+            .fault
+            .as_ref()
+            .filter(|fault| number >= fault.at_message)
+        else {
+            return self.deliver(kind, message);
+        };
+        let how = fault.how;
+        if number == fault.at_message && how == Break::Uncertain {
+            self.deliver(kind, message)?;
+        }
+        self.to_peer = None;
+        match how {
+            Break::Lost => Ok(()),
+            Break::Refused | Break::Uncertain => Err(ChannelError::Closed),
+        }
+    }
+
+    fn recv(&mut self, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, ChannelError> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        match self.from_peer.recv_timeout(patience) {
+            Ok((kind, message)) => {
+                *buf = message;
+                Ok(kind)
+            }
+            Err(RecvTimeoutError::Timeout) => Err(ChannelError::Timeout),
+            Err(RecvTimeoutError::Disconnected) => {
+                // As with TCP, a channel that is dead one way is soon dead the other way.
+                self.to_peer = None;
+                Err(ChannelError::Closed)
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Watcher {
+    pub may_not_run: bool,
+    pub acknowledged: usize,
+    pub applied: usize,
+    pub resumed: usize,
+    pub seen: Vec<Phase>,
+    pub die_at: Option<Phase>,
+}
+
+impl Observer for Watcher {
+    fn crash_point(&mut self, phase: Phase) {
+        self.seen.push(phase);
+        if self.die_at == Some(phase) {
+            // Unwinds the thread and drops its end of the channel: the process is gone.
+            std::panic::resume_unwind(Box::new("crash point"));
+        }
+    }
+    fn may_run(&mut self) -> bool {
+        !self.may_not_run
+    }
+    fn resumed(&mut self) {
+        self.resumed += 1;
+    }
+    fn acknowledged(&mut self) {
+        self.acknowledged += 1;
+    }
+    fn applied(&mut self) {
+        self.applied += 1;
+    }
+}
+
+pub type Leader = LeaderContext<FakeGuest, MemoryChannel, Watcher>;
+pub type Follower = FollowerContext<FakeGuest, MemoryChannel, Watcher>;
+
+pub fn config() -> ExchangeConfig {
+    ExchangeConfig {
+        silence_timeout: Duration::from_secs(2),
+        ..ExchangeConfig::new(77)
+    }
+}
+
+pub fn parts(guest: FakeGuest, channel: MemoryChannel) -> Parts<FakeGuest, MemoryChannel, Watcher> {
+    Parts {
+        guest,
+        channel,
+        observer: Watcher::default(),
+        config: config(),
+        view: 3,
+        pool: Arc::new(HashPool::new(0)),
+    }
+}
+
+/// A leader with a fresh pairing and a follower that is worth nothing, both with random memory.
+pub fn pair(seed: u64, pages: usize) -> (Leader, Follower) {
+    let (a, b) = channel_pair(None);
+    let leader = LeaderContext::new(parts(FakeGuest::new(seed, pages), a), Pairing::fresh(pages));
+    let follower = FollowerContext::new(parts(FakeGuest::new(seed ^ 0xffff, pages), b));
+    (leader, follower)
+}
+
+pub type Outcome = (Result<SyncReport, SyncError>, Result<SyncReport, SyncError>);
+
+/// One syncvm over a new channel with this fault.
+pub fn sync(
+    leader: &mut Leader,
+    follower: &mut Follower,
+    number: u64,
+    fault: Option<Fault>,
+) -> Outcome {
+    let (a, b) = channel_pair(fault);
+    leader.replace_channel(a);
+    follower.replace_channel(b);
+    sync_on_present_channel(leader, follower, number)
+}
+
+pub fn sync_on_present_channel(
+    leader: &mut Leader,
+    follower: &mut Follower,
+    number: u64,
+) -> Outcome {
+    std::thread::scope(|scope| {
+        let following = scope.spawn(|| follow_syncvm(follower, number));
+        let led = lead_syncvm(leader, number);
+        (led, following.join().unwrap())
+    })
+}
+
+/// A syncvm that must succeed and make the follower what the leader was.
+pub fn good_sync(
+    leader: &mut Leader,
+    follower: &mut Follower,
+    number: u64,
+) -> (SyncReport, SyncReport) {
+    follower.guest.at_load = None;
+    let (led, followed) = sync(leader, follower, number, None);
+    let (led, followed) = (led.unwrap(), followed.unwrap());
+    assert!(leader.guest.running && follower.guest.running);
+    let loaded = follower.guest.at_load.as_ref().expect("loaded");
+    assert!(
+        *loaded == leader.guest.at_stop,
+        "equal byte by byte at the sync point"
+    );
+    assert!(follower.guest.at_resume == leader.guest.at_stop);
+    (led, followed)
+}
