@@ -110,7 +110,10 @@ pub(crate) struct ReactorEnd {
 }
 
 /// Makes both ends. `stop` ends every wait of the session when it becomes true; no wait is longer than `deadline`.
-pub(crate) fn pair(stop: Arc<AtomicBool>, deadline: Duration) -> std::io::Result<(SessionEnd, ReactorEnd)> {
+pub(crate) fn pair(
+    stop: Arc<AtomicBool>,
+    deadline: Duration,
+) -> std::io::Result<(SessionEnd, ReactorEnd)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
     let session = SessionEnd {

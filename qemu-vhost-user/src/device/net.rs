@@ -115,7 +115,7 @@ pub enum DeviceEvent {
 pub enum Inject {
     /// The guest has it, or it can never have it and the frame was dropped and counted.
     Done,
-    /// No room: try again after a kick of the receive ring, which has been asked for.
+    /// No room: try this frame again, before any other, after a kick of the receive ring, which has been asked for.
     NoBuffers,
     /// The receive ring is not running; nothing was done.
     NotRunning,

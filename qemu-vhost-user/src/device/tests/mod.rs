@@ -1,0 +1,6 @@
+//! Tests of the device against a driver and a QEMU of our own.
+
+mod bed;
+mod corruption;
+mod traffic;
+mod vhost_user;
