@@ -234,7 +234,12 @@ impl Writer {
         // Release: whoever sees the ticket also sees the queue and size that belong to it.
         self.shared.durable.fetch_max(ticket, Ordering::Release);
         self.shared.signal();
-        truncate_through.map_or(Ok(()), |through| self.delete_through(through))
+        if let Some(through) = truncate_through {
+            // After the tickets: nobody waits for space as urgently as for durability.
+            self.delete_through(through)?;
+            self.shared.signal();
+        }
+        Ok(())
     }
 
     fn write_and_sync(&mut self, buffers: &[&[u8]]) -> Result<(), LogError> {
