@@ -69,8 +69,8 @@ impl Entry {
             Entry::SyncVm { with } => out.extend_from_slice(&[2, with.0]),
             Entry::Second { replica, base } => {
                 out.push(3);
-                put_replica(out, replica);
-                put_u64(out, base.0);
+                replica.put(out);
+                base.put(out);
             }
             Entry::Noop { leader } => out.extend_from_slice(&[4, leader.0]),
         }
@@ -107,8 +107,8 @@ impl Entry {
 impl HardState {
     /// Appends the bytes that [`HardState::decode`] reads.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        put_u64(out, self.promised.0);
-        put_base(out, &self.base);
+        self.promised.put(out);
+        self.base.put(out);
         out.push(u8::from(self.learner) | u8::from(self.void_entries) << 1);
     }
 
@@ -143,100 +143,51 @@ impl Message {
     pub fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
         match self {
-            Message::PreVote { view } => put_head(out, 1, *view),
+            Message::PreVote { view } => put(out, 1, &[view]),
             Message::PreVoteReply {
                 view,
                 granted,
                 promised,
-            } => {
-                put_head(out, 2, *view);
-                out.push(u8::from(*granted));
-                put_u64(out, promised.0);
-            }
+            } => put(out, 2, &[view, granted, promised]),
             Message::Prepare {
                 view,
                 genesis_nonce,
-            } => {
-                put_head(out, 3, *view);
-                put_u64(out, *genesis_nonce);
-            }
-            Message::Promise { view, last, commit } => {
-                put_head(out, 4, *view);
-                put_viewstamp(out, *last);
-                put_u64(out, commit.0);
-            }
-            Message::Fetch { view, from } => {
-                put_head(out, 5, *view);
-                put_u64(out, from.0);
-            }
+            } => put(out, 3, &[view, genesis_nonce]),
+            Message::Promise { view, last, commit } => put(out, 4, &[view, last, commit]),
+            Message::Fetch { view, from } => put(out, 5, &[view, from]),
             Message::Fetched {
                 view,
                 prev,
                 entries,
-            } => {
-                put_head(out, 6, *view);
-                put_viewstamp(out, *prev);
-                put_entries(out, entries);
-            }
-            Message::FetchedBase { view, base } => {
-                put_head(out, 7, *view);
-                put_base(out, base);
-            }
+            } => put(out, 6, &[view, prev, entries]),
+            Message::FetchedBase { view, base } => put(out, 7, &[view, base]),
             Message::Accept {
                 view,
                 prev,
                 commit,
                 base,
                 entries,
-            } => {
-                put_head(out, 8, *view);
-                put_viewstamp(out, *prev);
-                put_u64(out, commit.0);
-                put_u64(out, base.0);
-                put_entries(out, entries);
-            }
+            } => put(out, 8, &[view, prev, commit, base, entries]),
             Message::AcceptOk {
                 view,
                 through,
                 voting,
-            } => {
-                put_head(out, 9, *view);
-                put_u64(out, through.0);
-                out.push(u8::from(*voting));
-            }
+            } => put(out, 9, &[view, through, voting]),
             Message::Reject {
                 view,
                 prev,
                 have,
                 commit,
-            } => {
-                put_head(out, 10, *view);
-                put_u64(out, prev.0);
-                put_viewstamp(out, *have);
-                put_u64(out, commit.0);
-            }
-            Message::InstallBase { view, base } => {
-                put_head(out, 11, *view);
-                put_base(out, base);
-            }
-            Message::Nack { promised } => put_head(out, 12, *promised),
-            Message::TakeOver { view, handover } => {
-                put_head(out, 13, *view);
-                out.push(u8::from(*handover));
-            }
-            Message::Hello { nonce, blank } => {
-                put_head(out, 14, View(*nonce));
-                out.push(u8::from(*blank));
-            }
+            } => put(out, 10, &[view, prev, have, commit]),
+            Message::InstallBase { view, base } => put(out, 11, &[view, base]),
+            Message::Nack { promised } => put(out, 12, &[promised]),
+            Message::TakeOver { view, handover } => put(out, 13, &[view, handover]),
+            Message::Hello { nonce, blank } => put(out, 14, &[nonce, blank]),
             Message::HelloReply {
                 nonce,
                 promised,
                 last,
-            } => {
-                put_head(out, 15, View(*nonce));
-                put_u64(out, promised.0);
-                put_viewstamp(out, *last);
-            }
+            } => put(out, 15, &[nonce, promised, last]),
         }
         let checksum = crc32c::crc32c(&out[start..]);
         out.extend_from_slice(&checksum.to_le_bytes());
@@ -289,6 +240,14 @@ impl Message {
                 view,
                 base: r.base()?,
             },
+            _ => Message::decode_later_kinds(tag, view, &mut r)?,
+        };
+        r.end()?;
+        Ok(message)
+    }
+
+    fn decode_later_kinds(tag: u8, view: View, r: &mut Reader<'_>) -> Result<Message, WireError> {
+        Ok(match tag {
             8 => Message::Accept {
                 view,
                 prev: r.viewstamp()?,
@@ -331,50 +290,83 @@ impl Message {
                     tag,
                 });
             }
-        };
-        r.end()?;
-        Ok(message)
+        })
     }
 }
 
-fn put_u64(out: &mut Vec<u8>, value: u64) {
-    out.extend_from_slice(&value.to_le_bytes());
+/// A field of a message.
+trait Put {
+    fn put(&self, out: &mut Vec<u8>);
 }
 
-fn put_head(out: &mut Vec<u8>, tag: u8, view: View) {
-    out.push(tag);
-    put_u64(out, view.0);
+/// Appends a message's kind and its fields in order.
+fn put(out: &mut Vec<u8>, kind: u8, fields: &[&dyn Put]) {
+    out.push(kind);
+    fields.iter().for_each(|field| field.put(out));
 }
 
-fn put_viewstamp(out: &mut Vec<u8>, stamp: Viewstamp) {
-    put_u64(out, stamp.view.0);
-    put_u64(out, stamp.index.0);
+impl Put for u64 {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.to_le_bytes());
+    }
 }
 
-fn put_replica(out: &mut Vec<u8>, replica: Option<ReplicaId>) {
-    out.push(replica.map_or(NOBODY, |replica| replica.0));
+impl Put for bool {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.push(u8::from(*self));
+    }
 }
 
-fn put_base(out: &mut Vec<u8>, base: &Base) {
-    put_u64(out, base.index.0);
-    put_u64(out, base.view.0);
-    put_replica(out, base.second);
-    put_u64(out, base.second_base.0);
-    put_replica(out, base.leader);
+impl Put for View {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.0.put(out);
+    }
 }
 
-fn put_entries(out: &mut Vec<u8>, entries: &[(View, Entry)]) {
-    // Lengths are u32 on the wire: a batch is bounded by Config::batch_bytes plus one entry, and an entry by
-    // the largest batch of frames, both far below 4 GiB.
-    out.extend_from_slice(&(entries.len() as u32).to_le_bytes());
-    for (view, entry) in entries {
-        put_u64(out, view.0);
-        let length_at = out.len();
-        out.extend_from_slice(&[0; 4]);
-        entry.encode_header(out);
-        out.extend_from_slice(entry.payload());
-        let length = u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
-        out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+impl Put for Index {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.0.put(out);
+    }
+}
+
+impl Put for Viewstamp {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.view.put(out);
+        self.index.put(out);
+    }
+}
+
+impl Put for Option<ReplicaId> {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.push(self.map_or(NOBODY, |replica| replica.0));
+    }
+}
+
+impl Put for Base {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.index.put(out);
+        self.view.put(out);
+        self.second.put(out);
+        self.second_base.put(out);
+        self.leader.put(out);
+    }
+}
+
+/// Lengths are `u32` on the wire: a batch is bounded by `Config::batch_bytes` plus one entry, and an entry by the
+/// largest batch of frames, both far below 4 GiB.
+impl Put for Vec<(View, Entry)> {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&(self.len() as u32).to_le_bytes());
+        for (view, entry) in self {
+            view.put(out);
+            let length_at = out.len();
+            out.extend_from_slice(&[0; 4]);
+            entry.encode_header(out);
+            out.extend_from_slice(entry.payload());
+            let length =
+                u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
+            out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+        }
     }
 }
 

@@ -356,25 +356,19 @@ fn bulk_traffic_keeps_a_leader_alive() {
     assert!(group.at(R1).leading().is_some());
 }
 
-/// R11: a replica that jumped and crashed before anything superseded its old entries must not find them again.
-#[test]
-fn entries_from_before_a_jump_stay_void() {
-    let old: Vec<(Index, View, Entry)> = (1..=9)
-        .map(|index| (Index(index), View(6), input(1)))
-        .collect();
+/// A replica with nine entries that was told to begin after 5, which none of them matches; the state it stores.
+fn jumped(old: &[(Index, View, Entry)]) -> (Replica, HardState) {
     let state = HardState {
         promised: View(6),
         ..HardState::default()
     };
-    let mut replica = Replica::new(
-        Config::new(R2, R0, 5),
-        Recovered::from_store(Some(state), old.clone()),
-        0,
-    );
+    let recovered = Recovered::from_store(Some(state), old.to_vec());
+    let mut replica = Replica::new(Config::new(R2, R0, 5), recovered, 0);
     assert_eq!(replica.last_index(), Index(9));
     let base = Base {
         index: Index(5),
         view: View(3),
+        second: Some(R2),
         leader: Some(R0),
         ..Base::default()
     };
@@ -383,13 +377,26 @@ fn entries_from_before_a_jump_stay_void() {
         view: View(9),
         base,
     };
+    replica.step(1, Event::GuestIntact(true), &mut out);
     replica.step(1, Event::Message { from: R0, message }, &mut out);
     assert!(out.notices.contains(&Notice::Jumped { base: Index(5) }));
-    let Some(Persist::State(state)) = out.persist.last().cloned() else {
-        panic!("a jump must be stored")
-    };
-    assert!(out.messages.is_empty(), "and acknowledged only then");
+    assert!(
+        out.messages.is_empty(),
+        "a jump is acknowledged once it is durable"
+    );
+    match out.persist.last() {
+        Some(Persist::State(state)) => (replica, *state),
+        other => panic!("a jump must be stored, not {other:?}"),
+    }
+}
 
+/// R11: a replica that jumped and crashed before anything superseded its old entries must not find them again.
+#[test]
+fn entries_from_before_a_jump_stay_void() {
+    let old: Vec<_> = (1..=9)
+        .map(|index| (Index(index), View(6), input(1)))
+        .collect();
+    let (mut replica, state) = jumped(&old);
     let restarted = Replica::new(
         Config::new(R2, R0, 6),
         Recovered::from_store(Some(state), old),
@@ -400,36 +407,44 @@ fn entries_from_before_a_jump_stay_void() {
         (Index(5), Index(5))
     );
 
-    out.clear();
     let prev = Viewstamp {
         view: View(3),
         index: Index(5),
     };
     let entries = vec![(View(9), Entry::Noop { leader: R0 })];
-    let accept = Message::Accept {
+    let message = Message::Accept {
         view: View(9),
         prev,
         commit: Index(5),
         base: Index(5),
         entries,
     };
-    replica.step(
-        2,
-        Event::Message {
-            from: R0,
-            message: accept,
-        },
-        &mut out,
+    let mut out = Effects::default();
+    replica.step(2, Event::Message { from: R0, message }, &mut out);
+    let [Persist::Append { .. }, Persist::State(state)] = out.persist.as_slice() else {
+        panic!("{out:?}")
+    };
+    assert!(!state.void_entries, "the append superseded the old entries");
+}
+
+#[test]
+fn a_jump_costs_the_guest() {
+    let old: Vec<_> = (1..=9)
+        .map(|index| (Index(index), View(6), input(1)))
+        .collect();
+    let (mut replica, _) = jumped(&old);
+    assert_eq!(replica.role(), Role::Secondary);
+    let mut out = Effects::default();
+    replica.step(2, Event::PeerLost(R0), &mut out);
+    assert!(
+        out.messages.is_empty(),
+        "a secondary that jumped has no guest to lead with: {:?}",
+        out.messages
     );
+    replica.step(3, Event::GuestIntact(true), &mut out);
     assert!(matches!(
-        out.persist.as_slice(),
-        [
-            Persist::Append { .. },
-            Persist::State(HardState {
-                void_entries: false,
-                ..
-            })
-        ]
+        out.messages[..],
+        [(R0, Message::PreVote { .. }), (R1, Message::PreVote { .. })]
     ));
 }
 
