@@ -69,6 +69,9 @@ pub enum RigError {
         /// The last lines of the log.
         tail: String,
     },
+    /// Another error with what the cluster said of itself at that time.
+    #[error("{0}")]
+    Explained(String),
 }
 
 /// Gives an I/O error the words that it lacks.

@@ -300,7 +300,8 @@ impl Host {
             match rustix::process::pidfd_send_signal(&handle, signal) {
                 Ok(()) | Err(rustix::io::Errno::SRCH) => {}
                 Err(error) => {
-                    return Err(error).context(|| format!("cannot signal {pid} on {}", self.name()));
+                    return Err(error)
+                        .context(|| format!("cannot signal {pid} on {}", self.name()));
                 }
             }
         }

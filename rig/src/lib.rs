@@ -6,6 +6,7 @@
 //! namespaces do) and virtual machines as hosts (no nested KVM where this must run).
 
 pub mod client;
+pub mod cluster;
 pub mod error;
 pub mod fault;
 pub mod guest;
@@ -19,6 +20,7 @@ pub mod testbed;
 mod tool;
 pub mod wait;
 
+pub use cluster::{Cluster, ClusterOptions};
 pub use error::{Result, RigError};
 pub use fault::Fault;
 pub use guest::{Artifacts, Guest, Service};

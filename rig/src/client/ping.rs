@@ -111,6 +111,7 @@ struct Pinger {
     answered: u64,
     duplicates: u64,
     send_errors: u64,
+    last_send_failed: bool,
     longest_stall_us: u64,
 }
 
@@ -136,6 +137,7 @@ impl Pinger {
             answered: 0,
             duplicates: 0,
             send_errors: 0,
+            last_send_failed: false,
             longest_stall_us: 0,
         })
     }
@@ -149,10 +151,14 @@ impl Pinger {
         match rustix::net::sendto(&self.socket, &packet, SendFlags::empty(), &self.target) {
             Ok(_) => {
                 self.sent += 1;
+                self.last_send_failed = false;
                 self.sent_us.push(now_us);
             }
             // No route, no neighbour, queue full: what a cut link looks like from here.
-            Err(_) => self.send_errors += 1,
+            Err(_) => {
+                self.send_errors += 1;
+                self.last_send_failed = true;
+            }
         }
     }
 
@@ -203,7 +209,8 @@ impl Pinger {
     }
 
     fn finish(self, now_us: u64) -> PingReport {
-        let waiting = self.answered < self.sent || self.sent == 0;
+        // Silence at the end is a gap too if the last request could not even leave.
+        let waiting = self.answered < self.sent || self.last_send_failed;
         let measured = self.meter.finish(now_us, waiting);
         PingReport {
             sent: self.sent,

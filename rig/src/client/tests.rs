@@ -20,6 +20,7 @@ fn parameters(server: &FakeRedis) -> LoadParameters {
         connections: 1,
         in_flight: 16,
         requests_per_connection: 2_000,
+        duration_ms: 10_000,
         keys_per_connection: 64,
         progress_ms: 10,
         drain_ms: 2_000,
@@ -129,6 +130,36 @@ fn a_forgotten_write_is_found_by_the_verification_as_exactly_that() {
     assert_eq!(verification.lost[0].got, "nothing");
     assert_eq!(report.acknowledged_writes, 2_000);
     assert_eq!((report.wrong_reads, report.connections_lost), (0, 0));
+}
+
+#[test]
+fn an_old_value_in_the_verification_is_a_lost_write() {
+    let last = Faults {
+        forget_set: Some(2_000),
+        ..Default::default()
+    };
+    let server = FakeRedis::start(last);
+    let report = load(&LoadParameters {
+        get_percent: 0,
+        ..parameters(&server)
+    });
+    let verification = report.verification.expect("verification was asked for");
+    assert_eq!(
+        (
+            report.acknowledged_writes_lost,
+            verification.acknowledged_writes_lost
+        ),
+        (1, 1)
+    );
+    assert_eq!(
+        verification.lost[0].expected,
+        "write 2000 of connection 0 generation 0"
+    );
+    assert!(
+        verification.lost[0].got.starts_with("write 19"),
+        "an older one: {:?}",
+        verification.lost
+    );
 }
 
 #[test]
