@@ -269,19 +269,11 @@ fn attach(control: &OwnedFd, name: &str, bridge: &str) -> Result<(), TapError> {
     let no_bridge = || TapError::NoBridge {
         bridge: bridge.to_owned(),
     };
-    let index = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))
-        .ok()
-        .and_then(|text| text.trim().parse::<libc::c_int>().ok());
     let mut request = interface_request(name)?;
-    let index = match index {
-        Some(index) => index,
-        // /sys may show another network namespace; ask the socket, which is in ours.
-        None => {
-            ioctl_request(control, libc::SIOCGIFINDEX as _, &mut request).map_err(fail)?;
-            // SAFETY: SIOCGIFINDEX succeeded, so the kernel stored the index in this field.
-            unsafe { request.ifr_ifru.ifru_ifindex }
-        }
-    };
+    // Not from /sys, which may show another network namespace than the one we are in.
+    ioctl_request(control, libc::SIOCGIFINDEX as _, &mut request).map_err(fail)?;
+    // SAFETY: SIOCGIFINDEX succeeded, so the kernel stored the index in this field.
+    let index = unsafe { request.ifr_ifru.ifru_ifindex };
     let mut request = interface_request(bridge).map_err(|_| no_bridge())?;
     request.ifr_ifru.ifru_ifindex = index;
     ioctl_request(control, SIOCBRADDIF, &mut request).map_err(|source| {

@@ -1,0 +1,467 @@
+//! The control lane over real sockets: order, bounds, deaths and impostors.
+
+mod common;
+
+use common::{GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas};
+use dataplane::fabric::{
+    Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode,
+    SendError,
+};
+use proptest::prelude::*;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+const A: PeerId = PeerId(0);
+const B: PeerId = PeerId(1);
+
+/// Replica 1 alone; the address of replica 0 answers nobody.
+fn lone_acceptor() -> (Listener, Node) {
+    let listener = listen("node1", 101);
+    let addrs = [
+        "127.0.0.1:1".parse::<SocketAddr>().unwrap(),
+        listener.local_addr(),
+    ];
+    let node = Node::new(&listener, &addrs, 1, FabricConfig::default());
+    (listener, node)
+}
+
+/// A raw connection as replica 0, welcomed.
+fn welcomed(listener: &Listener, node: &mut Node, instance: u64) -> TcpStream {
+    let mut stream = RawHello::good(instance).dial(listener.local_addr());
+    let before = node.connections().len();
+    drive(&mut [node], |n| n[0].connections().len() > before);
+    assert_eq!(read_answer(&mut stream), (0, 101, String::new()));
+    stream
+}
+
+#[test]
+fn both_sides_learn_who_the_other_is() {
+    let (_left, _right, a, b) = pair(&FabricConfig::default());
+    assert_eq!(a.seen, [Seen::Connected(1, 101)]);
+    assert_eq!(b.seen, [Seen::Connected(0, 100)]);
+    assert!(a.fabric.is_connected(B) && a.fabric.trouble(B).is_none());
+    assert!(a.fabric.last_heard_us(B).is_some());
+}
+
+#[test]
+fn messages_arrive_whole_in_order_and_all_of_them_under_back_pressure() {
+    let config = FabricConfig {
+        max_queued_bytes: 5 << 20,
+        ..FabricConfig::default()
+    };
+    let (_left, _right, mut a, mut b) = pair(&config);
+    let message = |i: u32| {
+        let len = [5, 60_000, 1, 1 << 20, 4000, MAX_CONTROL_MESSAGE_BYTES - 4][i as usize % 6];
+        let mut bytes = vec![i as u8; len + 4];
+        bytes[..4].copy_from_slice(&i.to_le_bytes());
+        bytes
+    };
+    const COUNT: u32 = 90;
+    let (mut next, mut full) = (0, 0);
+    // Only the sender runs until it is full for the first time; then both.
+    while full == 0 {
+        match a.fabric.send(B, &[&message(next)]) {
+            Ok(()) => next += 1,
+            Err(error) => {
+                assert_eq!(error, SendError::Full);
+                assert!(a.fabric.queued_bytes(B) <= config.max_queued_bytes);
+                full += 1;
+            }
+        }
+        a.poll_ahead(0);
+    }
+    drive(&mut [&mut a, &mut b], |n| {
+        while next < COUNT {
+            let bytes = message(next);
+            let (head, tail) = bytes.split_at(bytes.len() / 2);
+            if n[0].fabric.send(B, &[head, &[], tail]).is_err() {
+                break;
+            }
+            next += 1;
+        }
+        n[1].messages().len() == COUNT as usize
+    });
+    for (i, got) in b.messages().into_iter().enumerate() {
+        assert!(got == message(i as u32), "message {i}");
+    }
+    drive(&mut [&mut a, &mut b], |n| n[0].fabric.queued_bytes(B) == 0);
+    assert!(a.lost().is_empty() && b.lost().is_empty());
+}
+
+#[test]
+fn many_parts_are_one_message_and_bad_lengths_are_refused() {
+    let (_left, _right, mut a, mut b) = pair(&FabricConfig::default());
+    let parts: Vec<Vec<u8>> = (0..20).map(|i| vec![i; i as usize]).collect();
+    let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    a.fabric.send(B, &slices).unwrap();
+    assert_eq!(
+        a.fabric.send(B, &[]),
+        Err(SendError::BadLength { bytes: 0 })
+    );
+    let long = vec![0; MAX_CONTROL_MESSAGE_BYTES + 1];
+    assert_eq!(
+        a.fabric.send(B, &[&long]),
+        Err(SendError::BadLength { bytes: long.len() })
+    );
+    drive(&mut [&mut a, &mut b], |n| n[1].messages().len() == 1);
+    assert_eq!(b.messages()[0], parts.concat());
+}
+
+#[test]
+fn a_dead_peer_is_noticed_at_once_and_its_successor_is_let_in() {
+    let (left, right, mut a, b) = pair(&FabricConfig::default());
+    let addrs = [left.local_addr(), right.local_addr()];
+    drop(b);
+    drive(&mut [&mut a], |n| !n[0].lost().is_empty());
+    assert_eq!(a.lost(), [&LostReason::Closed]);
+    assert_eq!(a.fabric.send(B, &[b"x"]), Err(SendError::NotConnected));
+    assert!(a.fabric.trouble(B).is_some());
+    let mut b = Node::new(&right, &addrs, 1, FabricConfig::default());
+    let config = FabricConfig {
+        refused_retry_us: 50_000,
+        ..FabricConfig::default()
+    };
+    drive(&mut [&mut a, &mut b], |n| {
+        n[0].connections().len() == 2 && n[1].connections().len() == 1
+    });
+    // And the dialing side comes back as another process.
+    drop(a);
+    drop(left);
+    let left = listen("node0", 200);
+    let mut a = Node::new(&left, &addrs, 0, config);
+    drive(&mut [&mut a, &mut b], |n| {
+        n[1].connections().len() == 2 && n[0].connections().len() == 1
+    });
+    assert_eq!(b.connections(), [100, 200]);
+    b.fabric.send(A, &[b"hello again"]).unwrap();
+    drive(&mut [&mut a, &mut b], |n| {
+        n[0].messages() == [b"hello again"]
+    });
+}
+
+#[test]
+fn a_refused_dialer_learns_why_and_gets_in_when_it_is_mended() {
+    let (left, right) = (listen("node0", 100), listen("node1", 101));
+    let addrs = [left.local_addr(), right.local_addr()];
+    let config = FabricConfig {
+        refused_retry_us: 20_000,
+        ..FabricConfig::default()
+    };
+    let mut a = Node::new(&left, &addrs, 0, config);
+    let mut rounds = 0;
+    drive(&mut [&mut a], |n| {
+        rounds += 1;
+        !n[0].seen.is_empty() && rounds > 60
+    });
+    let [Seen::Refused(1, reason)] = a.seen.as_slice() else {
+        panic!("one refusal is said once: {:?}", a.seen)
+    };
+    assert_eq!(reason.code, RefusalCode::UnknownGroup);
+    assert!(
+        reason.text.contains("node1") && reason.text.contains("add it to"),
+        "{reason}"
+    );
+    assert_eq!(a.fabric.trouble(B), Some(reason.text.as_str()));
+    let mut b = Node::new(&right, &addrs, 1, FabricConfig::default());
+    drive(&mut [&mut a, &mut b], |n| n[0].connections().len() == 1);
+}
+
+#[test]
+fn disconnect_reports_the_loss_and_connects_again() {
+    let (_left, _right, mut a, mut b) = pair(&FabricConfig::default());
+    b.fabric.disconnect(A);
+    assert!(!b.fabric.is_connected(A));
+    assert_eq!(b.fabric.send(A, &[b"x"]), Err(SendError::NotConnected));
+    drive(&mut [&mut a, &mut b], |n| {
+        n.iter().all(|node| node.connections().len() == 2)
+    });
+    assert_eq!(b.lost(), [&LostReason::Disconnected]);
+    assert_eq!(a.lost(), [&LostReason::Closed]);
+}
+
+#[test]
+fn what_does_not_belong_here_is_told_why() {
+    let (listener, mut node) = lone_acceptor();
+    let good = RawHello::good(7);
+    let cases = [
+        (
+            RawHello {
+                magic: *b"GET / HT",
+                ..good.clone()
+            },
+            1,
+            "speaks Plover's fabric protocol",
+        ),
+        (
+            RawHello {
+                version: 9,
+                ..good.clone()
+            },
+            2,
+            "run the same release",
+        ),
+        (
+            RawHello {
+                group: "other".to_owned(),
+                ..good.clone()
+            },
+            3,
+            "does not serve the group other",
+        ),
+        (
+            RawHello {
+                to: 2,
+                ..good.clone()
+            },
+            4,
+            "must be listed alike",
+        ),
+        (
+            RawHello {
+                from: 1,
+                ..good.clone()
+            },
+            4,
+            "must be listed alike",
+        ),
+        (
+            RawHello {
+                node: "node9".to_owned(),
+                ..good.clone()
+            },
+            5,
+            "belongs to the node node0",
+        ),
+        (
+            RawHello {
+                from: 5,
+                ..good.clone()
+            },
+            5,
+            "has no replica 5",
+        ),
+        (
+            RawHello {
+                node: "node1".to_owned(),
+                ..good.clone()
+            },
+            6,
+            "two nodes must not have one name",
+        ),
+        (
+            RawHello {
+                lane: 3,
+                ..good.clone()
+            },
+            1,
+            "unknown lane",
+        ),
+    ];
+    for (hello, code, text) in cases {
+        let mut stream = hello.dial(listener.local_addr());
+        let (got, _, why) = read_answer(&mut stream);
+        assert_eq!(got, code, "{why}");
+        assert!(why.contains(text), "{why}");
+        assert_eq!(
+            stream.read(&mut [0]).unwrap(),
+            0,
+            "the connection ends after the reason"
+        );
+    }
+    node.poll_ahead(0);
+    assert_eq!(node.seen, []);
+    welcomed(&listener, &mut node, 7);
+}
+
+#[test]
+fn the_higher_replica_does_not_dial() {
+    let listener = listen("node0", 100);
+    let addrs = [listener.local_addr(), "127.0.0.1:1".parse().unwrap()];
+    let _node = Node::new(&listener, &addrs, 0, FabricConfig::default());
+    let hello = RawHello {
+        from: 1,
+        to: 0,
+        node: "node1".to_owned(),
+        ..RawHello::good(1)
+    };
+    let (code, _, why) = read_answer(&mut hello.dial(listener.local_addr()));
+    assert_eq!(code, RefusalCode::WrongReplica as u8, "{why}");
+}
+
+#[test]
+fn registration_checks_the_configuration() {
+    let listener = listen("node0", 100);
+    let addrs = [listener.local_addr(), "127.0.0.1:1".parse().unwrap()];
+    let refused = |list, me: u8| {
+        listener
+            .register(GROUP, list, PeerId(me))
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused(replicas(&addrs), 2).contains("not listed"));
+    assert!(
+        refused(replicas(&addrs), 1).contains("belongs to the node node1, but this node is node0")
+    );
+    let mut twice = replicas(&addrs);
+    twice[1].node = "node0".to_owned();
+    assert!(refused(twice, 0).contains("holds two replicas"));
+    let port = listener.register(GROUP, replicas(&addrs), A).unwrap();
+    assert!(refused(replicas(&addrs), 0).contains("served by this node already"));
+    drop(port);
+    listener.register(GROUP, replicas(&addrs), A).unwrap();
+}
+
+#[test]
+fn silent_strangers_do_not_keep_peers_out_and_are_shown_the_door() {
+    let (listener, mut node) = lone_acceptor();
+    let part = &RawHello::good(1).bytes()[..30];
+    let mut strangers: Vec<TcpStream> = (0..100)
+        .map(|i| {
+            let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
+            stream
+                .set_read_timeout(Some(std::time::Duration::from_secs(20)))
+                .unwrap();
+            if i % 2 == 0 {
+                stream.write_all(part).unwrap();
+            }
+            stream
+        })
+        .collect();
+    welcomed(&listener, &mut node, 7);
+    for stream in &mut strangers {
+        // End of stream, or a reset because their bytes were never read.
+        assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+    }
+}
+
+#[test]
+fn an_oversize_announcement_ends_the_connection() {
+    let (listener, mut node) = lone_acceptor();
+    let mut stream = welcomed(&listener, &mut node, 7);
+    stream.write_all(&framed(b"fine")).unwrap();
+    stream
+        .write_all(&(MAX_CONTROL_MESSAGE_BYTES as u32 + 1).to_le_bytes())
+        .unwrap();
+    drive(&mut [&mut node], |n| !n[0].lost().is_empty());
+    assert_eq!(node.messages(), [b"fine"]);
+    assert_eq!(
+        node.lost(),
+        [&LostReason::Oversize {
+            bytes: MAX_CONTROL_MESSAGE_BYTES as u64 + 1
+        }]
+    );
+}
+
+#[test]
+fn of_two_live_claimants_the_first_stays() {
+    let (listener, mut node) = lone_acceptor();
+    let mut first = welcomed(&listener, &mut node, 7);
+    let mut second = RawHello::good(8).dial(listener.local_addr());
+    let ping = framed(b"");
+    // The first one lives: it pings while the second is judged.
+    second.set_nonblocking(true).unwrap();
+    drive(&mut [&mut node], |_| {
+        first.write_all(&ping).unwrap();
+        second.peek(&mut [0]).is_ok()
+    });
+    second.set_nonblocking(false).unwrap();
+    let (code, _, why) = read_answer(&mut second);
+    assert_eq!(code, RefusalCode::SameName as u8);
+    let addr = first.local_addr().unwrap().to_string();
+    assert!(
+        why.contains("another node named node0 (instance 0000000000000007)") && why.contains(&addr),
+        "{why}"
+    );
+    assert!(node.lost().is_empty());
+    first.write_all(&framed(b"still here")).unwrap();
+    drive(&mut [&mut node], |n| n[0].messages() == [b"still here"]);
+}
+
+/// Polls ahead of time until the listener has handed over what waits.
+fn poll_ahead_until(node: &mut Node, ahead_us: u64, connections: usize) {
+    let deadline = dataplane::wait::now_us() + 20_000_000;
+    while node.connections().len() < connections {
+        node.poll_ahead(ahead_us);
+        assert!(dataplane::wait::now_us() < deadline, "{:?}", node.seen);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_silent_claimant_gives_way_and_a_returning_one_too() {
+    let (listener, mut node) = lone_acceptor();
+    let _first = welcomed(&listener, &mut node, 7);
+    // 150 ms of silence, and the newcomer with another instance is let in.
+    let mut second = RawHello::good(8).dial(listener.local_addr());
+    poll_ahead_until(&mut node, 150_000, 2);
+    assert_eq!(read_answer(&mut second).0, 0);
+    // The same instance needs no silence: the process itself knows that its old connection is dead.
+    let mut third = RawHello::good(8).dial(listener.local_addr());
+    poll_ahead_until(&mut node, 150_000, 3);
+    assert_eq!(read_answer(&mut third).0, 0);
+    assert_eq!(node.connections(), [7, 8, 8]);
+    assert_eq!(node.lost(), [&LostReason::Replaced, &LostReason::Replaced]);
+}
+
+#[test]
+fn silence_ends_a_connection_and_pings_prevent_it() {
+    let (_left, _right, mut a, mut b) = pair(&FabricConfig::default());
+    // Nobody sends a message for longer than the silence timeout; pings keep the connection.
+    let until = dataplane::wait::now_us() + 1_200_000;
+    drive(&mut [&mut a, &mut b], |_| dataplane::wait::now_us() > until);
+    assert!(a.lost().is_empty() && b.lost().is_empty());
+    assert!(a.messages().is_empty(), "a ping is no message");
+    // One second passes for one side only, and the other does not run.
+    b.poll_ahead(0);
+    b.poll_ahead(1_100_000);
+    assert!(
+        matches!(
+            b.lost()[..],
+            [LostReason::Silent {
+                silent_us: 1_000_000..
+            }]
+        ),
+        "{:?}",
+        b.lost()
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// A peer that dies anywhere in its stream: every whole message arrives, nothing else does.
+    #[test]
+    fn a_peer_may_die_at_any_byte(
+        lens in prop::collection::vec(0usize..200, 1..6),
+        cut in any::<prop::sample::Index>(),
+        chunk in 1usize..100,
+    ) {
+        let (listener, mut node) = lone_acceptor();
+        let mut stream = welcomed(&listener, &mut node, 7);
+        let messages: Vec<Vec<u8>> = lens.iter().map(|&len| vec![len as u8; len]).collect();
+        let bytes: Vec<u8> = messages.iter().flat_map(|message| framed(message)).collect();
+        let cut = cut.index(bytes.len() + 1);
+        for piece in bytes[..cut].chunks(chunk) {
+            stream.write_all(piece).unwrap();
+            node.poll_ahead(0);
+        }
+        drop(stream);
+        drive(&mut [&mut node], |n| !n[0].lost().is_empty());
+        let mut end = 0;
+        let whole = messages.iter().take_while(|message| { end += message.len() + 4; end <= cut });
+        let expected: Vec<&[u8]> = whole.filter(|message| !message.is_empty()).map(Vec::as_slice).collect();
+        prop_assert_eq!(node.messages(), expected);
+        prop_assert_eq!(node.lost(), [&LostReason::Closed]);
+    }
+
+    /// Arbitrary bytes after the welcome end in a loss or wait for more; they never panic.
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 1..300)) {
+        let (listener, mut node) = lone_acceptor();
+        let mut stream = welcomed(&listener, &mut node, 7);
+        // The other side may close, and reset, in the middle.
+        let _ = stream.write_all(&bytes);
+        drop(stream);
+        drive(&mut [&mut node], |n| !n[0].lost().is_empty());
+    }
+}
