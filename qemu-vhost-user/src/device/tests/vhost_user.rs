@@ -493,12 +493,26 @@ fn a_stuck_reactor_is_given_up_and_a_missing_one_noticed() {
     ));
 }
 
+/// Bytes that the other end has not read yet.
+fn unread(socket: &UnixStream) -> libc::c_int {
+    let mut bytes = 0;
+    // SAFETY: TIOCOUTQ writes one int to the address, which is that of a local int.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    assert_eq!(outcome, 0);
+    bytes
+}
+
 #[test]
 fn half_a_message_does_not_keep_the_session_from_ending() {
     let (daemon, mut socket) = Daemon::joined();
     daemon.wait_for(|event| matches!(event, DeviceEvent::Connected).then_some(()));
     socket.write_all(&[1, 0, 0]).unwrap();
     let began = Instant::now();
+    // Only when the session has taken the bytes is it inside the message.
+    while unread(&socket) > 0 {
+        assert!(began.elapsed() < DEADLINE);
+        std::thread::yield_now();
+    }
     drop(daemon);
     assert!(began.elapsed() < DEADLINE);
 }
