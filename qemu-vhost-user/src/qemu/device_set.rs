@@ -33,7 +33,7 @@ const HOST_PROPERTIES: [&str; 14] = [
     "ebpf-rss-fds",
 ];
 /// Properties that the guest or QEMU changes while it runs.
-const CHANGING_PROPERTIES: [&str; 2] = ["busnr", "romsize"];
+const CHANGING_PROPERTIES: [&str; 3] = ["busnr", "romsize", "smb_io_base"];
 
 impl DeviceSet {
     /// Makes the canonical form of `info qtree`'s text, with further lines (CPU model and the like) in front.
@@ -156,6 +156,7 @@ mod tests {
         vectors = 4 (0x4)
         romfile = ""
         busnr = 0 (0x0)
+        smb_io_base = 45312 (0xb100)
         class Ethernet controller, addr 00:02.0, pci id 1af4:1000 (sub 1af4:0001)
         bar 0: i/o at 0xffffffffffffffff [0x1e]
         bar 1: mem at 0xffffffffffffffff [0xffe]
@@ -177,6 +178,7 @@ mod tests {
             )
             .replace("addr 00:02.0", "addr 01:02.0")
             .replace("busnr = 0 (0x0)", "busnr = 1 (0x1)")
+            .replace("45312 (0xb100)", "1792 (0x700)")
             .replace("netdev = \"n0\"", "netdev = \"hostnet0\"")
             .replace("romfile = \"\"", "romfile = \"/usr/share/x.rom\"");
         let (before, after) = (

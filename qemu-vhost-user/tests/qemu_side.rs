@@ -1,0 +1,501 @@
+//! QEMU's side against a real QEMU: arguments, agent, RAM, preflight, device state, events.
+//!
+//! Needs `PLOVER_E2E=1`, root, and what `cargo xtask setup` makes (or another QEMU ≥ 10 in `PLOVER_QEMU`).
+
+#[path = "qemu_side/vm.rs"]
+mod vm;
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use qemu_vhost_user::qemu::agent::{AgentClient, DEFAULT_PERIOD_US, VcpuClocks};
+use qemu_vhost_user::qemu::fingerprint::{Mismatch, compare};
+use qemu_vhost_user::qemu::preflight::{self, Refusal};
+use qemu_vhost_user::qemu::qmp::{EventKind, Qmp, RunState};
+use qemu_vhost_user::qemu::ram::{self, RamError};
+use qemu_vhost_user::qemu::state_file::StateFile;
+use vm::{PATIENCE, Vm, skip, until};
+
+/// What the guest prints on its console when its service runs.
+const READY: &str = "PLOVER-GUEST-READY";
+
+fn refusal(vm: &Vm) -> Refusal {
+    let mut qmp = vm.qmp();
+    let mut agent = vm.agent();
+    preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect_err("to be refused")
+}
+
+fn say(refusal: &Refusal, remedy: &str) {
+    let text = refusal.to_string();
+    println!("{text}");
+    assert!(text.contains(remedy), "«{text}» does not name «{remedy}»");
+}
+
+#[test]
+fn our_arguments_give_a_vm_that_can_be_protected() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("accepted").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    assert_eq!(qmp.peer_pid().expect("pid"), vm.pid());
+    assert_eq!(agent.hello().expect("hello").pid as i32, vm.pid());
+    let accepted =
+        preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+    let ram = accepted.ram;
+    assert_eq!(ram.length_bytes, vm::MEMORY_BYTES);
+    assert_eq!(ram.page_bytes, 4096);
+    println!("{}", accepted.fingerprint.devices.text);
+    assert!(accepted.fingerprint.warnings.is_empty());
+    assert_eq!(qmp.query_status().expect("status"), RunState::Prelaunch);
+
+    // What is written into the file is what QEMU sees as the guest's physical memory.
+    let file = std::fs::File::from(ram.clone_file().expect("another descriptor"));
+    file.write_all_at(&0x1234_5678_u32.to_le_bytes(), 0x20_0000)
+        .expect("write");
+    let seen = qmp.hmp("xp /1wx 0x200000").expect("xp");
+    assert!(seen.contains("0x12345678"), "{seen}");
+    // And at the addresses that were found.
+    let memory = std::fs::File::open(format!("/proc/{}/mem", vm.pid())).expect("QEMU's memory");
+    let mut word = [0; 4];
+    memory
+        .read_exact_at(&mut word, ram.ranges[0].addresses.start + 0x20_0000)
+        .expect("read");
+    assert_eq!(u32::from_le_bytes(word), 0x1234_5678);
+    // The trial left no file behind, and the VM still boots.
+    let left = std::fs::read_dir("/dev/shm").expect("/dev/shm").flatten();
+    let ours = format!("plover-preflight-a-{}-", std::process::id());
+    assert_eq!(
+        left.filter(|entry| entry.file_name().to_string_lossy().starts_with(&ours))
+            .count(),
+        0
+    );
+    qmp.cont().expect("cont");
+    vm.wait_for_console(READY);
+}
+
+fn cpu_ns(clocks: &VcpuClocks, after_sequence: u64) -> (u64, u64) {
+    let sample = until("a new sample of the vCPU clocks", || {
+        clocks
+            .read()
+            .filter(|sample| sample.sequence > after_sequence)
+    });
+    assert!(sample.vcpus >= 1, "no vCPU thread was found");
+    (sample.cpu_ns, sample.sequence)
+}
+
+#[test]
+fn vcpu_clocks_advance_exactly_while_the_guest_works() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("clocks").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    let clocks = agent.clocks().expect("clocks");
+    assert!(
+        clocks.read().is_none(),
+        "the sampler sleeps until it is wanted"
+    );
+    clocks.set_period_us(DEFAULT_PERIOD_US);
+    qmp.cont().expect("cont");
+    vm.wait_for_console(READY);
+    let first = clocks.read().expect("a sample");
+    assert!(
+        first.cpu_ns > 100_000_000,
+        "booting takes more than 0.1 s of CPU: {first:?}"
+    );
+    qmp.stop().expect("stop");
+    // One sample may have been taken half before the stop.
+    let (_, sequence) = cpu_ns(&clocks, clocks.read().expect("a sample").sequence);
+    let (stopped, sequence) = cpu_ns(&clocks, sequence);
+    let (later, _) = cpu_ns(&clocks, sequence + 50);
+    assert!(
+        later - stopped < 200_000,
+        "a stopped guest used {} ns",
+        later - stopped
+    );
+    drop(agent);
+    // The agent puts the sampler of a lost connection to rest.
+    let asleep = clocks.read().expect("the last sample").sequence;
+    vm.agent().hello().expect("hello");
+    let now = clocks.read().expect("the last sample").sequence;
+    assert!(now <= asleep + 50, "still sampling: {asleep} {now}");
+}
+
+#[test]
+fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("cycles").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+    qmp.cont().expect("cont");
+    vm.wait_for_console(READY);
+    let file = StateFile::create(vm.directory(), "cycles").expect("state file");
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    let mut times_us = Vec::new();
+    for cycle in 0..20 {
+        let timed = |what: &mut dyn FnMut()| {
+            let started = Instant::now();
+            what();
+            started.elapsed().as_micros()
+        };
+        let stop = timed(&mut || qmp.stop().expect("stop"));
+        let save = timed(&mut || qmp.save_devices_state(file.path()).expect("save"));
+        let read = timed(&mut || file.read_into(&mut before).expect("read"));
+        assert_eq!(qmp.query_status().expect("status"), RunState::Paused);
+        agent.register_yank().expect("yank");
+        let load = timed(&mut || qmp.load_devices_state(file.path()).expect("load"));
+        qmp.save_devices_state(file.path()).expect("save again");
+        file.read_into(&mut after).expect("read again");
+        assert!(
+            before.len() > 10_000 && before.len() == after.len(),
+            "{} {}",
+            before.len(),
+            after.len()
+        );
+        let differing = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+        let cont = timed(&mut || qmp.cont().expect("cont"));
+        assert_eq!(qmp.query_status().expect("status"), RunState::Running);
+        times_us.push([stop, save, read, load, cont]);
+        println!(
+            "cycle {cycle}: {} bytes, {differing} differ after the load",
+            before.len()
+        );
+    }
+    for (index, step) in ["stop", "save", "read", "load", "cont"].iter().enumerate() {
+        let mut column: Vec<_> = times_us.iter().map(|times| times[index]).collect();
+        column.sort_unstable();
+        println!(
+            "{step}: median {} µs, longest {} µs",
+            column[10], column[19]
+        );
+    }
+    // The guest still works: its clock interrupts make its CPU threads run now and then.
+    let clocks = agent.clocks().expect("clocks");
+    clocks.set_period_us(DEFAULT_PERIOD_US);
+    let (start, sequence) = cpu_ns(&clocks, 0);
+    until("the guest to work", || {
+        (cpu_ns(&clocks, sequence).0 > start).then_some(())
+    });
+    let kinds: Vec<EventKind> = qmp
+        .take_events()
+        .into_iter()
+        .map(|event| event.kind)
+        .collect();
+    assert_eq!(
+        kinds
+            .iter()
+            .filter(|kind| **kind == EventKind::Stop)
+            .count(),
+        20,
+        "{kinds:?}"
+    );
+}
+
+#[test]
+fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("uffd").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    let ram = ram::locate(&mut qmp).expect("RAM");
+    let uffd = agent.take_userfaultfd().expect("userfaultfd");
+    // linux/userfaultfd.h: UFFD_API, features, ioctls; features asks for WP_HUGETLBFS_SHMEM and WP_ASYNC.
+    let mut api: [u64; 3] = [0xAA, (1 << 12) | (1 << 15), 0];
+    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    // SAFETY: UFFDIO_API reads and writes exactly these 24 bytes.
+    assert_eq!(
+        unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) },
+        0
+    );
+    for range in &ram.ranges {
+        let mut register: [u64; 4] = [
+            range.addresses.start,
+            range.addresses.end - range.addresses.start,
+            2,
+            0,
+        ];
+        const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+        // SAFETY: UFFDIO_REGISTER reads and writes exactly these 32 bytes.
+        assert_eq!(
+            unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, register.as_mut_ptr()) },
+            0
+        );
+    }
+    // Registered in QEMU's address space, not in this one: its smaps say so (uw: userfaultfd write tracking).
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("smaps");
+    let start = format!("{:x}-", ram.ranges[0].addresses.start);
+    let flags = smaps
+        .split_once(&start)
+        .and_then(|(_, rest)| rest.split_once("VmFlags:"))
+        .expect("flags")
+        .1;
+    let flags = flags.lines().next().unwrap_or("");
+    assert!(flags.contains(" uw"), "{flags}");
+    assert_eq!(ram::locate(&mut qmp).expect("RAM again").ranges, ram.ranges);
+}
+
+#[test]
+fn children_of_qemu_do_not_inherit_the_agent() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("children")
+        .replace(
+            "vhost-user,id=plover-net0,chardev=plover-net0,queues=1",
+            "user,id=plover-net0",
+        )
+        .replace("tx_queue_size=1024", "tx_queue_size=256")
+        .start();
+    let output = vm.directory().join("environment");
+    // QEMU runs a child of its own for exec: migration; what the child says lands in the file.
+    let target = format!(
+        "exec:env > {0}.new; mv {0}.new {0}; cat > /dev/null",
+        output.display()
+    );
+    vm.qmp()
+        .execute("migrate", serde_json::json!({"uri": target}))
+        .expect("migrate");
+    let environment = until("the child's environment", || {
+        std::fs::read_to_string(&output).ok()
+    });
+    assert!(environment.contains("PATH="), "{environment}");
+    assert!(
+        !environment.contains("LD_PRELOAD") && !environment.contains("PLOVER_AGENT"),
+        "{environment}"
+    );
+}
+
+#[test]
+fn refused_with_a_remedy_machine_q35() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("q35")
+        .replace("pc,memory-backend", "q35,memory-backend")
+        .start();
+    let refusal = refusal(&vm);
+    assert!(matches!(refusal, Refusal::Machine(_)));
+    say(&refusal, "-machine pc");
+}
+
+#[test]
+fn refused_with_a_remedy_memory_not_shared_or_without_backend() {
+    if skip() {
+        return;
+    }
+    let private = refusal(&Vm::new("private").replace("share=on", "share=off").start());
+    assert!(matches!(private, Refusal::Ram(RamError::NotShared(_))));
+    say(&private, "share=on");
+    let none = refusal(
+        &Vm::new("nobackend")
+            .replace("memory-backend=plover-ram,", "")
+            .start(),
+    );
+    assert!(matches!(none, Refusal::Ram(_)));
+    say(&none, "memory backend");
+}
+
+#[test]
+fn refused_with_a_remedy_writable_vga_memory() {
+    if skip() {
+        return;
+    }
+    let refusal = refusal(&Vm::new("vga").user(&["-vga", "std"]).start());
+    assert!(matches!(refusal, Refusal::WritableBlocks { .. }));
+    say(&refusal, "-nodefaults -vga none");
+}
+
+#[test]
+fn refused_with_a_remedy_migration_settings() {
+    if skip() {
+        return;
+    }
+    let description = refusal(&Vm::new("vmdesc").replace(",suppress-vmdesc=on", "").start());
+    assert!(matches!(description, Refusal::VmDescription));
+    say(&description, "suppress-vmdesc=on");
+    let section = refusal(
+        &Vm::new("section")
+            .replace("send-configuration=off", "send-configuration=on")
+            .start(),
+    );
+    assert!(matches!(section, Refusal::SendConfiguration));
+    say(&section, "-global migration.send-configuration=off");
+}
+
+#[test]
+fn refused_with_a_remedy_guest_that_announces_itself() {
+    if skip() {
+        return;
+    }
+    let refusal = refusal(
+        &Vm::new("announce")
+            .replace("guest_announce=off", "guest_announce=on")
+            .start(),
+    );
+    assert!(matches!(refusal, Refusal::GuestAnnounce));
+    say(&refusal, "guest_announce=off");
+}
+
+#[test]
+fn refused_with_a_remedy_agent_missing_or_in_another_qemu() {
+    if skip() {
+        return;
+    }
+    let (vm, other) = (
+        Vm::new("noagent").without_agent().start(),
+        Vm::new("otheragent").start(),
+    );
+    assert!(AgentClient::connect(&vm.directory().join("agent.sock"), Instant::now()).is_err());
+    let mut qmp = vm.qmp();
+    let missing = preflight::check(&mut qmp, None, "a", vm.directory()).expect_err("no agent");
+    assert!(matches!(missing, Refusal::AgentMissing));
+    say(&missing, "LD_PRELOAD");
+    let mut agent = other.agent();
+    let elsewhere = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory())
+        .expect_err("another QEMU's");
+    assert!(
+        matches!(elsewhere, Refusal::AgentElsewhere { agent_pid, .. } if agent_pid == other.pid())
+    );
+    say(&elsewhere, "its own PLOVER_AGENT_SOCKET");
+}
+
+#[test]
+fn two_replicas_are_compared_by_what_the_guest_sees() {
+    if skip() {
+        return;
+    }
+    let fingerprint = |replica: &str, vm: &Vm| {
+        let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+        preflight::check(&mut qmp, Some(&mut agent), replica, vm.directory())
+            .expect("accepted")
+            .fingerprint
+    };
+    let booted = Vm::new("first").start();
+    booted.qmp().cont().expect("cont");
+    booted.wait_for_console(READY);
+    let first = fingerprint("a", &booted);
+    drop(booted);
+    // Another directory and so other paths; not booted, so that the BARs are not mapped.
+    assert_eq!(
+        compare(&first, &fingerprint("b", &Vm::new("second").start())),
+        Ok(())
+    );
+    let device = fingerprint(
+        "b",
+        &Vm::new("device")
+            .user(&["-device", "virtio-rng-pci"])
+            .start(),
+    );
+    let mismatch = compare(&first, &device).expect_err("a device more");
+    println!("{mismatch}");
+    assert!(
+        matches!(mismatch, Mismatch::Devices { .. })
+            && mismatch
+                .to_string()
+                .contains("only b has «i440FX-pcihost: dev: virtio-rng-pci")
+    );
+    let memory = fingerprint("b", &Vm::new("memory").memory(128 << 20).start());
+    let mismatch = compare(&first, &memory).expect_err("less RAM");
+    assert!(
+        mismatch
+            .to_string()
+            .contains("a has 256 MiB, b has 128 MiB"),
+        "{mismatch}"
+    );
+    let cpu = fingerprint("b", &Vm::new("cpu").user(&["-cpu", "qemu64"]).start());
+    let mismatch = compare(&first, &cpu).expect_err("another CPU");
+    assert!(
+        mismatch
+            .to_string()
+            .contains("only b has «cpu 0: qemu64-x86_64-cpu»"),
+        "{mismatch}"
+    );
+}
+
+/// Waits for an event through the descriptor, as an owner with a poll loop does.
+fn wait_for_event(qmp: &mut Qmp, wanted: impl Fn(&EventKind) -> bool) -> EventKind {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = qmp
+            .take_events()
+            .into_iter()
+            .map(|event| event.kind)
+            .find(&wanted);
+        if let Some(kind) = found {
+            return kind;
+        }
+        let mut set = [libc::pollfd {
+            fd: qmp.poll_fd().as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        // SAFETY: one pollfd, valid for the call.
+        unsafe { libc::poll(set.as_mut_ptr(), 1, 1000) };
+        assert!(Instant::now() < deadline, "the event did not come");
+        qmp.poll_events().expect("events");
+    }
+}
+
+#[test]
+fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("events")
+        .service("racey", "plover.racey=1,1 plover.on_exit=poweroff")
+        .user(&["-no-shutdown"])
+        .start();
+    let mut qmp = vm.qmp();
+    qmp.execute("system_reset", serde_json::Value::Null)
+        .expect("reset");
+    let reset = wait_for_event(&mut qmp, |kind| matches!(kind, EventKind::Reset { .. }));
+    assert_eq!(
+        reset,
+        EventKind::Reset {
+            guest: false,
+            reason: "host-qmp-system-reset".into()
+        }
+    );
+    qmp.cont().expect("cont");
+    let shutdown = wait_for_event(&mut qmp, |kind| matches!(kind, EventKind::Shutdown { .. }));
+    assert_eq!(
+        shutdown,
+        EventKind::Shutdown {
+            guest: true,
+            reason: "guest-shutdown".into()
+        }
+    );
+    assert_eq!(qmp.query_status().expect("status"), RunState::Shutdown);
+    qmp.quit().expect("quit");
+    let error = until("the end", || qmp.query_status().err());
+    assert!(error.is_disconnected(), "{error}");
+}
+
+#[test]
+fn the_printed_command_starts_the_same_vm() {
+    if skip() {
+        return;
+    }
+    let vm = Vm::new("shell with 'blank").start_by_shell();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    assert!(
+        agent.hello().expect("hello").has_yank,
+        "sh passed the agent on to QEMU"
+    );
+    assert_eq!(qmp.peer_pid().expect("pid"), vm.pid());
+    preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+}
+
+#[test]
+fn a_missing_socket_is_waited_for_until_the_deadline_only() {
+    let started = Instant::now();
+    let deadline = started + Duration::from_millis(50);
+    assert!(Qmp::connect(Path::new("/nonexistent/qmp.sock"), deadline).is_err());
+    assert!(started.elapsed() >= Duration::from_millis(50));
+}
