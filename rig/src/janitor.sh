@@ -28,6 +28,8 @@ while pids=$(victims) && [ -n "$pids" ] && [ $round -lt 100 ]; do
     round=$((round + 1))
     [ $round -gt 1 ] && sleep 0.02
 done
+failed=0
+[ -z "$pids" ] || { echo "janitor: processes of $id still live: "$pids; failed=1; }
 
 # Deepest first, because mounts may lie inside one another. Blanks stand in /proc/mounts as \040.
 while read -r _ point _; do
@@ -46,4 +48,5 @@ case $run_dir in
         rm -rf "$run_dir"
     fi ;;
 esac
-[ -z "$(namespaces)" ] || { echo "janitor: namespaces of $id are left: $(namespaces)"; exit 1; }
+[ -z "$(namespaces)" ] || { echo "janitor: namespaces of $id are left: "$(namespaces); failed=1; }
+exit $failed

@@ -8,6 +8,7 @@ use crate::error::with_sources;
 use crate::host::{Host, Plan, QUIET_BRIDGE, SWITCH_BRIDGE};
 use crate::janitor::{self, Id, Janitor, Leave};
 use crate::netns::NetNs;
+use crate::wait::{Deadline, wait_until};
 use crate::{Result, RigError, is_root, tool};
 
 /// The client's address.
@@ -16,6 +17,8 @@ pub const CLIENT_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 100);
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 50);
 /// Hosts of a test bed: one group of replicas.
 pub const HOSTS: u8 = 3;
+/// Between the kill of a process and our knowing it.
+const MONITOR_LIMIT_SECS: u64 = 10;
 
 /// Three hosts and a client on one switch. Dropping it removes everything.
 pub struct Testbed {
@@ -111,12 +114,16 @@ impl Testbed {
         let processes = everywhere.flat_map(Host::processes);
         // From here on nothing starts again, so the janitor sees the last of them.
         let monitors: Vec<_> = processes.filter_map(|process| process.release()).collect();
-        let outcome = janitor.finish(leave);
+        janitor.finish(leave)?;
         for monitor in monitors {
+            let deadline = Deadline::after_secs(MONITOR_LIMIT_SECS);
+            wait_until(deadline, "a process to be reaped", || {
+                monitor.is_finished().then_some(())
+            })?;
             // A monitor that panicked has printed why; the clean-up goes on.
             drop(monitor.join());
         }
-        outcome
+        Ok(())
     }
 }
 
