@@ -99,6 +99,9 @@ impl Connection {
             self.output.extend_from_slice(&part[done..]);
             skip -= done;
         }
+        if queued == 0 && parts.len() >= MAX_SLICES {
+            self.flush();
+        }
         Ok(())
     }
 

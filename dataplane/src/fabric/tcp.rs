@@ -476,7 +476,13 @@ impl Link {
         match &self.state {
             State::Idle { retry_us } => *retry_us,
             State::Dialing { deadline_us, .. } => *deadline_us,
+            // Broken, or a partial write that the poller does not know of yet: poll at once.
             State::Up(connection) if connection.is_broken() => 0,
+            State::Up(connection)
+                if connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite =>
+            {
+                0
+            }
             State::Up(connection) => {
                 let ping_us = connection.last_sent_us + config.ping_us;
                 ping_us.min(connection.last_heard_us + config.silence_timeout_us)
