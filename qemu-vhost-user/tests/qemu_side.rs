@@ -158,13 +158,13 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
             after.len()
         );
         let differing = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+        assert_eq!(
+            differing, 0,
+            "bytes of device state after the load of cycle {cycle}"
+        );
         let cont = timed(&mut || qmp.cont().expect("cont"));
         assert_eq!(qmp.query_status().expect("status"), RunState::Running);
         times_us.push([stop, save, read, load, cont]);
-        println!(
-            "cycle {cycle}: {} bytes, {differing} differ after the load",
-            before.len()
-        );
     }
     for (index, step) in ["stop", "save", "read", "load", "cont"].iter().enumerate() {
         let mut column: Vec<_> = times_us.iter().map(|times| times[index]).collect();
@@ -209,10 +209,8 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
     let mut api: [u64; 3] = [0xAA, (1 << 12) | (1 << 15), 0];
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     // SAFETY: UFFDIO_API reads and writes exactly these 24 bytes.
-    assert_eq!(
-        unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) },
-        0
-    );
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
+    assert_eq!(done, 0);
     for range in &ram.ranges {
         let mut register: [u64; 4] = [
             range.addresses.start,
@@ -222,10 +220,8 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
         ];
         const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
         // SAFETY: UFFDIO_REGISTER reads and writes exactly these 32 bytes.
-        assert_eq!(
-            unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, register.as_mut_ptr()) },
-            0
-        );
+        let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, register.as_mut_ptr()) };
+        assert_eq!(done, 0);
     }
     // Registered in QEMU's address space, not in this one: its smaps say so (uw: userfaultfd write tracking).
     let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("smaps");
@@ -448,7 +444,7 @@ fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
         return;
     }
     let vm = Vm::new("events")
-        .service("racey", "plover.racey=1,1 plover.on_exit=poweroff")
+        .service("redis", "rdinit=/bin/busybox -- poweroff -f")
         .user(&["-no-shutdown"])
         .start();
     let mut qmp = vm.qmp();

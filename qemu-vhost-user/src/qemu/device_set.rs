@@ -39,15 +39,10 @@ impl DeviceSet {
     /// Makes the canonical form of `info qtree`'s text, with further lines (CPU model and the like) in front.
     pub fn from_qtree(further: &[String], qtree: &str) -> DeviceSet {
         let mut text = String::new();
-        for line in further
-            .iter()
-            .map(|line| Some(line.clone()))
-            .chain(qtree.lines().map(canonical_line))
-        {
-            if let Some(line) = line {
-                text.push_str(&line);
-                text.push('\n');
-            }
+        let canonical = qtree.lines().filter_map(canonical_line);
+        for line in further.iter().cloned().chain(canonical) {
+            text.push_str(&line);
+            text.push('\n');
         }
         DeviceSet {
             hash: fnv1a(text.as_bytes()),

@@ -29,28 +29,70 @@ pub struct Fingerprint {
     pub warnings: Vec<String>,
 }
 
+/// A simple property of a [`Fingerprint`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Property {
+    /// QEMU's version and package.
+    Qemu,
+    /// The machine type.
+    Machine,
+    /// The size of the guest's RAM.
+    RamSize,
+    /// The number of vCPUs.
+    Vcpus,
+    /// KVM or TCG.
+    Accelerator,
+}
+
+impl Property {
+    const ALL: [Property; 5] = {
+        use Property::{Accelerator, Machine, Qemu, RamSize, Vcpus};
+        [Qemu, Machine, RamSize, Vcpus, Accelerator]
+    };
+
+    fn name(self) -> &'static str {
+        match self {
+            Property::Qemu => "QEMU",
+            Property::Machine => "machine type",
+            Property::RamSize => "RAM size",
+            Property::Vcpus => "number of vCPUs",
+            Property::Accelerator => "accelerator",
+        }
+    }
+
+    fn remedy(self) -> &'static str {
+        match self {
+            Property::Qemu => {
+                "install the same QEMU package on both hosts and restart the VM's QEMU there"
+            }
+            Property::Machine => "give both QEMUs the same versioned -machine",
+            Property::RamSize => "give both QEMUs the same -m",
+            Property::Vcpus => "give both QEMUs the same -smp",
+            Property::Accelerator => {
+                "give both QEMUs the same -accel; kvm needs /dev/kvm on both hosts"
+            }
+        }
+    }
+
+    fn of(self, fingerprint: &Fingerprint) -> String {
+        match self {
+            Property::Qemu => fingerprint.qemu_version.to_string(),
+            Property::Machine => fingerprint.machine.clone(),
+            Property::RamSize => bytes(fingerprint.ram_bytes),
+            Property::Vcpus => fingerprint.vcpus.to_string(),
+            Property::Accelerator => fingerprint.accelerator.clone(),
+        }
+    }
+}
+
 /// Why a guest cannot move between two replicas.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// Two versions of QEMU.
-    #[error(
-        "different QEMU: {a} has {a_value}, {b} has {b_value}; install the same package on both hosts and restart the guest's QEMU"
-    )]
-    QemuVersion {
-        /// One replica.
-        a: String,
-        /// Its version.
-        a_value: Version,
-        /// The other replica.
-        b: String,
-        /// Its version.
-        b_value: Version,
-    },
-    /// Another simple property.
-    #[error("different {what}: {a} has {a_value}, {b} has {b_value}; {remedy}")]
+    /// A simple property differs.
+    #[error("different {}: {a} has {a_value}, {b} has {b_value}; {}", .property.name(), .property.remedy())]
     Property {
         /// Which property.
-        what: &'static str,
+        property: Property,
         /// One replica.
         a: String,
         /// Its value.
@@ -59,8 +101,6 @@ pub enum Mismatch {
         b: String,
         /// Its value.
         b_value: String,
-        /// What to do.
-        remedy: &'static str,
     },
     /// Different devices.
     #[error("different device set: {}; start both QEMUs with the same arguments (`plover qemu-args`)", describe(.only))]
@@ -94,51 +134,19 @@ fn describe(only: &[(String, Vec<String>)]) -> String {
 /// # Errors
 /// The first difference, with its remedy.
 pub fn compare(mine: &Fingerprint, theirs: &Fingerprint) -> Result<(), Mismatch> {
-    if mine.qemu_version != theirs.qemu_version {
-        return Err(Mismatch::QemuVersion {
-            a: mine.replica.clone(),
-            a_value: mine.qemu_version.clone(),
-            b: theirs.replica.clone(),
-            b_value: theirs.qemu_version.clone(),
-        });
-    }
-    let property = |what, a_value: String, b_value: String, remedy| {
-        if a_value == b_value {
-            return Ok(());
+    for property in Property::ALL {
+        let (a_value, b_value) = (property.of(mine), property.of(theirs));
+        if a_value != b_value {
+            let (a, b) = (mine.replica.clone(), theirs.replica.clone());
+            return Err(Mismatch::Property {
+                property,
+                a,
+                a_value,
+                b,
+                b_value,
+            });
         }
-        Err(Mismatch::Property {
-            what,
-            a: mine.replica.clone(),
-            a_value,
-            b: theirs.replica.clone(),
-            b_value,
-            remedy,
-        })
-    };
-    property(
-        "machine type",
-        mine.machine.clone(),
-        theirs.machine.clone(),
-        "give both QEMUs the same versioned -machine",
-    )?;
-    property(
-        "RAM size",
-        bytes(mine.ram_bytes),
-        bytes(theirs.ram_bytes),
-        "give both QEMUs the same -m",
-    )?;
-    property(
-        "number of vCPUs",
-        mine.vcpus.to_string(),
-        theirs.vcpus.to_string(),
-        "give both QEMUs the same -smp",
-    )?;
-    property(
-        "accelerator",
-        mine.accelerator.clone(),
-        theirs.accelerator.clone(),
-        "give both QEMUs the same -accel; for kvm the host needs /dev/kvm",
-    )?;
+    }
     compare_devices(mine, theirs)
 }
 

@@ -181,7 +181,7 @@ pub fn parse_line(line: &[u8]) -> Result<Message, WireError> {
         return Ok(Message::Return { id, value });
     }
     let name = raw.event.ok_or(WireError::UnknownForm)?;
-    let timestamp_us = raw.timestamp.map_or(0, RawTimestamp::as_us);
+    let timestamp_us = raw.timestamp.map_or(0, RawTimestamp::into_us);
     Ok(Message::Event(Event {
         kind: raw.data.kind(name),
         timestamp_us,
@@ -214,7 +214,7 @@ impl From<RawVersion> for Version {
 
 impl RawTimestamp {
     /// QEMU sends -1 when it could not read its clock.
-    fn as_us(self) -> u64 {
+    fn into_us(self) -> u64 {
         let seconds = u64::try_from(self.seconds).unwrap_or(0);
         let microseconds = u64::try_from(self.microseconds).unwrap_or(0);
         seconds
