@@ -217,6 +217,22 @@ fn starting_and_stopping_are_reported_and_kicks_are_announced() {
     assert_eq!(bed.device.collect_tx(1, &mut |_| true), 0);
 }
 
+#[test]
+fn a_stop_sends_the_interrupt_that_is_still_owed() {
+    let mut bed = Bed::started(usual(), 8);
+    bed.device.flush_signals();
+    _ = take_count(&bed.calls[0]);
+    bed.rx.want_interrupt(&bed.memory);
+    bed.offer_rx(&[200], false).unwrap();
+    assert_eq!(bed.device.inject(&frame(1, 60)), Inject::Done);
+    bed.stop();
+    assert_eq!(
+        take_count(&bed.calls[0]),
+        1,
+        "else it is in neither guest's state"
+    );
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     OfferRx {
