@@ -36,10 +36,10 @@ while read -r _ point _; do
     point=$(printf '%b' "$point")
     case $point in "$run_dir"/*) printf '%s\n' "$point" ;; esac
 done </proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
+if grep -qF "/rig-run/$id/" /proc/mounts; then echo "janitor: mounts of $id are left"; failed=1; fi
 
 for namespace in $(namespaces); do ip netns del "$namespace"; done
 
-rm -rf "$socket_dir"
 case $run_dir in
 */rig-run/"$id")
     if [ "$mode" = keep-logs ]; then
@@ -49,4 +49,6 @@ case $run_dir in
     fi ;;
 esac
 [ -z "$(namespaces)" ] || { echo "janitor: namespaces of $id are left: "$(namespaces); failed=1; }
+# While this directory exists, the next run's sweep tries again.
+[ $failed = 1 ] || rm -rf "$socket_dir"
 exit $failed
