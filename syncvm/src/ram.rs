@@ -11,9 +11,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use rustix::fs::SeekFrom;
 use thiserror::Error;
 
 use crate::page::{PAGE_BYTES, PageNumber};
+
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 /// Why a RAM file could not be mapped.
 #[derive(Debug, Error)]
@@ -78,6 +81,8 @@ impl Drop for Mapping {
 pub struct GuestRam {
     mapping: Arc<Mapping>,
     pages: usize,
+    /// The file lives on tmpfs (memfd included), where a hole is a page of zeros that nobody ever touched.
+    sparse: bool,
 }
 
 impl std::fmt::Debug for GuestRam {
@@ -104,6 +109,8 @@ impl GuestRam {
         if bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES as u64) || pages > u64::from(u32::MAX) {
             return Err(RamError::Size { bytes });
         }
+        let sparse =
+            rustix::fs::fstatfs(&fd).is_ok_and(|file_system| file_system.f_type == TMPFS_MAGIC);
         // SAFETY: a new mapping at an address of the kernel's choice; fd is open and the length is the file's.
         let base = unsafe {
             libc::mmap(
@@ -130,7 +137,25 @@ impl GuestRam {
                 fd,
             }),
             pages: pages as usize,
+            sparse,
         })
+    }
+
+    /// The first page at or after `from` that has memory behind it (`pages()` if none has). The pages before it
+    /// are zero, and reading them would allocate them: a sparse guest would be blown up to its full size.
+    ///
+    /// Says `from` itself where the file system cannot tell.
+    #[must_use]
+    pub fn next_backed(&self, from: PageNumber) -> PageNumber {
+        if !self.sparse {
+            return from;
+        }
+        // The seek position of the file is shared with QEMU, which does not use it for its RAM.
+        match rustix::fs::seek(self.fd(), SeekFrom::Data(from.file_offset() as u64)) {
+            Ok(offset) => PageNumber((offset / PAGE_BYTES as u64) as u32),
+            Err(rustix::io::Errno::NXIO) => PageNumber(self.pages as u32),
+            Err(_) => from,
+        }
     }
 
     /// How many pages the RAM file has.

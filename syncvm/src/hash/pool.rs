@@ -18,6 +18,7 @@ const CHUNK_PAGES: usize = 64;
 
 struct Job {
     kind: HashKind,
+    zero_hash: PageHashValue,
     ram: GuestRam,
     pages: Vec<PageNumber>,
     next_chunk: AtomicUsize,
@@ -107,6 +108,7 @@ impl HashPool {
         let _turn = lock(&self.turn);
         let job = Arc::new(Job {
             kind,
+            zero_hash: kind.zero_page(),
             ram: ram.clone(),
             pages: pages.to_vec(),
             next_chunk: AtomicUsize::new(0),
@@ -191,7 +193,12 @@ impl Job {
             };
             let chunk = &rest[..rest.len().min(CHUNK_PAGES)];
             chunk_hashes.clear();
+            let hole = chunk[0]..self.first_backed(chunk);
             for &number in chunk {
+                if hole.contains(&number) {
+                    chunk_hashes.push(self.zero_hash);
+                    continue;
+                }
                 self.ram.read_page(number, &mut page);
                 chunk_hashes.push(hash(&page));
             }
@@ -201,6 +208,17 @@ impl Job {
             if results.pages_left == 0 {
                 self.finished.notify_all();
             }
+        }
+    }
+
+    /// The chunk's first page and what follows up to this one is a hole in the RAM file. Asked only when the chunk is one run of
+    /// pages, as when all of RAM is hashed; dirty pages are not holes.
+    fn first_backed(&self, chunk: &[PageNumber]) -> PageNumber {
+        let (first, last) = (chunk[0], chunk[chunk.len() - 1]);
+        if chunk.len() == CHUNK_PAGES && last.index() == first.index() + CHUNK_PAGES - 1 {
+            self.ram.next_backed(first)
+        } else {
+            first
         }
     }
 
@@ -221,6 +239,37 @@ impl Job {
 mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    #[test]
+    fn hashing_all_of_a_sparse_guest_allocates_nothing() {
+        const PAGES: u32 = 1000;
+        let fd = memfd_create("plover-hash-test", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, u64::from(PAGES) * 4096).unwrap();
+        let ram = GuestRam::new(fd, None).unwrap();
+        for page in [70, 71, 999] {
+            ram.write_page(PageNumber(page), &[page as u8; PAGE_BYTES]);
+        }
+        let pages: Vec<PageNumber> = (0..PAGES).map(PageNumber).collect();
+        let hash = HashKind::Xxh3_128;
+        let hashes = HashPool::new(0).hash_pages(hash, &ram, &pages);
+        for (page, value) in hashes.iter().enumerate() {
+            let content = if [70, 71, 999].contains(&page) {
+                page as u8
+            } else {
+                0
+            };
+            assert_eq!(
+                *value,
+                hash.function()(&[content; PAGE_BYTES]),
+                "page {page}"
+            );
+        }
+        let blocks = rustix::fs::fstat(ram.fd()).unwrap().st_blocks;
+        assert!(
+            blocks <= 2 * 64 * 8,
+            "{blocks} blocks of 512 bytes are allocated"
+        );
+    }
 
     #[test]
     fn any_number_of_workers_gives_the_hashes_in_order() {
