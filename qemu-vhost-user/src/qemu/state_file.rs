@@ -53,6 +53,7 @@ impl StateFile {
             .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
             .collect();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        remove_stale(directory, &owner);
         let path = directory.join(format!(
             "plover-{owner}-{}-{number}.state",
             std::process::id()
@@ -134,6 +135,35 @@ impl Drop for StateFile {
     }
 }
 
+/// Removes what processes that were killed left for the same owner; otherwise every kill would cost memory for good.
+fn remove_stale(directory: &Path, owner: &str) {
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let stale = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| maker_of(name, owner))
+            .is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        if stale {
+            // Another process may have been faster; what stays is found the next time.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Process id in the name of a state file of this owner.
+fn maker_of(name: &str, owner: &str) -> Option<u32> {
+    let numbers = name
+        .strip_prefix("plover-")?
+        .strip_prefix(owner)?
+        .strip_prefix('-')?;
+    let (pid, count) = numbers.strip_suffix(".state")?.split_once('-')?;
+    count.parse::<u32>().ok()?;
+    pid.parse().ok()
+}
+
 fn is_tmpfs(directory: &Path) -> bool {
     directory.as_os_str() != OsStr::new("")
         && rustix::fs::statfs(directory).is_ok_and(|found| found.f_type as u64 == TMPFS_MAGIC)
@@ -163,6 +193,27 @@ mod tests {
         let path = file.path().to_owned();
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn files_of_killed_processes_are_removed_and_others_stay() {
+        let directory = std::env::temp_dir().join(format!("plover-stale-{}", std::process::id()));
+        std::fs::create_dir(&directory).expect("make the directory");
+        // No process can have this id: it is above the kernel's limit of 2^22.
+        let names = [
+            ("plover-vm-4194305-0.state", false),
+            ("plover-vm-1-0.state", true),
+            ("plover-vm-2-4194305-0.state", true),
+            ("plover-other-4194305-0.state", true),
+            ("plover-vm-4194305-0.state.keep", true),
+        ];
+        for (name, _) in names {
+            std::fs::write(directory.join(name), "").expect("write");
+        }
+        remove_stale(&directory, "vm");
+        let left = names.map(|(name, _)| (name, directory.join(name).exists()));
+        std::fs::remove_dir_all(&directory).expect("removed");
+        assert_eq!(left, names);
     }
 
     #[test]
