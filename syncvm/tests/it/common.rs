@@ -1,5 +1,4 @@
 //! A guest in a memfd that writes at random whenever it "runs", and a channel that breaks where it is told.
-#![allow(dead_code)] // each test binary uses its own part of these fakes
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -2,8 +2,6 @@
 //!
 //! The child is this test binary again, started at `child_process`. Needs root (pagemap of another process).
 
-mod common;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -12,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Rng, snapshot};
+use crate::common::{Rng, snapshot};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -103,7 +101,7 @@ impl Process {
         let child = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
-                "child_process",
+                "tracker::child_process",
                 "--nocapture",
                 "--test-threads=1",
             ])

@@ -1,12 +1,10 @@
 //! Live rounds: the leader's guest writes all the time, and the joiner ends equal all the same.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::*;
+use crate::common::*;
 use syncvm::exchange::{FollowerContext, Guest, Standing, SyncError};
 use syncvm::rejoin::{AtLimit, RejoinPolicy, RejoinReport, RoundsEnd, follow_rejoin, lead_rejoin};
 use syncvm::{PAGE_BYTES, PageNumber};

@@ -1,10 +1,8 @@
 //! The exchange against fakes that fail at every point.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::*;
+use crate::common::*;
 use proptest::prelude::*;
 use syncvm::exchange::{
     FollowerContext, LeaderContext, Phase, Standing, SyncError, follow_syncvm, lead_syncvm,
