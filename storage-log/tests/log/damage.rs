@@ -1,8 +1,6 @@
 //! Torn writes are cut, damage is refused, and nothing panics.
 
-mod common;
-
-use common::{Scratch, entry, options, settle};
+use crate::common::{Scratch, entry, options, settle};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use storage_log::{FileLog, LogError, LogStore, Record, Recovered};

@@ -1,8 +1,6 @@
 //! The bulk lane: transfers between blocking threads, deadlines, cancellation.
 
-mod common;
-
-use common::{GROUP, RawHello, listen, read_answer, replicas};
+use crate::common::{GROUP, RawHello, listen, read_answer, replicas};
 use dataplane::fabric::bulk::{BulkError, BulkLink, MAX_BULK_MESSAGE_BYTES};
 use dataplane::fabric::{BulkPort, GroupPort, Listener, PeerId, RefusalCode};
 use std::io::{IoSlice, Write};

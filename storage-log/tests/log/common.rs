@@ -9,7 +9,6 @@ pub struct Scratch(PathBuf);
 
 impl Scratch {
     /// In memory where the system has a place for that: the content of files is what counts.
-    #[allow(dead_code, reason = "each test binary uses a part of this module")]
     pub fn new() -> Scratch {
         let memory = Path::new("/dev/shm");
         Scratch::below(if memory.is_dir() {
@@ -20,7 +19,6 @@ impl Scratch {
     }
 
     /// Where temporary files go, on a disk as a rule.
-    #[allow(dead_code, reason = "each test binary uses a part of this module")]
     pub fn on_disk() -> Scratch {
         Scratch::below(std::env::temp_dir())
     }
@@ -44,7 +42,6 @@ impl Drop for Scratch {
     }
 }
 
-#[allow(dead_code, reason = "each test binary uses a part of this module")]
 pub fn options(segment_bytes: u64) -> Options {
     Options {
         segment_bytes,
@@ -53,7 +50,6 @@ pub fn options(segment_bytes: u64) -> Options {
     }
 }
 
-#[allow(dead_code, reason = "each test binary uses a part of this module")]
 pub fn entry(log: &mut FileLog, index: u64, view: u64, bytes: &[u8]) -> Ticket {
     let (a, b) = bytes.split_at(bytes.len() / 3);
     log.append(Record::Entry {
@@ -65,7 +61,6 @@ pub fn entry(log: &mut FileLog, index: u64, view: u64, bytes: &[u8]) -> Ticket {
 }
 
 /// Flushes and waits until `ticket` is durable or the log has failed; says which.
-#[allow(dead_code, reason = "each test binary uses a part of this module")]
 pub fn settle(log: &mut FileLog, ticket: Ticket) -> bool {
     log.flush();
     await_log(log, |log| log.durable() >= ticket || log.failed().is_some());
@@ -73,7 +68,6 @@ pub fn settle(log: &mut FileLog, ticket: Ticket) -> bool {
 }
 
 /// Waits for the log's event until `done`.
-#[allow(dead_code, reason = "each test binary uses a part of this module")]
 pub fn await_log(log: &FileLog, done: impl Fn(&FileLog) -> bool) {
     let timeout = rustix::event::Timespec {
         tv_sec: 20,

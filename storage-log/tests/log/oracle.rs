@@ -1,8 +1,6 @@
 //! The file log against the log in memory, over random histories with reopening.
 
-mod common;
-
-use common::{Scratch, options, settle};
+use crate::common::{Scratch, options, settle};
 use proptest::prelude::*;
 use storage_log::{FileLog, LogError, LogStore, MemoryLog, Options, Record, Ticket};
 
@@ -95,13 +93,13 @@ fn truncation_gives_space_back_and_keeps_the_state() {
     let (mut log, _) = FileLog::open(dir.path(), options(4096)).unwrap();
     log.append(Record::State(b"promise")).unwrap();
     for index in 1..=200 {
-        common::entry(&mut log, index, 1, &[9; 200]);
+        crate::common::entry(&mut log, index, 1, &[9; 200]);
     }
-    let last = common::entry(&mut log, 201, 1, &[9; 200]);
+    let last = crate::common::entry(&mut log, 201, 1, &[9; 200]);
     assert!(settle(&mut log, last));
     let before = log.disk_bytes();
     log.truncate_prefix(190);
-    let last = common::entry(&mut log, 202, 1, b"x");
+    let last = crate::common::entry(&mut log, 202, 1, b"x");
     assert!(settle(&mut log, last));
     drop(log);
     let on_disk: u64 = std::fs::read_dir(dir.path())
@@ -152,8 +150,8 @@ fn a_full_log_refuses_entries_takes_states_and_recovers_by_truncation() {
     log.truncate_prefix(index - 1);
     let ticket = log.append(Record::State(b"still votes")).unwrap();
     assert!(settle(&mut log, ticket));
-    common::await_log(&log, |log| log.disk_bytes() < 2500);
-    let ticket = common::entry(&mut log, index + 1, 1, &[2; 300]);
+    crate::common::await_log(&log, |log| log.disk_bytes() < 2500);
+    let ticket = crate::common::entry(&mut log, index + 1, 1, &[2; 300]);
     assert!(settle(&mut log, ticket));
 }
 
@@ -184,7 +182,7 @@ fn the_queue_is_bounded_without_blocking() {
     assert_eq!(log.durable(), Ticket(0));
     assert!(settle(&mut log, ticket));
     // The refused index is still the next one.
-    let ticket = common::entry(&mut log, 11, 1, b"again");
+    let ticket = crate::common::entry(&mut log, 11, 1, b"again");
     assert!(settle(&mut log, ticket));
 }
 
@@ -207,6 +205,6 @@ fn two_logs_never_share_a_directory() {
 fn a_gap_is_a_bug_of_the_caller() {
     let dir = Scratch::new();
     let (mut log, _) = FileLog::open(dir.path(), Options::default()).unwrap();
-    common::entry(&mut log, 1, 1, b"a");
-    common::entry(&mut log, 3, 1, b"b");
+    crate::common::entry(&mut log, 1, 1, b"a");
+    crate::common::entry(&mut log, 3, 1, b"b");
 }

@@ -1,10 +1,8 @@
 //! Nodes on the loopback interface, driven by the test's own thread.
 
-#![allow(dead_code, reason = "each test binary uses a part of this module")]
-
 use dataplane::fabric::{
-    BulkPort, Fabric, FabricConfig, FabricEvent, Listener, LostReason, NodeIdentity, PeerId,
-    Refusal, Replica, TcpFabric,
+    Fabric, FabricConfig, FabricEvent, Listener, LostReason, NodeIdentity, PeerId, Refusal,
+    Replica, TcpFabric,
 };
 use dataplane::wait::{Poller, now_us};
 use std::io::{Read, Write};
@@ -44,7 +42,6 @@ pub fn replicas(addrs: &[SocketAddr]) -> Vec<Replica> {
 /// One replica: its fabric and what it reported.
 pub struct Node {
     pub fabric: TcpFabric,
-    pub bulk: BulkPort,
     pub seen: Vec<Seen>,
     poller: Arc<Poller>,
 }
@@ -59,7 +56,6 @@ impl Node {
             TcpFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
         Node {
             fabric,
-            bulk: port.bulk,
             seen: Vec::new(),
             poller,
         }

@@ -1,8 +1,8 @@
 //! The control lane over real sockets: order, bounds, deaths and impostors.
 
-mod common;
-
-use common::{GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas};
+use crate::common::{
+    GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas,
+};
 use dataplane::fabric::{
     Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode,
     SendError,

@@ -2,9 +2,7 @@
 //!
 //! The child is this test binary again, told by an environment variable.
 
-mod common;
-
-use common::{Scratch, entry, options, settle};
+use crate::common::{Scratch, entry, options, settle};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -64,7 +62,7 @@ fn acknowledged_entries_survive_kill_9() {
     let dir = Scratch::on_disk();
     let mut acknowledged = 0;
     for round in 0..6 {
-        let mut child = spawn("child_appends_until_killed", dir.path());
+        let mut child = spawn("crash::child_appends_until_killed", dir.path());
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let wanted = 3 + round * 17;
         let mut seen = 0;
@@ -137,7 +135,7 @@ fn child_hits_a_limit() {
 #[test]
 fn a_failed_write_is_final() {
     let dir = Scratch::on_disk();
-    let output = spawn("child_hits_a_limit", dir.path())
+    let output = spawn("crash::child_hits_a_limit", dir.path())
         .wait_with_output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();

@@ -1,0 +1,5 @@
+//! Both lanes of the fabric over the loopback interface.
+
+mod bulk_lane;
+mod common;
+mod control_lane;
