@@ -148,7 +148,6 @@ pub fn pair(config: &FabricConfig) -> (Listener, Listener, Node, Node) {
 }
 
 /// A hello as the protocol's description says, written by hand.
-#[derive(Clone)]
 pub struct RawHello {
     pub magic: [u8; 8],
     pub version: u16,
