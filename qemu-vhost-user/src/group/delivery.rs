@@ -143,7 +143,7 @@ impl Reactor<'_> {
 
     /// Notes a stall; true once it has lasted too long. A guest that never had a driver is not waited for.
     fn stalled_too_long(&mut self, now: u64, limit_us: u64) -> bool {
-        if !self.guest.rings_expected(self.device.is_running()) {
+        if !self.guest.rings_expected() {
             return true;
         }
         let since = *self.delivery.stalled_since_us.get_or_insert(now);

@@ -118,6 +118,8 @@ impl Reactor<'_> {
                 if let Some(mark) = mark {
                     self.egress.discard(mark);
                 }
+                // Permission first: the worker resumes the guest as soon as the slot is ended.
+                self.worker.standing.may_run.store(!abandoned, Ordering::Release);
                 self.worker.standing.sealed.store(number.0, Ordering::Release);
                 self.delivery.pass_sync(number);
                 self.delivery.consumed_since_sync = false;

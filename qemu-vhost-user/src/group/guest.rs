@@ -85,16 +85,21 @@ impl LocalGuest {
     pub fn whole_since(&mut self, leader: Option<ReplicaId>) {
         self.intact = true;
         self.running = true;
+        self.rings_ran = true;
         self.lineage = leader;
         if let Some(attached) = &mut self.attached {
             attached.fresh = false;
         }
     }
 
-    /// Whether stopped rings will start again: they have run before in this guest.
-    pub fn rings_expected(&mut self, running_now: bool) -> bool {
-        self.rings_ran |= running_now;
+    /// Whether stopped rings will start again: they have run before in this guest, or in the one it is a copy of.
+    pub fn rings_expected(&self) -> bool {
         self.rings_ran
+    }
+
+    /// The guest's driver has started its rings.
+    pub fn rings_started(&mut self) {
+        self.rings_ran = true;
     }
 
     /// Starts looking at the vCPUs' clocks.

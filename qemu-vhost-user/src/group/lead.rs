@@ -24,6 +24,8 @@ use crate::config::{Degraded, Policy};
 const SYNC_FAILURES_LIMIT: u32 = 3;
 /// A newly named secondary may take this long to say that its guest is whole.
 const INTACT_GRACE_US: u64 = 3_000_000;
+/// Entries that the log keeps while this replica serves alone.
+const ALONE_LOG_ENTRIES: u64 = 4096;
 /// The guest's place is announced at once and again after these times: the first may meet a bridge that still forwards
 /// to the dead side.
 const ANNOUNCE_AFTER_US: [u64; 3] = [0, 50_000, 300_000];
@@ -262,6 +264,14 @@ impl Reactor<'_> {
         }
     }
 
+    /// Nobody needs inputs that this guest, the only one, has consumed: the log must not grow while it serves alone.
+    fn truncate_alone(&mut self, now: u64) {
+        let applied = self.delivery.applied();
+        if applied.0.saturating_sub(self.ordering.replica().base().index.0) > ALONE_LOG_ENTRIES {
+            self.ordering.step(now, Event::Truncate(applied));
+        }
+    }
+
     /// Nobody is secondary: serve, and bring somebody in.
     fn plan_rejoin(&mut self, now: u64, view: View) {
         let joining = matches!(
@@ -273,11 +283,16 @@ impl Reactor<'_> {
                 self.egress.set_direct(proof);
             }
         }
+        if !joining {
+            self.truncate_alone(now);
+        }
         let lead = self.lead.as_ref().expect("planning needs a leader");
         match (lead.rejoin, lead.sync) {
             (Rejoin::Resting, LeadSync::Resting) if lead.hand_over.is_none() => {
                 let Some(own) = &self.guest.attached else { return };
-                if let Some(peer) = self.peers.joiner(&own.fingerprint, now) {
+                let (ordering, timeout_us) = (&self.ordering, self.vm.policy.failure_timeout_ms * 1000);
+                let alive = |peer| ordering.peer_silent_us(peer, now) < timeout_us;
+                if let Some(peer) = self.peers.joiner(&own.fingerprint, now, alive) {
                     self.set_rejoin(Rejoin::Rounds(peer));
                     let number = self.ordering.replica().commit_index();
                     self.worker.send(Command::LeadRejoin { view, peer, number });

@@ -135,6 +135,11 @@ impl Ordering {
         std::mem::take(&mut self.served_alone)
     }
 
+    /// Time since a peer's last byte: unlike consensus's figure it is not reset by a change of view.
+    pub fn peer_silent_us(&self, peer: ReplicaId, now_us: u64) -> u64 {
+        self.fabric.last_heard_us(PeerId(peer.0)).map_or(u64::MAX, |heard| now_us.saturating_sub(heard))
+    }
+
     /// When the fabric wants to be polled next.
     pub fn fabric_deadline_us(&self) -> u64 {
         self.fabric.next_deadline_us()

@@ -202,10 +202,11 @@ impl Peers {
     }
 
     /// Who can be brought in now: connected, with a QEMU like ours, and not resting. The one that rested longest first.
-    pub fn joiner(&mut self, own: &Fingerprint, now_us: u64) -> Option<ReplicaId> {
+    /// `alive` says whether a peer was heard of late: a dead host's connection stands for a while.
+    pub fn joiner(&mut self, own: &Fingerprint, now_us: u64, alive: impl Fn(ReplicaId) -> bool) -> Option<ReplicaId> {
         let mut best: Option<(u64, ReplicaId)> = None;
         for peer in &mut self.peers {
-            if !peer.connected || !peer.report.attached || peer.rejoin_after_us > now_us {
+            if !peer.connected || !peer.report.attached || peer.rejoin_after_us > now_us || !alive(peer.id) {
                 continue;
             }
             let Some(theirs) = &peer.report.fingerprint else { continue };

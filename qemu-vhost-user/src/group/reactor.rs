@@ -253,6 +253,7 @@ impl Reactor<'_> {
     fn device_event(&mut self, event: DeviceEvent) {
         match event {
             DeviceEvent::Started { offloads, .. } => {
+                self.guest.rings_started();
                 let flags = OffloadFlags {
                     csum: offloads.checksum,
                     tso4: offloads.tso4,

@@ -234,7 +234,7 @@ impl Reactor<'_> {
         PeerStatus {
             node: peer.node.clone(),
             connected: peer.connected,
-            silent_ms: replica.peer_silent_us(id, now) / 1000,
+            silent_ms: self.ordering.peer_silent_us(id, now).min(u64::from(u32::MAX) * 1000) / 1000,
             lag_entries,
             guest_intact: peer.report.intact,
             refusal: peer.refusal.clone(),
