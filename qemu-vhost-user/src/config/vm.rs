@@ -128,7 +128,7 @@ impl Default for Policy {
             idle_threshold_us: 100,
             max_hold_ms: 50,
             max_slot_ms: 200,
-            max_idle_wait_ms: 20,
+            max_idle_wait_ms: 2,
             sync_timeout_ms: 2000,
             guard_mib: 32,
             hash: HashKind::City128,

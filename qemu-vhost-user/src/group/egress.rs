@@ -84,10 +84,6 @@ impl Egress {
         self.direct = false;
     }
 
-    /// Whether frames leave at once.
-    pub fn is_direct(&self) -> bool {
-        self.direct
-    }
 
     /// Forgets the frames of all slots through `mark`: another replica has sent them.
     pub fn discard(&mut self, mark: SlotMark) {

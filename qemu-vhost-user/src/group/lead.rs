@@ -278,10 +278,11 @@ impl Reactor<'_> {
             self.lead.as_ref().map(|lead| (lead.rejoin, lead.sync)),
             Some((Rejoin::Naming(_), _) | (_, LeadSync::Running { .. }))
         );
-        if !joining && self.vm.policy.degraded == Degraded::Serve && !self.egress.is_direct() {
-            if let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) {
-                self.egress.set_direct(proof);
-            }
+        if !joining
+            && self.vm.policy.degraded == Degraded::Serve
+            && let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view)
+        {
+            self.egress.set_direct(proof);
         }
         if !joining {
             self.truncate_alone(now);

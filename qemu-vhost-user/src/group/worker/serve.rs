@@ -69,7 +69,7 @@ enum Side {
     /// No QEMU.
     Detached,
     /// A QEMU, and no exchange so far.
-    Alone(QemuGuest),
+    Alone(Box<QemuGuest>),
     /// It leads exchanges with this peer.
     Leading(Box<Leader>, ReplicaId),
     /// It follows.
@@ -160,7 +160,7 @@ impl Serve {
                     tracing::warn!(%error, "QEMU's events are only seen once a second");
                 }
                 self.port.crash_points.set_qemu(guest.pid);
-                self.side = Side::Alone(guest);
+                self.side = Side::Alone(Box::new(guest));
                 self.last_problem.clear();
                 self.port.report(Report::Attached {
                     fingerprint: found.fingerprint,
@@ -225,7 +225,7 @@ impl Serve {
                 Ok(()) => self.port.report(Report::Halted),
                 Err(error) => tracing::error!(%error, "the guest does not stop"),
             }
-            self.side = Side::Alone(guest);
+            self.side = Side::Alone(Box::new(guest));
         }
     }
 
@@ -233,7 +233,7 @@ impl Serve {
     fn take_guest(&mut self) -> Option<QemuGuest> {
         match std::mem::replace(&mut self.side, Side::Detached) {
             Side::Detached => None,
-            Side::Alone(guest) => Some(guest),
+            Side::Alone(guest) => Some(*guest),
             Side::Leading(context, _) => Some(context.into_parts().0),
             Side::Following(context) => Some(context.into_parts().0),
         }
