@@ -35,8 +35,14 @@ pub struct DemoReport {
     pub acknowledged_writes: u64,
     /// Of these, writes that could not be read any more. Must be 0.
     pub acknowledged_writes_lost: u64,
-    /// The first of them, in words.
+    /// The first faults that the clients found, in words.
     pub lost_samples: Vec<String>,
+    /// Answers that contradict an acknowledged write, or refuse a request. Must be 0.
+    pub wrong_answers: u64,
+    /// Whether the histories of the shared keys have an order that explains them; `None` if that was not found out.
+    pub linearizable: Option<bool>,
+    /// Operations in these histories.
+    pub checked_operations: u64,
     /// Connections that the client had to give up. Must be 0.
     pub connections_lost: u64,
     /// Why the final read-back is missing or incomplete.
@@ -71,6 +77,8 @@ pub struct Failure {
     pub at_ms: f64,
     /// Longest time without any answer to the load client.
     pub gap_ms: f64,
+    /// Longest time that any single connection was without an answer.
+    pub connection_gap_ms: f64,
     /// What is promised for this kind.
     pub gap_limit_ms: f64,
     /// Longest time without an answer to the ping.
@@ -86,7 +94,7 @@ pub struct OpsPerSecond {
     pub unreplicated: Option<f64>,
     /// Leader and secondary in step.
     pub protected: Option<f64>,
-    /// After a failure, before the group is protected again.
+    /// One replica serves alone, as after a failure.
     pub degraded: Option<f64>,
     /// As `protected`, with one request in flight per connection.
     pub protected_unpipelined: Option<f64>,
@@ -143,6 +151,8 @@ impl DemoReport {
     pub fn promises(&self) -> Vec<Promise> {
         let mut promises = vec![
             self.no_write_lost(),
+            self.no_wrong_answer(),
+            self.histories(),
             self.no_connection_lost(),
             self.throughput(),
         ];
@@ -185,6 +195,32 @@ impl DemoReport {
             figure: match &self.verification_incomplete {
                 Some(why) => format!("not proven: {why}"),
                 None => format!("{} of {written}", table::grouped(lost as f64)),
+            },
+        }
+    }
+
+    fn no_wrong_answer(&self) -> Promise {
+        Promise {
+            kept: self.wrong_answers == 0 && self.operations > 0,
+            name: "no wrong answer".into(),
+            figure: format!(
+                "{} of {}",
+                table::grouped(self.wrong_answers as f64),
+                table::grouped(self.operations as f64)
+            ),
+        }
+    }
+
+    fn histories(&self) -> Promise {
+        Promise {
+            kept: self.linearizable == Some(true) && self.checked_operations > 0,
+            name: "shared keys linearizable".into(),
+            figure: match self.linearizable {
+                Some(_) => format!(
+                    "{} operations checked",
+                    table::grouped(self.checked_operations as f64)
+                ),
+                None => "not checked".into(),
             },
         }
     }

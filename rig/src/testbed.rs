@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::error::with_sources;
 use crate::host::{Host, Plan, QUIET_BRIDGE, SWITCH_BRIDGE};
@@ -27,6 +27,7 @@ pub struct Testbed {
     client: Host,
     _switch: NetNs,
     janitor: Option<Janitor>,
+    keep_logs: AtomicBool,
 }
 
 impl Testbed {
@@ -49,6 +50,7 @@ impl Testbed {
                 client,
                 _switch: switch,
                 janitor: Some(janitor),
+                keep_logs: AtomicBool::new(false),
             }),
             Err(error) => {
                 janitor.finish(Leave::Nothing)?;
@@ -106,6 +108,11 @@ impl Testbed {
         self.id.run_dir()
     }
 
+    /// Leaves the logs when the test bed goes, as after a panic, and says where: for a run that failed without one.
+    pub fn keep_logs(&self) {
+        self.keep_logs.store(true, Ordering::Relaxed);
+    }
+
     fn finish(&mut self, leave: Leave) -> Result<()> {
         let Some(janitor) = self.janitor.take() else {
             return Ok(());
@@ -129,8 +136,9 @@ impl Testbed {
 
 impl Drop for Testbed {
     fn drop(&mut self) {
-        let failing =
-            std::thread::panicking() || std::env::var_os("PLOVER_RIG_KEEP_LOGS").is_some();
+        let failing = std::thread::panicking()
+            || self.keep_logs.load(Ordering::Relaxed)
+            || std::env::var_os("PLOVER_RIG_KEEP_LOGS").is_some();
         if failing && self.janitor.is_some() {
             eprintln!(
                 "rig: the logs of this run stay in {}",

@@ -145,8 +145,8 @@ fn failures(out: &mut String, failures: &[Failure], style: Style) {
     line(
         out,
         &format!(
-            "  #  {:<width$}  {:>9}  {:>12}  {:>12}  {:>12}  {:>15}",
-            "kind", "at", "no answer", "allowed", "no ping", "protected again"
+            "  #  {:<width$}  {:>9}  {:>12}  {:>12}  {:>14}  {:>12}  {:>15}",
+            "kind", "at", "no answer", "allowed", "one connection", "no ping", "protected again"
         ),
     );
     let ms = |value: f64| format!("{} ms", grouped(value));
@@ -160,11 +160,12 @@ fn failures(out: &mut String, failures: &[Failure], style: Style) {
         line(
             out,
             &format!(
-                "  {number}  {:<width$}  {:>9}  {}  {:>12}  {:>12}  {:>15}",
+                "  {number}  {:<width$}  {:>9}  {}  {:>12}  {:>14}  {:>12}  {:>15}",
                 failure.kind,
                 seconds(failure.at_ms),
                 style.paint(colour, &gap),
                 ms(failure.gap_limit_ms),
+                ms(failure.connection_gap_ms),
                 failure.ping_gap_ms.map_or("-".into(), ms),
                 failure
                     .protected_again_ms

@@ -23,11 +23,14 @@ fn report() -> DemoReport {
         in_flight: 64,
         operations: 3_012_345,
         acknowledged_writes: 1_506_172,
+        linearizable: Some(true),
+        checked_operations: 5_432,
         failures: vec![
             Failure {
                 kind: "host killed".into(),
                 at_ms: 20_500.0,
                 gap_ms: 412.4,
+                connection_gap_ms: 430.0,
                 gap_limit_ms: KILLED_GAP_LIMIT_MS,
                 ping_gap_ms: Some(398.0),
                 protected_again_ms: Some(9_500.0),
@@ -36,6 +39,7 @@ fn report() -> DemoReport {
                 kind: "link cut".into(),
                 at_ms: 40_000.0,
                 gap_ms: 1_204.0,
+                connection_gap_ms: 1_310.0,
                 gap_limit_ms: CUT_GAP_LIMIT_MS,
                 ping_gap_ms: None,
                 protected_again_ms: Some(8_000.0),
@@ -131,6 +135,16 @@ fn every_promise_can_be_broken() {
         "no acknowledged write lost"
     );
     assert_eq!(broken(|r| r.connections_lost = 1), "no connection lost");
+    assert_eq!(broken(|r| r.wrong_answers = 1), "no wrong answer");
+    for linearizable in [None, Some(false)] {
+        let mut report = report();
+        report.linearizable = linearizable;
+        assert!(!report.is_success(), "{linearizable:?}");
+    }
+    assert_eq!(
+        broken(|r| r.checked_operations = 0),
+        "shared keys linearizable"
+    );
     assert_eq!(
         broken(|r| r.ops_per_s.protected = Some(39_999.0)),
         "protected throughput"
