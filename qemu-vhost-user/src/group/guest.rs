@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use consensus::{Entry, Event, ReplicaId};
+use consensus::{Event, ReplicaId};
 use syncvm::idle::{Activity, IdleConfig, IdleDetector};
 
 use super::follow::Follow;
@@ -164,6 +164,9 @@ impl Reactor<'_> {
             self.guest.lineage = Some(self.me);
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.ordering.step(now, Event::GuestIntact(true));
+            if boots_fresh && self.lead.is_some() {
+                self.worker.send(Command::RunFresh);
+            }
         } else if self.guest.running {
             // It ran before this daemon started and the group may have gone on without it.
             self.worker.send(Command::Halt);
@@ -182,10 +185,6 @@ impl Reactor<'_> {
         self.guest.problem = Some(reason);
         if !was_attached {
             return;
-        }
-        if powered_off && self.lead.is_some() {
-            // The guest wants to be off: nobody shall take over. Committed or not, we stop leading next.
-            self.ordering.propose(now, Entry::Second { replica: None, base: consensus::Index(0) });
         }
         self.invalidate_guest(now, "its QEMU is gone");
         if self.lead.is_some() && !powered_off {

@@ -26,6 +26,8 @@ pub struct Ingress {
     scratch: Box<[u8]>,
     watched: bool,
     last_proposed: u64,
+    /// The uplink is gone: the group must be started anew.
+    pub failure: Option<std::io::Error>,
     /// Frames that were ordered.
     pub frames_in: u64,
 }
@@ -38,6 +40,7 @@ impl Ingress {
             scratch: vec![0; MAX_FRAME_BYTES].into_boxed_slice(),
             watched: true,
             last_proposed: 0,
+            failure: None,
             frames_in: 0,
         }
     }
@@ -76,7 +79,12 @@ impl Reactor<'_> {
                 Ok(Some(len)) => {
                     self.ingress.batch.commit(len).expect("a frame fits the space that was asked for it");
                 }
-                Ok(None) | Err(_) => {
+                Ok(None) => {
+                    more = false;
+                    break;
+                }
+                Err(error) => {
+                    self.ingress.failure = Some(error);
                     more = false;
                     break;
                 }
@@ -98,7 +106,11 @@ impl Reactor<'_> {
         for _ in 0..DRAIN_BUDGET_FRAMES {
             match self.egress.uplink().recv(&mut self.ingress.scratch) {
                 Ok(Some(_)) => {}
-                Ok(None) | Err(_) => return false,
+                Ok(None) => return false,
+                Err(error) => {
+                    self.ingress.failure = Some(error);
+                    return false;
+                }
             }
         }
         true

@@ -64,8 +64,8 @@ pub enum Rejoin {
     Rounds(ReplicaId),
     /// Near enough; its syncvm is next or under way.
     Final(ReplicaId),
-    /// Whole; `Second` is on its way.
-    Naming(ReplicaId),
+    /// Whole as of this syncvm; `Second` is to be committed.
+    Naming(ReplicaId, Index),
 }
 
 /// A leader's mind.
@@ -77,12 +77,16 @@ pub struct Lead {
     pub sync: LeadSync,
     /// The joiner.
     pub rejoin: Rejoin,
+    /// The `Second` that names the joiner, once proposed.
+    naming: Option<Index>,
     named_since_us: Option<u64>,
     dropping: Option<Index>,
     failures: u32,
     announced: usize,
     serving_since_us: Option<u64>,
     slot_since_us: u64,
+    /// Since when the slot has something to release or to reconcile.
+    active_since_us: Option<u64>,
     policy: SlotPolicy,
     /// A planned hand-over.
     pub hand_over: Option<HandOver>,
@@ -97,12 +101,14 @@ impl Lead {
             none_index: None,
             sync: LeadSync::Resting,
             rejoin: Rejoin::Resting,
+            naming: None,
             named_since_us: None,
             dropping: None,
             failures: 0,
             announced: 0,
             serving_since_us: None,
             slot_since_us: now_us,
+            active_since_us: None,
             policy,
             hand_over: None,
             forced_sync: false,
@@ -115,7 +121,7 @@ impl Lead {
             (Some(since), Some(after)) => since + after,
             _ => u64::MAX,
         };
-        let idle = if self.sync == LeadSync::Resting && self.named_since_us.is_some() {
+        let idle = if self.sync == LeadSync::Resting && self.active_since_us.is_some() {
             now_us + IDLE_POLL_US
         } else {
             u64::MAX
@@ -168,6 +174,9 @@ impl Reactor<'_> {
         if self.lead.as_ref().is_none_or(|lead| lead.view != view) {
             return;
         }
+        if self.guest.powered_off {
+            return self.end_protection_of_powered_off(now);
+        }
         if !self.none_committed(now) || !self.guest.intact || !self.guest_ready() {
             return;
         }
@@ -176,6 +185,17 @@ impl Reactor<'_> {
         match self.ordering.replica().second() {
             Some(second) => self.plan_slot(now, second),
             None => self.plan_rejoin(now, view),
+        }
+    }
+
+    /// The guest has switched itself off: nobody shall take over, so nobody may stay named secondary.
+    fn end_protection_of_powered_off(&mut self, now: u64) {
+        let lead = self.lead.as_ref().expect("planning needs a leader");
+        if self.ordering.replica().second().is_some() && lead.dropping.is_none() {
+            let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
+            if let Some(lead) = &mut self.lead {
+                lead.dropping = proposed;
+            }
         }
     }
 
@@ -253,8 +273,9 @@ impl Reactor<'_> {
         lead.dropping = None;
         lead.failures = 0;
         match second {
-            Some(peer) if lead.rejoin == Rejoin::Naming(peer) => {
+            Some(peer) if matches!(lead.rejoin, Rejoin::Naming(named, _) if named == peer) => {
                 lead.rejoin = Rejoin::Resting;
+                lead.naming = None;
                 lead.named_since_us = Some(now);
                 lead.slot_since_us = now;
                 self.peers.get_mut(peer).seen_intact = self.peers.get(peer).report.intact;
@@ -276,7 +297,7 @@ impl Reactor<'_> {
     fn plan_rejoin(&mut self, now: u64, view: View) {
         let joining = matches!(
             self.lead.as_ref().map(|lead| (lead.rejoin, lead.sync)),
-            Some((Rejoin::Naming(_), _) | (_, LeadSync::Running { .. }))
+            Some((Rejoin::Naming(..), _) | (_, LeadSync::Running { .. }))
         );
         if !joining
             && self.vm.policy.degraded == Degraded::Serve
@@ -300,6 +321,12 @@ impl Reactor<'_> {
                 }
             }
             (Rejoin::Final(peer), LeadSync::Resting) => self.propose_sync(now, peer),
+            (Rejoin::Naming(peer, base), _) if lead.naming.is_none() => {
+                let naming = self.ordering.propose(now, Entry::Second { replica: Some(peer), base });
+                if let Some(lead) = &mut self.lead {
+                    lead.naming = naming;
+                }
+            }
             _ => {}
         }
     }
@@ -314,15 +341,18 @@ impl Reactor<'_> {
         }
         let guard = self.egress.guard();
         let something = guard.frames() > 0 || self.delivery.consumed_since_sync;
-        if something {
+        let age_us = if something {
             self.guest.watch_idle();
-        }
+            now.saturating_sub(*lead.active_since_us.get_or_insert(now))
+        } else {
+            now.saturating_sub(lead.slot_since_us)
+        };
         let state = SlotSnapshot {
-            activity: if something { self.guest.activity(now, self.delivery.last_injected_us) } else { Activity::Unknown },
+            activity: if something { self.guest.activity(now, self.delivery.last_injected_us) } else { Activity::Idle },
             guard_bytes: guard.bytes(),
             guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
             oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
-            slot_age_us: if something { now.saturating_sub(lead.slot_since_us) } else { 0 },
+            slot_age_us: age_us,
             consumed_inputs: u64::from(self.delivery.consumed_since_sync),
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
             last_sync_cost_us: self.totals.last_cost_us,
@@ -401,6 +431,7 @@ impl Reactor<'_> {
         self.delivery.pass_sync(number);
         let Some(lead) = &mut self.lead else { return };
         lead.slot_since_us = now;
+        lead.active_since_us = None;
         if let LeadSync::Running { number: present, resumed_us, .. } = &mut lead.sync
             && *present == number
         {
@@ -421,8 +452,7 @@ impl Reactor<'_> {
         self.egress.release(mark, proof);
         self.ordering.step(now, Event::Truncate(number));
         if self.rejoin_is(Rejoin::Final(with)) {
-            self.set_rejoin(Rejoin::Naming(with));
-            self.ordering.propose(now, Entry::Second { replica: Some(with), base: number });
+            self.set_rejoin(Rejoin::Naming(with, number));
         }
         self.sync_request_done(now, with);
     }
@@ -459,7 +489,7 @@ impl Reactor<'_> {
         let Some(lead) = &self.lead else { return self.ordering.replica().leader() };
         match (lead.sync, lead.rejoin) {
             (LeadSync::Proposed { with, .. } | LeadSync::Running { with, .. }, _) => Some(with),
-            (_, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer)) => Some(peer),
+            (_, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer, _)) => Some(peer),
             _ => None,
         }
     }

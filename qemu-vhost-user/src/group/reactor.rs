@@ -124,6 +124,9 @@ impl Reactor<'_> {
         self.take_requests(now);
         self.send_report(now);
         self.device.flush_signals();
+        if let Some(error) = self.ingress.failure.take() {
+            return Err(GroupError::Uplink { tap: self.vm.uplink.tap.clone(), reason: error.to_string() });
+        }
         match self.ordering.log_failure() {
             Some(failure) => Err(failure),
             None => Ok(busy),

@@ -111,8 +111,8 @@ impl Reactor<'_> {
 
     fn cold_start(&mut self, now: u64) -> Response {
         let name = &self.vm.name;
-        if self.ordering.replica().leading().is_some() {
-            return Response::Refused(format!("{name}: this node leads; there is nothing to start"));
+        if self.guest.intact {
+            return Response::Refused(format!("{name}: this node has a whole guest; there is nothing to start"));
         }
         if let Some(peer) = self.peers.iter().find(|peer| peer.connected && peer.report.intact) {
             return Response::Refused(format!("{name}: {} has a whole guest; a cold start would lose it", peer.node));
@@ -161,7 +161,7 @@ impl Reactor<'_> {
             (Some(second), _) if self.peers.get(second).connected => Ok(()),
             (Some(second), _) => Err(format!("secondary {} is not connected", self.peers.name(second))),
             (None, Rejoin::Resting) => Err(self.why_no_joiner()),
-            (None, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer)) => {
+            (None, Rejoin::Rounds(peer) | Rejoin::Final(peer) | Rejoin::Naming(peer, _)) => {
                 Err(format!("{} is being brought in", self.peers.name(peer)))
             }
         }

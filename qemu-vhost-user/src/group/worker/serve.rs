@@ -36,6 +36,8 @@ const ATTACH_INTERVAL: Duration = Duration::from_millis(200);
 const IDLE_WAIT_US: u64 = 1_000_000;
 /// How long opening a bulk connection may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a wait for the leader's connection looks at the view.
+const LINK_WAIT_SLICE: Duration = Duration::from_millis(20);
 /// How long a whole rejoin may take.
 const REJOIN_TIMEOUT: Duration = Duration::from_secs(600);
 /// Pages left when the rounds of a rejoin end.
@@ -396,7 +398,9 @@ impl Serve {
     /// The leader opens the connection; it may come a moment after the `SyncVm`.
     fn await_link(&mut self, view: View) {
         let deadline = Instant::now() + DIAL_TIMEOUT;
-        while let Some(incoming) = self.setup.bulk.wait(deadline) {
+        // In slices: a new view ends the wait, since its leader must not wait for the old one.
+        while Instant::now() < deadline && self.port.standing.view.load(Ordering::Acquire) == view.0 {
+            let Some(incoming) = self.setup.bulk.wait(Instant::now() + LINK_WAIT_SLICE) else { continue };
             if incoming.view == view.0 && incoming.number != 0 {
                 let channel = self.adopt_link(incoming.link);
                 if let Some(context) = self.follower(view) {
