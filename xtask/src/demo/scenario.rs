@@ -245,7 +245,7 @@ impl<'a> Scenario<'a> {
         // Late effects on the client still belong to the failure, and so does a silence, until it ends.
         sleep(CALM);
         self.wait_for_answers()?;
-        self.mark(&format!("repair {number}"))?;
+        self.mark(&repair_label(number))?;
         self.repair(struck.host, blow, fault)
     }
 
@@ -359,9 +359,14 @@ impl<'a> Scenario<'a> {
         report.ops_per_s.protected = rate(&load, PROTECTED);
         report.ops_per_s.protected_unpipelined = rate(&load, UNPIPELINED);
         for (number, failure) in (1..).zip(&mut report.failures) {
-            if let Some(window) = window_of(&load.windows, number) {
+            if let Some(window) = window_of(&load.windows, &failure_label(number)) {
                 failure.gap_ms = window.gap_ms;
                 failure.connection_gap_ms = window.connection_gap_ms;
+            }
+            // A connection that was served late of all may have been waiting since the failure.
+            if let Some(after) = window_of(&load.windows, &repair_label(number)) {
+                let gap_ms = failure.connection_gap_ms.max(after.connection_gap_ms);
+                failure.connection_gap_ms = gap_ms;
             }
         }
         report.series_100ms = load.series_100ms;
@@ -369,7 +374,8 @@ impl<'a> Scenario<'a> {
 
     fn take_ping(&mut self, ping: &PingReport) {
         for (number, failure) in (1..).zip(&mut self.report.failures) {
-            failure.ping_gap_ms = window_of(&ping.windows, number).map(|window| window.gap_ms);
+            failure.ping_gap_ms =
+                window_of(&ping.windows, &failure_label(number)).map(|window| window.gap_ms);
         }
     }
 
@@ -393,7 +399,10 @@ fn failure_label(number: usize) -> String {
     format!("failure {number}")
 }
 
-fn window_of(windows: &[WindowReport], number: usize) -> Option<&WindowReport> {
-    let label = failure_label(number);
+fn repair_label(number: usize) -> String {
+    format!("repair {number}")
+}
+
+fn window_of<'a>(windows: &'a [WindowReport], label: &str) -> Option<&'a WindowReport> {
     windows.iter().find(|window| window.label == label)
 }
