@@ -248,8 +248,10 @@ impl Reactor<'_> {
         let peer = self.peers.get(second);
         let silent = self.ordering.replica().peer_silent_us(second, now) > 2 * timeout_us;
         let away = !peer.connected && now.saturating_sub(peer.lost_us) > timeout_us;
-        let never_whole = lead.named_since_us.is_some_and(|since| now > since + INTACT_GRACE_US);
-        let guestless = !peer.report.intact && peer.connected && (peer.seen_intact || never_whole);
+        // What it said before it was named, or on an earlier connection, says nothing about now.
+        let guestless = lead.named_since_us.is_some_and(|since| {
+            peer.connected && peer.reported && !peer.report.intact && (peer.seen_intact || now > since + INTACT_GRACE_US)
+        });
         let failing = lead.failures >= SYNC_FAILURES_LIMIT;
         if !(silent || away || guestless || failing) {
             return;

@@ -25,6 +25,8 @@ pub struct Peer {
     pub lost_us: u64,
     /// What it last said about its guest, on this connection.
     pub report: GuestReport,
+    /// Whether it has said anything on this connection.
+    pub reported: bool,
     /// Whether it has said since it was named secondary that its guest is whole.
     pub seen_intact: bool,
     /// Why it was refused, or refuses us.
@@ -120,6 +122,7 @@ impl Peers {
                 connected: false,
                 lost_us: 0,
                 report: GuestReport::default(),
+                reported: false,
                 seen_intact: false,
                 refusal: None,
                 rejoin_after_us: 0,
@@ -165,6 +168,7 @@ impl Peers {
         let peer = self.get_mut(id);
         peer.connected = true;
         peer.refusal = None;
+        peer.reported = false;
         peer.report = GuestReport::default();
     }
 
@@ -192,6 +196,7 @@ impl Peers {
         if report.attached && !peer.report.attached {
             peer.rejoin_after_us = peer.rejoin_after_us.min(now_us);
         }
+        peer.reported = true;
         peer.seen_intact |= report.intact;
         peer.report = report;
     }
