@@ -1,6 +1,6 @@
 //! QEMU's side against a real QEMU: arguments, agent, RAM, preflight, device state, events.
 //!
-//! Needs `PLOVER_E2E=1`, root, and what `cargo xtask setup` makes (or another QEMU ≥ 10 in `PLOVER_QEMU`).
+//! Needs root and what `cargo xtask setup` makes (or another QEMU ≥ 10 in `PLOVER_QEMU`).
 
 #[path = "qemu_side/vm.rs"]
 mod vm;
@@ -16,7 +16,7 @@ use qemu_vhost_user::qemu::preflight::{self, Refusal};
 use qemu_vhost_user::qemu::qmp::{EventKind, Qmp, RunState};
 use qemu_vhost_user::qemu::ram::{self, RamError};
 use qemu_vhost_user::qemu::state_file::StateFile;
-use vm::{PATIENCE, Vm, skip, until};
+use vm::{PATIENCE, Vm, until};
 
 /// What the guest prints on its console when its service runs.
 const READY: &str = "PLOVER-GUEST-READY";
@@ -34,10 +34,8 @@ fn say(refusal: &Refusal, remedy: &str) {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn our_arguments_give_a_vm_that_can_be_protected() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("accepted").start();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     assert_eq!(qmp.peer_pid().expect("pid"), vm.pid());
@@ -87,10 +85,8 @@ fn cpu_ns(clocks: &VcpuClocks, after_sequence: u64) -> (u64, u64) {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn vcpu_clocks_advance_exactly_while_the_guest_works() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("clocks").start();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     let clocks = agent.clocks().expect("clocks");
@@ -125,10 +121,8 @@ fn vcpu_clocks_advance_exactly_while_the_guest_works() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("cycles").start();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
@@ -166,14 +160,7 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
         assert_eq!(qmp.query_status().expect("status"), RunState::Running);
         times_us.push([stop, save, read, load, cont]);
     }
-    for (index, step) in ["stop", "save", "read", "load", "cont"].iter().enumerate() {
-        let mut column: Vec<_> = times_us.iter().map(|times| times[index]).collect();
-        column.sort_unstable();
-        println!(
-            "{step}: median {} µs, longest {} µs",
-            column[10], column[19]
-        );
-    }
+    print_times(&times_us);
     // The guest still works: its clock interrupts make its CPU threads run now and then.
     let clocks = agent.clocks().expect("clocks");
     clocks.set_period_us(DEFAULT_PERIOD_US);
@@ -196,11 +183,21 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
     );
 }
 
-#[test]
-fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
-    if skip() {
-        return;
+/// One row per step of a cycle.
+fn print_times(times_us: &[[u128; 5]]) {
+    for (index, step) in ["stop", "save", "read", "load", "cont"].iter().enumerate() {
+        let mut column: Vec<_> = times_us.iter().map(|times| times[index]).collect();
+        column.sort_unstable();
+        println!(
+            "{step}: median {} µs, longest {} µs",
+            column[10], column[19]
+        );
     }
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
     let vm = Vm::new("uffd").start();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     let ram = ram::locate(&mut qmp).expect("RAM");
@@ -237,10 +234,8 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn children_of_qemu_do_not_inherit_the_agent() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("children")
         .replace(
             "vhost-user,id=plover-net0,chardev=plover-net0,queues=1",
@@ -268,10 +263,8 @@ fn children_of_qemu_do_not_inherit_the_agent() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_machine_q35() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("q35")
         .replace("pc,memory-backend", "q35,memory-backend")
         .start();
@@ -281,10 +274,8 @@ fn refused_with_a_remedy_machine_q35() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_memory_not_shared_or_without_backend() {
-    if skip() {
-        return;
-    }
     let private = refusal(&Vm::new("private").replace("share=on", "share=off").start());
     assert!(matches!(private, Refusal::Ram(RamError::NotShared(_))));
     say(&private, "share=on");
@@ -298,20 +289,16 @@ fn refused_with_a_remedy_memory_not_shared_or_without_backend() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_writable_vga_memory() {
-    if skip() {
-        return;
-    }
     let refusal = refusal(&Vm::new("vga").user(&["-vga", "std"]).start());
     assert!(matches!(refusal, Refusal::WritableBlocks { .. }));
     say(&refusal, "-nodefaults -vga none");
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_migration_settings() {
-    if skip() {
-        return;
-    }
     let description = refusal(&Vm::new("vmdesc").replace(",suppress-vmdesc=on", "").start());
     assert!(matches!(description, Refusal::VmDescription));
     say(&description, "suppress-vmdesc=on");
@@ -325,10 +312,8 @@ fn refused_with_a_remedy_migration_settings() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_guest_that_announces_itself() {
-    if skip() {
-        return;
-    }
     let refusal = refusal(
         &Vm::new("announce")
             .replace("guest_announce=off", "guest_announce=on")
@@ -339,10 +324,8 @@ fn refused_with_a_remedy_guest_that_announces_itself() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_agent_missing_or_in_another_qemu() {
-    if skip() {
-        return;
-    }
     let (vm, other) = (
         Vm::new("noagent").without_agent().start(),
         Vm::new("otheragent").start(),
@@ -362,10 +345,8 @@ fn refused_with_a_remedy_agent_missing_or_in_another_qemu() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn two_replicas_are_compared_by_what_the_guest_sees() {
-    if skip() {
-        return;
-    }
     let fingerprint = |replica: &str, vm: &Vm| {
         let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
         preflight::check(&mut qmp, Some(&mut agent), replica, vm.directory())
@@ -439,10 +420,8 @@ fn wait_for_event(qmp: &mut Qmp, wanted: impl Fn(&EventKind) -> bool) -> EventKi
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("events")
         .service("redis", "rdinit=/bin/busybox -- poweroff -f")
         .user(&["-no-shutdown"])
@@ -474,10 +453,8 @@ fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
 }
 
 #[test]
+#[ignore = "e2e: run by cargo xtask test"]
 fn the_printed_command_starts_the_same_vm() {
-    if skip() {
-        return;
-    }
     let vm = Vm::new("shell with 'blank").start_by_shell();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     assert!(

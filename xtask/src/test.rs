@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold, cheapest first, stopping at the first failure.
 //!
-//! End-to-end tests are those in `rig/tests` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
+//! End-to-end tests are those of `rig` and `qemu-vhost-user` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
 //! them as ignored with that reason, and this command runs them, one at a time, optimised, as root. Long
 //! runs on demand read an environment variable of their own and do a short version without it.
 
@@ -99,7 +99,7 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            let which = ["--release", "-p", "rig", "--run-ignored", "only"];
+            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--run-ignored", "only"];
             run(command
                 .args(["nextest", "run"])
                 .args(config)
@@ -107,7 +107,7 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
                 .args(filters))
         } else {
             one_filter(filters)?;
-            let which = ["--release", "-p", "rig", "--tests"];
+            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--tests"];
             run(command.arg("test").args(which).args(filters).args([
                 "--",
                 "--ignored",

@@ -26,7 +26,7 @@ const FORBIDDEN: [(&str, &str); 5] = [
     ("allow(unused", "remove what is unused"),
 ];
 /// What may lie at the top, besides crates (directories with a Cargo.toml).
-const TOP_LEVEL: [&str; 14] = [
+const TOP_LEVEL: [&str; 15] = [
     ".cargo",
     ".ci",
     ".config",
@@ -37,6 +37,7 @@ const TOP_LEVEL: [&str; 14] = [
     "Cargo.toml",
     "LICENSE",
     "README.md",
+    "dist",
     "docs",
     "examples",
     "rust-toolchain.toml",
@@ -292,7 +293,9 @@ fn is_included(root: &Path, file: &str) -> bool {
         .components()
         .any(|part| part.as_os_str() == "src" || part.as_os_str() == "tests");
     let is_root = matches!(directory_name, "bin" | "tests" | "examples" | "benches")
-        || (directory_name == "src" && matches!(stem, "main" | "lib"));
+        || (directory_name == "src" && matches!(stem, "main" | "lib"))
+        // tests/NAME/main.rs is a test binary of its own.
+        || (stem == "main" && directory.parent().is_some_and(|above| above.ends_with("tests")));
     if !is_module || is_root {
         return true;
     }

@@ -18,15 +18,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's RAM.
 pub const MEMORY_BYTES: u64 = 256 << 20;
 
-/// Whether the end-to-end tests are not wanted.
-pub fn skip() -> bool {
-    let wanted = std::env::var_os("PLOVER_E2E").is_some_and(|value| value == "1");
-    if !wanted {
-        println!("skipped: PLOVER_E2E is not set");
-    }
-    !wanted
-}
-
 /// Looks again and again until there is a value.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
