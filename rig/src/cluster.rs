@@ -5,14 +5,18 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::error::Context;
+use crate::fault::DataDisk;
 use crate::testbed::GUEST_IP;
-use crate::{Artifacts, Deadline, Guest, Host, Process, Result, RigError, Service, Spawn, Testbed, wait_until};
+use crate::{
+    Artifacts, Deadline, Guest, Host, Process, Result, RigError, Service, Spawn, Testbed,
+    wait_until,
+};
 
 /// The VM's name in all configurations.
 pub const VM: &str = "guest";
@@ -24,6 +28,10 @@ pub const QEMU: &str = "qemu";
 const FABRIC_PORT: u16 = 7400;
 /// As systemd's RestartSec for the two units.
 const RESTART_DELAY: Duration = Duration::from_millis(300);
+/// Longest answer: a planned failover includes a syncvm.
+const ANSWER_LIMIT: Duration = Duration::from_secs(45);
+/// A daemon that does not say how it is within this time is not well.
+const STATUS_LIMIT: Duration = Duration::from_millis(1500);
 
 /// How a cluster is set up.
 #[derive(Clone, Debug)]
@@ -38,12 +46,24 @@ pub struct ClusterOptions {
     pub programs: PathBuf,
     /// Cores of each host's QEMU; an empty list: the kernel chooses.
     pub qemu_cores: Vec<Vec<usize>>,
+    /// Gives each host a disk of its own of this size for its log, so that it can be filled.
+    pub data_disk_mib: Option<u32>,
+    /// More words for the guest's kernel command line.
+    pub append: String,
 }
 
 impl ClusterOptions {
     /// A guest with the default policy.
     pub fn new(service: Service, programs: PathBuf) -> Self {
-        Self { service, policy: String::new(), node: "debug_hooks = true\n".into(), programs, qemu_cores: vec![Vec::new(); 3] }
+        Self {
+            service,
+            policy: String::new(),
+            node: "debug_hooks = true\n".into(),
+            programs,
+            qemu_cores: vec![Vec::new(); 3],
+            data_disk_mib: None,
+            append: String::new(),
+        }
     }
 }
 
@@ -51,15 +71,30 @@ impl ClusterOptions {
 pub struct Cluster<'a> {
     bed: &'a Testbed,
     options: ClusterOptions,
+    disks: Vec<DataDisk>,
 }
 
 impl<'a> Cluster<'a> {
     /// Writes the configuration of all hosts. Nothing runs yet.
     ///
     /// # Errors
-    /// When a file cannot be written.
+    /// When a file cannot be written or a disk not be mounted.
     pub fn new(bed: &'a Testbed, options: ClusterOptions) -> Result<Self> {
-        let cluster = Self { bed, options };
+        let disks = match options.data_disk_mib {
+            Some(size_mib) => {
+                let disks = bed
+                    .hosts()
+                    .iter()
+                    .map(|host| host.mount_data_disk(size_mib));
+                disks.collect::<Result<_>>()?
+            }
+            None => Vec::new(),
+        };
+        let cluster = Self {
+            bed,
+            options,
+            disks,
+        };
         for host in bed.hosts() {
             cluster.write_config(host)?;
         }
@@ -74,6 +109,24 @@ impl<'a> Cluster<'a> {
     /// Where the guest serves.
     pub fn address(&self) -> SocketAddr {
         SocketAddr::new(GUEST_IP.into(), self.options.service.port())
+    }
+
+    /// The guest, as every replica starts it.
+    pub fn guest(&self) -> Guest {
+        Guest {
+            append: self.options.append.clone(),
+            ..Guest::new(self.options.service)
+        }
+    }
+
+    /// A host's own disk, if [`ClusterOptions::data_disk_mib`] asked for one.
+    pub fn data_disk(&self, host: &Host) -> Option<&DataDisk> {
+        self.disks.get(self.number(host))
+    }
+
+    fn number(&self, host: &Host) -> usize {
+        let same = |other: &Host| other.name() == host.name();
+        self.bed.hosts().iter().position(same).unwrap_or(0)
     }
 
     /// A host's `node.toml`.
@@ -106,11 +159,17 @@ impl<'a> Cluster<'a> {
             .bed
             .hosts()
             .iter()
-            .map(|host| format!("    {{ node = {:?}, address = \"{}:{FABRIC_PORT}\" }},\n", host.name(), host.ip()))
+            .map(|host| {
+                format!(
+                    "    {{ node = {:?}, address = \"{}:{FABRIC_PORT}\" }},\n",
+                    host.name(),
+                    host.ip()
+                )
+            })
             .collect();
         let vm = format!(
             "memory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",
-            Guest::new(self.options.service).memory_mib,
+            self.guest().memory_mib,
             crate::host::BRIDGE,
             self.options.policy
         );
@@ -120,7 +179,10 @@ impl<'a> Cluster<'a> {
     /// A `plover` command with this host's configuration.
     pub fn plover(&self, host: &Host, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.options.programs.join("plover"));
-        command.arg("--config").arg(self.config_path(host)).args(arguments);
+        command
+            .arg("--config")
+            .arg(self.config_path(host))
+            .args(arguments);
         command
     }
 
@@ -137,11 +199,18 @@ impl<'a> Cluster<'a> {
     /// # Errors
     /// When it cannot be started.
     pub fn start_qemu(&self, host: &Host) -> Result<Process> {
-        let number = self.bed.hosts().iter().position(|other| other.name() == host.name()).unwrap_or(0);
         let mut command = self.plover(host, &["launch", VM, "--"]);
-        command.args(Guest::new(self.options.service).user_args(&self.console(host))?);
-        let cores = self.options.qemu_cores.get(number).map_or(&[][..], Vec::as_slice);
-        host.start(Spawn::new(QEMU, command).restart_after(RESTART_DELAY).on_cores(cores))
+        command.args(self.guest().user_args(&self.console(host))?);
+        let cores = self
+            .options
+            .qemu_cores
+            .get(self.number(host))
+            .map_or(&[][..], Vec::as_slice);
+        host.start(
+            Spawn::new(QEMU, command)
+                .restart_after(RESTART_DELAY)
+                .on_cores(cores),
+        )
     }
 
     /// The guest's console on one host.
@@ -166,30 +235,57 @@ impl<'a> Cluster<'a> {
     /// # Errors
     /// When it refuses or does not answer; the text says why.
     pub fn ask(&self, host: &Host, arguments: &[&str]) -> Result<String> {
-        let output = self
-            .plover(host, arguments)
-            .output()
+        self.ask_within(host, arguments, ANSWER_LIMIT)
+    }
+
+    /// Like [`Cluster::ask`] with a limit of its own: a frozen daemon does not answer for as long as it is frozen.
+    ///
+    /// # Errors
+    /// When it refuses or does not answer in time; the text says why.
+    pub fn ask_within(&self, host: &Host, arguments: &[&str], limit: Duration) -> Result<String> {
+        let mut command = self.plover(host, arguments);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().context(|| "cannot run plover".into())?;
+        // What it prints fits into the pipes, so it ends before anybody reads.
+        let ended = wait_until(Deadline::after(limit), "an answer", || {
+            child.try_wait().transpose()
+        });
+        if ended.is_err() {
+            // It may have ended at this moment: then there is nothing to kill.
+            let _ = child.kill();
+        }
+        let output = child
+            .wait_with_output()
             .context(|| "cannot run plover".into())?;
         if output.status.success() {
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        } else {
-            Err(RigError::Tool {
-                line: format!("plover {}", arguments.join(" ")),
-                said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            })
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
+        let mut said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        if said.is_empty() {
+            said = format!("no answer within {limit:?}");
+        }
+        let line = format!("plover {}", arguments.join(" "));
+        Err(RigError::Tool { line, said })
     }
 
     /// The status of the group on one host; `None` while its daemon does not answer.
     pub fn status(&self, host: &Host) -> Option<Value> {
-        let text = self.ask(host, &["status", VM, "--json"]).ok()?;
+        let text = self
+            .ask_within(host, &["status", VM, "--json"], STATUS_LIMIT)
+            .ok()?;
         let groups: Value = serde_json::from_str(&text).ok()?;
         groups.get(0).cloned()
     }
 
     /// The host that leads, by its own word, if one does.
     pub fn leader(&self) -> Option<&'a Host> {
-        self.bed.hosts().iter().find(|host| self.status(host).is_some_and(|status| status["role"] == "leader"))
+        self.bed.hosts().iter().find(|host| {
+            self.status(host)
+                .is_some_and(|status| status["role"] == "leader")
+        })
     }
 
     /// Waits until a leader says that the VM is protected; returns that leader.
@@ -199,10 +295,12 @@ impl<'a> Cluster<'a> {
     pub fn wait_protected(&self, deadline: Deadline) -> Result<&'a Host> {
         let protected = || {
             self.bed.hosts().iter().find(|host| {
-                self.status(host).is_some_and(|status| status["role"] == "leader" && status["protected"] == true)
+                self.status(host)
+                    .is_some_and(|status| status["role"] == "leader" && status["protected"] == true)
             })
         };
-        wait_until(deadline, "a leader that says «protected»", protected).map_err(|error| self.explain(error))
+        wait_until(deadline, "a leader that says «protected»", protected)
+            .map_err(|error| self.explain(error))
     }
 
     /// Waits until a leader serves, protected or not; returns it.
@@ -217,7 +315,9 @@ impl<'a> Cluster<'a> {
     pub fn explain(&self, error: RigError) -> RigError {
         let mut text = error.to_string();
         for host in self.bed.hosts() {
-            let said = self.ask(host, &["status", VM]).unwrap_or_else(|error| error.to_string());
+            let said = self
+                .ask_within(host, &["status", VM], STATUS_LIMIT)
+                .unwrap_or_else(|error| error.to_string());
             text.push_str(&format!("\n{}:\n{said}", host.name()));
         }
         RigError::Explained(text)

@@ -5,6 +5,7 @@
 //! when it returns, panics, gets Ctrl-C or SIGKILL. Rejected: containers (a daemon and images for what four
 //! namespaces do) and virtual machines as hosts (no nested KVM where this must run).
 
+pub mod chaos;
 pub mod client;
 pub mod cluster;
 pub mod error;
@@ -16,6 +17,7 @@ pub mod netns;
 pub mod process;
 pub mod programs;
 pub mod report;
+pub mod scenario;
 pub mod testbed;
 mod tool;
 pub mod wait;
@@ -27,8 +29,9 @@ pub use guest::{Artifacts, Guest, Service};
 pub use host::Host;
 pub use process::{Process, Spawn};
 pub use programs::{program, release_program};
+pub use scenario::Scenario;
 pub use testbed::Testbed;
-pub use wait::{Deadline, wait_until};
+pub use wait::{Deadline, wait_until, wait_until_every};
 
 /// Whether this process may make namespaces, mounts and TAP devices.
 pub fn is_root() -> bool {

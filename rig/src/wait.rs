@@ -55,6 +55,19 @@ impl Deadline {
 pub fn wait_until<T>(
     deadline: Deadline,
     what: &str,
+    ready: impl FnMut() -> Option<T>,
+) -> Result<T> {
+    wait_until_every(POLL_INTERVAL, deadline, what, ready)
+}
+
+/// Like [`wait_until`] for questions that are expensive: at most one per `interval`.
+///
+/// # Errors
+/// [`RigError::Deadline`] naming `what`.
+pub fn wait_until_every<T>(
+    interval: Duration,
+    deadline: Deadline,
+    what: &str,
     mut ready: impl FnMut() -> Option<T>,
 ) -> Result<T> {
     loop {
@@ -65,7 +78,7 @@ pub fn wait_until<T>(
         if last {
             return Err(deadline.missed(what));
         }
-        std::thread::sleep(POLL_INTERVAL.min(deadline.remaining()));
+        std::thread::sleep(interval.min(deadline.remaining()));
     }
 }
 

@@ -1,0 +1,156 @@
+//! Single failures of every kind under load: clients are served on, nothing acknowledged is lost, and the group is whole again
+//! so that the next failure is survived as well.
+//!
+//! The cases follow one another in one cluster, because bringing one up costs more than most faults; each prints its times.
+
+use std::time::Duration;
+
+use rig::fault::Cut;
+use rig::scenario::{Expect, Roles, Scenario};
+use rig::{Cluster, ClusterOptions, Fault, Host, Result, Service, Testbed, program};
+
+fn cluster(bed: &Testbed, change: impl FnOnce(&mut ClusterOptions)) -> Cluster<'_> {
+    let programs = program("plover").unwrap().parent().unwrap().to_owned();
+    let mut options = ClusterOptions::new(Service::Redis, programs);
+    change(&mut options);
+    let cluster = Cluster::new(bed, options).unwrap();
+    cluster.start_all().unwrap();
+    cluster
+}
+
+type Pick = fn(&Roles) -> &Host;
+const LEADER: Pick = |roles| &roles.leader;
+const SECONDARY: Pick = |roles| &roles.secondary;
+const WITNESS: Pick = |roles| &roles.witness;
+const BRIEF: Duration = Duration::from_millis(300);
+
+/// Kills a process of a host for good until undone.
+fn kill(host: &Host, name: &str) -> Result<Vec<Fault>> {
+    let process = host.process(name).expect("it was started");
+    Ok(vec![process.killed()?])
+}
+
+fn run(cases: impl FnOnce(&mut Scenario)) {
+    let bed = Testbed::new().unwrap();
+    let cluster = cluster(&bed, |options| options.data_disk_mib = Some(1024));
+    let mut scenario = Scenario::start(&cluster, 7).unwrap();
+    cases(&mut scenario);
+    let verdict = scenario.finish().unwrap();
+    println!("{}", verdict.table());
+    verdict.assert_flawless();
+}
+
+fn survive(
+    scenario: &mut Scenario,
+    name: &str,
+    expect: Expect,
+    strike: impl FnOnce(&Roles) -> Result<Vec<Fault>>,
+) {
+    let strike = |_: &Cluster, roles: &Roles| strike(roles);
+    scenario
+        .survive(name, expect, BRIEF, strike)
+        .unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn the_leader_may_fail_in_any_way() {
+    run(|scenario| {
+        survive(scenario, "leader: host killed", Expect::Moves, |roles| {
+            Ok(vec![roles.leader.crash()?])
+        });
+        survive(scenario, "leader: link silent", Expect::Moves, |roles| {
+            Ok(vec![roles.leader.cut_link(Cut::Silent)?])
+        });
+        survive(scenario, "leader: cable pulled", Expect::Moves, |roles| {
+            Ok(vec![roles.leader.cut_link(Cut::CarrierLoss)?])
+        });
+        survive(scenario, "leader: daemon killed", Expect::Moves, |roles| {
+            kill(&roles.leader, rig::cluster::DAEMON)
+        });
+        survive(scenario, "leader: QEMU killed", Expect::Moves, |roles| {
+            kill(&roles.leader, rig::cluster::QEMU)
+        });
+        survive(
+            scenario,
+            "leader: frozen, thawed later",
+            Expect::Moves,
+            |roles| Ok(vec![roles.leader.freeze()?]),
+        );
+    });
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn the_others_may_fail_in_any_way() {
+    run(|scenario| {
+        for (role, host) in [("secondary", SECONDARY), ("witness", WITNESS)] {
+            survive(
+                scenario,
+                &format!("{role}: host killed"),
+                Expect::Stays,
+                |roles| Ok(vec![host(roles).crash()?]),
+            );
+            survive(
+                scenario,
+                &format!("{role}: link silent"),
+                Expect::Stays,
+                |roles| Ok(vec![host(roles).cut_link(Cut::Silent)?]),
+            );
+            survive(
+                scenario,
+                &format!("{role}: frozen, thawed later"),
+                Expect::Stays,
+                |roles| Ok(vec![host(roles).freeze()?]),
+            );
+            for name in [rig::cluster::DAEMON, rig::cluster::QEMU] {
+                survive(
+                    scenario,
+                    &format!("{role}: {name} killed"),
+                    Expect::Stays,
+                    |roles| kill(host(roles), name),
+                );
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn links_may_be_bad_and_disks_full() {
+    run(|scenario| {
+        let deaf: [(&str, Pick, Pick); 6] = [
+            ("secondary hears nothing from leader", SECONDARY, LEADER),
+            ("leader hears nothing from secondary", LEADER, SECONDARY),
+            ("witness hears nothing from leader", WITNESS, LEADER),
+            ("leader hears nothing from witness", LEADER, WITNESS),
+            ("secondary hears nothing from witness", SECONDARY, WITNESS),
+            ("witness hears nothing from secondary", WITNESS, SECONDARY),
+        ];
+        for (name, to, from) in deaf {
+            survive(scenario, name, Expect::Either, |roles| {
+                Ok(vec![to(roles).drop_from(from(roles))?])
+            });
+        }
+        survive(
+            scenario,
+            "leader: link at 20 Mbit/s",
+            Expect::Either,
+            |roles| Ok(vec![roles.leader.slow_link(20, 50)?]),
+        );
+        for (role, host) in [
+            ("leader", LEADER),
+            ("secondary", SECONDARY),
+            ("witness", WITNESS),
+        ] {
+            let name = format!("{role}: disk full");
+            let strike = |cluster: &Cluster, roles: &Roles| {
+                let disk = cluster.data_disk(host(roles)).expect("each host has one");
+                Ok(vec![disk.fill()?])
+            };
+            scenario
+                .survive(&name, Expect::Either, BRIEF, strike)
+                .unwrap_or_else(|error| panic!("{error}"));
+        }
+    });
+}
