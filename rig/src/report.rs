@@ -25,8 +25,10 @@ pub struct DemoReport {
     pub seed: u64,
     /// How long the whole run took.
     pub duration_ms: f64,
-    /// Connections of the client.
+    /// Connections of the load.
     pub connections: u32,
+    /// Connections of the client that records histories.
+    pub history_connections: u32,
     /// Requests in flight per connection.
     pub in_flight: u32,
     /// Answers that the client got.
@@ -36,7 +38,7 @@ pub struct DemoReport {
     /// Of these, writes that could not be read any more. Must be 0.
     pub acknowledged_writes_lost: u64,
     /// The first faults that the clients found, in words.
-    pub lost_samples: Vec<String>,
+    pub samples: Vec<String>,
     /// Answers that contradict an acknowledged write, or refuse a request. Must be 0.
     pub wrong_answers: u64,
     /// Whether the histories of the shared keys have an order that explains them; `None` if that was not found out.
@@ -229,7 +231,11 @@ impl DemoReport {
         Promise {
             kept: self.connections_lost == 0 && self.connections > 0,
             name: "no connection lost".into(),
-            figure: format!("{} of {}", self.connections_lost, self.connections),
+            figure: format!(
+                "{} of {}",
+                self.connections_lost,
+                self.connections + self.history_connections
+            ),
         }
     }
 

@@ -90,6 +90,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut report = DemoReport {
         seed: arguments.seed,
         connections: clients::CONNECTIONS.into(),
+        history_connections: clients::HISTORY_CONNECTIONS.into(),
         in_flight: clients::IN_FLIGHT,
         verification_incomplete: Some("the demo did not get that far".into()),
         ..DemoReport::default()

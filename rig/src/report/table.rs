@@ -292,8 +292,8 @@ fn promises(out: &mut String, report: &DemoReport, style: Style) {
             ),
         );
     }
-    for sample in &report.lost_samples {
-        line(out, &format!("          lost: {sample}"));
+    for sample in &report.samples {
+        line(out, &format!("          seen: {sample}"));
     }
     let broken = promises.iter().filter(|promise| !promise.kept).count();
     let verdict = match broken {

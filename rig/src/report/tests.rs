@@ -20,6 +20,7 @@ fn report() -> DemoReport {
         seed: 42,
         duration_ms: 61_234.0,
         connections: 64,
+        history_connections: 6,
         in_flight: 64,
         operations: 3_012_345,
         acknowledged_writes: 1_506_172,

@@ -21,6 +21,8 @@ pub const PROGRAM: &str = "rig-client";
 pub const CONNECTIONS: u16 = 64;
 /// Requests in flight on each, when pipelined.
 pub const IN_FLIGHT: u32 = 64;
+/// Connections of the client that records histories of shared keys.
+pub const HISTORY_CONNECTIONS: u16 = 6;
 /// Keeps the load's keys apart from those of other clients.
 const RUN: u32 = 1;
 /// To start, or to answer a command; the machine may be busy.
@@ -151,6 +153,7 @@ pub fn load(address: SocketAddr, arguments: &Arguments) -> LoadParameters {
 pub fn registers(address: SocketAddr, arguments: &Arguments) -> Job {
     Job::Registers(RegisterParameters {
         address,
+        connections: HISTORY_CONNECTIONS,
         seed: arguments.seed,
         run: RUN + 1,
         deadline_ms: LIFE_LIMIT_MS,

@@ -29,6 +29,8 @@ const CALM: Duration = Duration::from_secs(2);
 const JITTER_MS: u32 = 1_000;
 /// Until a booted host has loaded its guest.
 const BOOT_LIMIT_SECS: u64 = 60;
+/// Details of each kind of fault in the table.
+const SAMPLES: usize = 4;
 /// A client drains, reads everything back and reports.
 const REPORT_LIMIT: Duration = Duration::from_secs(90);
 
@@ -241,11 +243,14 @@ impl<'a> Scenario<'a> {
             ping_gap_ms: None,
             protected_again_ms: None,
         });
-        self.recover(&struck, blow, at_ms)?;
+        let recovered = self.recover(&struck, blow, at_ms);
         // Late effects on the client still belong to the failure, and so does a silence, until it ends.
-        sleep(CALM);
-        self.wait_for_answers()?;
+        let answered = recovered.and_then(|()| {
+            sleep(CALM);
+            self.wait_for_answers()
+        });
         self.mark(&repair_label(number))?;
+        answered?;
         self.repair(struck.host, blow, fault)
     }
 
@@ -344,13 +349,10 @@ impl<'a> Scenario<'a> {
                 sample.key, sample.expected, sample.got
             )
         });
-        report.lost_samples = samples.collect();
-        report
-            .lost_samples
-            .extend(load.loss_samples.iter().cloned());
-        report
-            .lost_samples
-            .extend(load.error_samples.iter().cloned());
+        report.samples = samples.take(SAMPLES).collect();
+        let refused = load.error_samples.iter().take(SAMPLES);
+        let given_up = load.loss_samples.iter().take(SAMPLES);
+        report.samples.extend(refused.chain(given_up).cloned());
         report.verification_incomplete = match &load.verification {
             Some(found) => found.incomplete.clone(),
             None => Some("the keys were not read back".into()),
@@ -388,7 +390,7 @@ impl<'a> Scenario<'a> {
         for key in &registers.keys {
             if !registers.linearizable {
                 report
-                    .lost_samples
+                    .samples
                     .push(format!("{}: {:?}", key.key, key.verdict));
             }
         }
