@@ -28,6 +28,8 @@ pub struct Delivery {
     applied: Index,
     stalled_since_us: Option<u64>,
     retry_us: u64,
+    /// The guest takes nothing, and has had its time.
+    dropping: bool,
     /// When the last frame reached the guest.
     pub last_injected_us: u64,
     /// Whether the guest got anything since its last syncvm.
@@ -129,20 +131,33 @@ impl Reactor<'_> {
             match self.device.inject(frame) {
                 Inject::Done => {
                     self.delivery.stalled_since_us = None;
+                    self.delivery.dropping = false;
                     self.delivery.last_injected_us = now;
                     self.delivery.consumed_since_sync = true;
                 }
                 Inject::NoBuffers if !self.stalled_too_long(now, RX_STALL_LIMIT_US) => return Step::Blocked,
                 Inject::NotRunning if !self.stalled_too_long(now, RING_START_LIMIT_US) => return Step::Blocked,
-                Inject::NoBuffers | Inject::NotRunning => self.delivery.frames_dropped += 1,
+                Inject::NoBuffers | Inject::NotRunning => self.drop_frame(),
             }
             self.delivery.frames_done += 1;
         }
         Step::Done
     }
 
+    /// Counts a frame that the guest does not take; says so once per episode.
+    fn drop_frame(&mut self) {
+        self.delivery.frames_dropped += 1;
+        if !std::mem::replace(&mut self.delivery.dropping, true) {
+            let running = self.device.is_running();
+            tracing::warn!(vm = %self.vm.name, running, "the guest takes no frames; they are dropped until it does");
+        }
+    }
+
     /// Notes a stall; true once it has lasted too long. A guest that never had a driver is not waited for.
     fn stalled_too_long(&mut self, now: u64, limit_us: u64) -> bool {
+        if self.delivery.dropping {
+            return true;
+        }
         if !self.guest.rings_expected() {
             return true;
         }

@@ -338,7 +338,7 @@ impl Reactor<'_> {
         self.egress.set_held();
         let commit = self.ordering.replica().commit_index().0;
         let lead = self.lead.as_mut().expect("planning needs a leader");
-        if lead.sync != LeadSync::Resting {
+        if lead.sync != LeadSync::Resting || lead.dropping.is_some() {
             return;
         }
         let guard = self.egress.guard();
@@ -379,6 +379,11 @@ impl Reactor<'_> {
     pub(super) fn reach_led_sync(&mut self, number: Index) -> bool {
         let Some(lead) = &mut self.lead else { return false };
         match lead.sync {
+            // Its partner was given up meanwhile: opening a connection to a dead host would cost a second.
+            LeadSync::Proposed { number: present, .. } if present == number && lead.dropping.is_some() => {
+                lead.sync = LeadSync::Resting;
+                false
+            }
             LeadSync::Proposed { number: present, with } if present == number => {
                 lead.sync = LeadSync::Running { number, with, mark: None, resumed_us: None };
                 let last = lead.hand_over.is_some();
