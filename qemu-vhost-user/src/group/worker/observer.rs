@@ -74,7 +74,8 @@ impl Observer for WorkerObserver {
     }
 
     fn may_run(&mut self) -> bool {
-        !self.keep_stopped && self.standing().may_run.load(Ordering::Acquire) && self.await_seal()
+        // The seal first: the reactor decides about the permission when it ends the slot.
+        !self.keep_stopped && self.await_seal() && self.standing().may_run.load(Ordering::Acquire)
     }
 
     fn resumed(&mut self) {
