@@ -102,6 +102,12 @@ impl Janitor {
         })
     }
 
+    /// Has it leave the logs even if the owner dies before [`Janitor::finish`].
+    pub fn keep_logs(&self) -> Result<()> {
+        let mut pipe = self.child.stdin.as_ref().expect("stdin was piped");
+        writeln!(pipe, "keep-logs").context(|| "the janitor has gone".to_owned())
+    }
+
     /// Lets the janitor work and waits for it.
     pub fn finish(mut self, leave: Leave) -> Result<()> {
         let mut pipe = self.child.stdin.take().expect("stdin was piped");

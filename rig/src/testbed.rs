@@ -109,8 +109,12 @@ impl Testbed {
     }
 
     /// Leaves the logs when the test bed goes, as after a panic, and says where: for a run that failed without one.
-    pub fn keep_logs(&self) {
+    ///
+    /// # Errors
+    /// When the janitor does not listen any more.
+    pub fn keep_logs(&self) -> Result<()> {
         self.keep_logs.store(true, Ordering::Relaxed);
+        self.janitor.as_ref().map_or(Ok(()), Janitor::keep_logs)
     }
 
     fn finish(&mut self, leave: Leave) -> Result<()> {

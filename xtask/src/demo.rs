@@ -104,7 +104,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         .map_or(Ok(()), |path| write_json(path, &report));
     let verdict = outcome.and(written).and_then(|()| judge(&report));
     if verdict.is_err() {
-        bed.keep_logs();
+        bed.keep_logs()?;
     }
     if arguments.keep {
         leave_running(&bed, &verdict)?;
@@ -174,7 +174,7 @@ fn leave_running(bed: &Testbed, verdict: &Result<()>) -> Result<()> {
         rig::testbed::GUEST_IP
     );
     println!(
-        "  ip netns exec {client} {} redis-load '{{\"address\":\"{}:6379\",\"duration_ms\":5000}}' </dev/zero",
+        "  ip netns exec {client} {} redis-load '{{\"address\":\"{}:6379\",\"duration_ms\":5000}}'",
         programs.join(clients::PROGRAM).display(),
         rig::testbed::GUEST_IP
     );
