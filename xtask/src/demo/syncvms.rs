@@ -14,6 +14,17 @@ struct Counted {
     earlier: Vec<SyncvmFigures>,
 }
 
+impl Counted {
+    /// The daemon that was started the `starts`th time says `figures`.
+    fn look(&mut self, starts: u32, figures: SyncvmFigures) {
+        if starts != self.starts {
+            self.earlier.push(self.present);
+            self.starts = starts;
+        }
+        self.present = figures;
+    }
+}
+
 /// What each host's daemons have led.
 #[derive(Default)]
 pub struct Collected {
@@ -30,11 +41,7 @@ impl Collected {
             let Some(status) = cluster.status(host) else {
                 continue;
             };
-            if starts != counted.starts {
-                counted.earlier.push(counted.present);
-                counted.starts = starts;
-            }
-            counted.present = figures(&status["totals"]);
+            counted.look(starts, figures(&status["totals"]));
         }
     }
 
@@ -69,5 +76,50 @@ fn figures(totals: &Value) -> SyncvmFigures {
         full_transfer_bytes: count("full_transfer_bytes"),
         stop_ms_p50: ms("stop_ms_p50"),
         stop_ms_p99: ms("stop_ms_p99"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn led(count: u64, stop_ms_p50: f64) -> SyncvmFigures {
+        SyncvmFigures {
+            count,
+            dirty_pages: count * 10,
+            stop_ms_p50,
+            ..SyncvmFigures::default()
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_starts_again_adds_to_what_it_did_before() {
+        let mut collected = Collected::default();
+        collected.hosts.resize_with(2, Counted::default);
+        collected.hosts[0].look(1, led(100, 3.0));
+        collected.hosts[0].look(1, led(700, 4.0));
+        collected.hosts[0].look(2, led(5, 90.0));
+        collected.hosts[1].look(1, led(60, 8.0));
+        let sums = collected.sums();
+        assert_eq!((sums.count, sums.dirty_pages), (765, 7_650));
+        assert_eq!(sums.stop_ms_p50, 4.0, "the killed one led most");
+    }
+
+    #[test]
+    fn the_totals_of_a_status_are_read_by_name() {
+        let totals = serde_json::json!({
+            "count": 3, "failed": 1, "dirty_pages": 40, "divergent_pages": 5, "bytes_sent": 600,
+            "full_transfer_bytes": 7000, "stop_ms_p50": 1.5, "stop_ms_p99": 2.5,
+        });
+        let expected = SyncvmFigures {
+            count: 3,
+            dirty_pages: 40,
+            divergent_pages: 5,
+            bytes_sent: 600,
+            full_transfer_bytes: 7_000,
+            stop_ms_p50: 1.5,
+            stop_ms_p99: 2.5,
+        };
+        assert_eq!(figures(&totals), expected);
     }
 }
