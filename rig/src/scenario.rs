@@ -14,6 +14,7 @@ use crate::client::protocol::{
     Job, LoadParameters, LoadReport, RegisterParameters, RegisterReport, Report,
 };
 use crate::error::Context;
+use crate::guest::BOOT_LIMIT_SECS;
 use crate::wait::wait_until_every;
 use crate::{Cluster, Deadline, Fault, Host, Result, RigError, program};
 
@@ -140,6 +141,9 @@ impl<'a> Scenario<'a> {
     pub fn start(cluster: &'a Cluster<'a>, seed: u64) -> Result<Self> {
         wait_whole(cluster, Deadline::after_secs(90))?;
         let host = cluster.bed().client();
+        // Protected comes before booted: the guest is replicated from its first instruction on.
+        host.wait_for_port(cluster.address(), Deadline::after_secs(BOOT_LIMIT_SECS))
+            .map_err(|error| cluster.explain(error))?;
         let load = Job::RedisLoad(LoadParameters {
             address: cluster.address(),
             connections: 8,

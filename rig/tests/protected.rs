@@ -3,11 +3,18 @@
 //!
 //! The cases follow one another in one cluster, because bringing one up costs more than most faults; each prints its times.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::time::Duration;
 
+use rig::cluster::VM;
 use rig::fault::Cut;
-use rig::scenario::{Expect, Roles, Scenario};
-use rig::{Cluster, ClusterOptions, Fault, Host, Result, Service, Testbed, program};
+use rig::guest::BOOT_LIMIT_SECS;
+use rig::scenario::{Expect, Roles, Scenario, wait_whole};
+use rig::{
+    Cluster, ClusterOptions, Deadline, Fault, Host, Result, Service, Testbed, program,
+    wait_until_every,
+};
 
 fn cluster(bed: &Testbed, change: impl FnOnce(&mut ClusterOptions)) -> Cluster<'_> {
     let programs = program("plover").unwrap().parent().unwrap().to_owned();
@@ -23,6 +30,7 @@ const LEADER: Pick = |roles| &roles.leader;
 const SECONDARY: Pick = |roles| &roles.secondary;
 const WITNESS: Pick = |roles| &roles.witness;
 const BRIEF: Duration = Duration::from_millis(300);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Kills a process of a host for good until undone.
 fn kill(host: &Host, name: &str) -> Result<Vec<Fault>> {
@@ -153,4 +161,101 @@ fn links_may_be_bad_and_disks_full() {
                 .unwrap_or_else(|error| panic!("{error}"));
         }
     });
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_person_may_sync_and_hand_over_at_any_time() {
+    run(|scenario| {
+        let mut ask = |name: &str, command: &str, expect: Expect| {
+            let strike = |cluster: &Cluster, roles: &Roles| {
+                let said = cluster.ask(&roles.leader, &[command, VM])?;
+                println!("plover {command}: {}", said.trim());
+                Ok(Vec::new())
+            };
+            scenario
+                .survive(name, expect, BRIEF, strike)
+                .unwrap_or_else(|error| panic!("{error}"));
+        };
+        ask("plover sync", "sync", Expect::Stays);
+        ask("plover failover", "failover", Expect::Moves);
+        ask("plover failover again", "failover", Expect::Moves);
+    });
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_joiner_may_die_while_it_is_brought_in() {
+    run(|scenario| {
+        for (number, action) in ["kill-daemon", "kill-qemu", "kill-both"].iter().enumerate() {
+            let name = format!(
+                "{}. secondary killed, then {action} of its successor",
+                number + 1
+            );
+            // The second fault hits a replica that is not part of the protection yet, so the guest's whole copy stays.
+            let strike = |cluster: &Cluster, roles: &Roles| {
+                cluster.ask(
+                    &roles.witness,
+                    &["crash-point", VM, "follower-round", action],
+                )?;
+                roles.secondary.kill_everything()?;
+                Ok(Vec::new())
+            };
+            scenario
+                .survive(&name, Expect::Stays, BRIEF, strike)
+                .unwrap_or_else(|error| panic!("{error}"));
+        }
+    });
+}
+
+/// Longer than any take-over.
+const NOBODY_FOR: Duration = Duration::from_secs(3);
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_guest_that_switches_itself_off_stays_off_until_a_cold_start() {
+    let bed = Testbed::new().unwrap();
+    let cluster = cluster(&bed, |options| {
+        options.append = "plover.on_exit=poweroff".to_owned();
+    });
+    let before = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
+    let (client, address) = (bed.client(), cluster.address());
+    let boot = Deadline::after_secs(BOOT_LIMIT_SECS);
+    client.wait_for_port(address, boot).unwrap();
+    let shut_down = || TcpStream::connect(address)?.write_all(b"SHUTDOWN NOSAVE\r\n");
+    client.namespace().run(shut_down).unwrap().unwrap();
+
+    let off = || {
+        let said = cluster.ask(&before.leader, &["status", VM]).ok()?;
+        said.contains("switched itself off").then_some(said)
+    };
+    let said = wait_until_every(LOOK, Deadline::after_secs(30), "the end of the guest", off)
+        .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
+    println!("{said}");
+    // The other guest ends in the same way, so nobody takes over, and no restarted QEMU begins to run by itself.
+    let served = client.wait_for_port(address, Deadline::after(NOBODY_FOR));
+    assert!(
+        served.is_err(),
+        "somebody serves a guest that has switched itself off"
+    );
+    for host in bed.hosts() {
+        let status = cluster.status(host).expect("its daemon runs");
+        assert!(
+            status["guest"] != "running" && status["protected"] != true,
+            "{status}"
+        );
+    }
+
+    let cold = || cluster.ask(&before.leader, &["cold-start", VM]).ok();
+    let said = wait_until_every(
+        LOOK,
+        Deadline::after_secs(30),
+        "a cold start to be accepted",
+        cold,
+    )
+    .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
+    println!("{said}");
+    wait_whole(&cluster, Deadline::after_secs(60)).unwrap();
+    let boot = Deadline::after_secs(BOOT_LIMIT_SECS);
+    client.wait_for_port(address, boot).unwrap();
 }
