@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -132,10 +133,14 @@ impl Node {
                 stopping: &self.stopping,
                 socket: std::mem::take(&mut socket),
             };
-            match group::run(setup) {
-                Ok(()) => return,
-                Err(error) => {
+            // A violated assertion ends this group's state, not the other groups: it starts from its durable log again.
+            match catch_unwind(AssertUnwindSafe(|| group::run(setup))) {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => {
                     tracing::error!(vm = %vm.name, "{error}; the group starts again in {RESTART_DELAY:?}");
+                }
+                Err(_) => {
+                    tracing::error!(vm = %vm.name, "the group panicked; it starts again in {RESTART_DELAY:?}");
                 }
             }
             let until = Instant::now() + RESTART_DELAY;

@@ -15,6 +15,8 @@ use crate::device::Inject;
 
 /// How long a guest may offer no RX buffers before its frames are dropped.
 const RX_STALL_LIMIT_US: u64 = 50_000;
+/// The same while a syncvm waits behind: what is dropped now, the syncvm makes good.
+const SYNC_STALL_LIMIT_US: u64 = 20_000;
 /// How long a guest's rings may take to start after `cont` before its frames are dropped.
 const RING_START_LIMIT_US: u64 = 1_000_000;
 
@@ -26,6 +28,10 @@ pub struct Delivery {
     /// Frames of the first entry that were delivered already.
     frames_done: usize,
     applied: Index,
+    /// Inputs up to here reached the guest before this daemon was restarted, or are lost frames.
+    pub skip_inputs_through: Index,
+    /// Syncvms with this replica that are in the queue.
+    syncs_queued: usize,
     stalled_since_us: Option<u64>,
     retry_us: u64,
     /// The guest takes nothing, and has had its time.
@@ -65,20 +71,38 @@ impl Delivery {
         if self.stalled_since_us.is_some() { self.retry_us } else { u64::MAX }
     }
 
+    /// Whether a syncvm with this replica is queued behind the one at the head.
+    pub fn newer_sync_queued(&self) -> bool {
+        self.syncs_queued > 1
+    }
+
     /// Takes the `SyncVm` at the head off the queue: it is over. Harmless when something else is there.
-    pub fn pass_sync(&mut self, number: Index) {
+    pub fn pass_sync(&mut self, number: Index, me: ReplicaId) {
         if self.queue.front().is_some_and(|head| head.index == number) {
-            self.pop();
+            self.pop(me);
         }
     }
 
-    fn push(&mut self, committed: Committed) {
+    /// Whether a syncvm with this replica waits behind the head: the leader may stand still for it.
+    fn sync_behind(&self) -> bool {
+        self.syncs_queued > 0
+    }
+
+    /// The guest's rings have started: whatever it did not take before, it may take now.
+    pub fn forget_stall(&mut self) {
+        self.stalled_since_us = None;
+        self.dropping = false;
+    }
+
+    fn push(&mut self, committed: Committed, me: ReplicaId) {
+        self.syncs_queued += usize::from(matches!(committed.entry, Entry::SyncVm { with } if with == me));
         self.backlog_bytes += committed.entry.payload().len();
         self.queue.push_back(committed);
     }
 
-    fn pop(&mut self) {
+    fn pop(&mut self, me: ReplicaId) {
         if let Some(done) = self.queue.pop_front() {
+            self.syncs_queued -= usize::from(matches!(done.entry, Entry::SyncVm { with } if with == me));
             self.backlog_bytes -= done.entry.payload().len();
             self.applied = done.index;
             self.frames_done = 0;
@@ -91,10 +115,14 @@ impl Reactor<'_> {
     /// Delivers as much as the guest takes.
     pub(super) fn deliver(&mut self, now: u64) {
         while let Some(committed) = self.ordering.committed.pop_front() {
-            self.delivery.push(committed);
+            if matches!(committed.entry, Entry::SyncVm { with } if with == self.me) {
+                self.leave_older_exchange(committed.index);
+            }
+            self.delivery.push(committed, self.me);
         }
         while let Some(head) = self.delivery.queue.front() {
             let (index, view) = (head.index, head.view);
+            let consumes = self.guest.consumes() && index > self.delivery.skip_inputs_through;
             let step = match head.entry {
                 Entry::Noop { leader } => {
                     self.leader_changed(now, leader);
@@ -104,20 +132,18 @@ impl Reactor<'_> {
                     self.second_named(replica);
                     Step::Done
                 }
+                Entry::Input(_) if !consumes => Step::Done,
                 Entry::Input(_) => self.deliver_input(now),
                 Entry::SyncVm { with } => self.reach_sync(now, index, view, with),
             };
             match step {
-                Step::Done => self.delivery.pop(),
+                Step::Done => self.delivery.pop(self.me),
                 Step::Blocked => return,
             }
         }
     }
 
     fn deliver_input(&mut self, now: u64) -> Step {
-        if !self.guest.consumes() {
-            return Step::Done;
-        }
         let Some(Committed { entry: Entry::Input(payload), .. }) = self.delivery.queue.front() else {
             return Step::Done;
         };
@@ -149,7 +175,7 @@ impl Reactor<'_> {
         self.delivery.frames_dropped += 1;
         if !std::mem::replace(&mut self.delivery.dropping, true) {
             let running = self.device.is_running();
-            tracing::warn!(vm = %self.vm.name, running, "the guest takes no frames; they are dropped until it does");
+            tracing::debug!(vm = %self.vm.name, running, "the guest takes no frames; they are dropped until it does");
         }
     }
 
@@ -161,6 +187,7 @@ impl Reactor<'_> {
         if !self.guest.rings_expected() {
             return true;
         }
+        let limit_us = if self.delivery.sync_behind() { limit_us.min(SYNC_STALL_LIMIT_US) } else { limit_us };
         let since = *self.delivery.stalled_since_us.get_or_insert(now);
         self.delivery.retry_us = now + 1_000;
         now.saturating_sub(since) >= limit_us

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use consensus::{Event, Index, View};
+use consensus::{Event, Index, ReplicaId, View};
 use dataplane::guard::SlotMark;
 
 use syncvm::idle::Activity;
@@ -38,6 +38,8 @@ pub enum Follow {
         staged: bool,
         /// The group went on without this guest meanwhile: what comes out is not whole.
         abandoned: bool,
+        /// Who leads it.
+        leader: Option<ReplicaId>,
     },
 }
 
@@ -60,9 +62,10 @@ impl Reactor<'_> {
     /// The head of the queue is a `SyncVm` with this replica. Returns whether it blocks the queue.
     pub(super) fn reach_followed_sync(&mut self, now: u64, number: Index, view: View) -> bool {
         match self.follow {
-            Follow::Waiting { number: present, .. } | Follow::Running { number: present, .. } => {
-                return present == number;
-            }
+            // An older one that is still under way comes first.
+            Follow::Waiting { .. } | Follow::Running { .. } => return true,
+            // The leader has given this one up: it is at a later one.
+            Follow::Resting if self.delivery.newer_sync_queued() => return false,
             Follow::Resting => {}
         }
         let replica = self.ordering.replica();
@@ -83,8 +86,19 @@ impl Reactor<'_> {
             return;
         }
         self.guest.unwatch_idle();
-        self.follow = Follow::Running { number, mark: None, staged: false, abandoned: false };
+        let leader = self.ordering.replica().leader();
+        self.follow = Follow::Running { number, mark: None, staged: false, abandoned: false, leader };
         self.worker.send(Command::Follow { number, view });
+    }
+
+    /// A later syncvm with this replica is committed: the leader has given up the one before it.
+    pub(super) fn leave_older_exchange(&mut self, newer: Index) {
+        match self.follow {
+            Follow::Waiting { number, .. } | Follow::Running { number, staged: false, .. } if number < newer => {
+                self.leave_exchange_of_another_view();
+            }
+            _ => {}
+        }
     }
 
     /// A new view began: an exchange with the old leader is over unless it is being applied.
@@ -93,7 +107,7 @@ impl Reactor<'_> {
             Follow::Waiting { number, .. } => {
                 self.guest.unwatch_idle();
                 self.follow = Follow::Resting;
-                self.delivery.pass_sync(number);
+                self.delivery.pass_sync(number, self.me);
             }
             Follow::Running { staged: false, .. } => self.worker.standing.cancel_exchange(),
             Follow::Running { .. } | Follow::Resting => {}
@@ -112,8 +126,8 @@ impl Reactor<'_> {
             }
             Report::Followed(report) => self.totals.followed(&report),
             Report::Applied { number } => {
-                let Follow::Running { mark, abandoned, .. } = std::mem::take(&mut self.follow) else {
-                    panic!("syncvm {number:?} was applied but not begun");
+                let Follow::Running { mark, abandoned, leader, .. } = std::mem::take(&mut self.follow) else {
+                    return self.invalidate_guest(now, "a syncvm was applied that was given up before");
                 };
                 if let Some(mark) = mark {
                     self.egress.discard(mark);
@@ -121,19 +135,22 @@ impl Reactor<'_> {
                 // Permission first: the worker resumes the guest as soon as the slot is ended.
                 self.worker.standing.may_run.store(!abandoned, Ordering::Release);
                 self.worker.standing.sealed.store(number.0, Ordering::Release);
-                self.delivery.pass_sync(number);
+                self.delivery.pass_sync(number, self.me);
                 self.delivery.consumed_since_sync = false;
                 if abandoned {
                     self.invalidate_guest(now, "the group went on without it");
                 } else {
-                    self.guest.whole_since(self.ordering.replica().leader());
+                    self.guest.whole_since(leader);
+                    self.delivery.forget_stall();
                     self.ordering.step(now, Event::GuestIntact(true));
                 }
             }
             Report::FollowFailed { number, error, whole } => {
                 let abandoned = matches!(self.follow, Follow::Running { abandoned: true, .. });
-                self.follow = Follow::Resting;
-                self.delivery.pass_sync(number);
+                if matches!(self.follow, Follow::Running { number: present, .. } if present == number) {
+                    self.follow = Follow::Resting;
+                }
+                self.delivery.pass_sync(number, self.me);
                 self.totals.failed += 1;
                 self.note_error(format!("syncvm {} as follower: {error}", number.0));
                 if self.guest.intact && (!whole || abandoned) {

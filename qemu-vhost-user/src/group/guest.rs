@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use consensus::{Event, ReplicaId};
+use consensus::{Event, Index, ReplicaId};
 use syncvm::idle::{Activity, IdleConfig, IdleDetector};
 
 use super::follow::Follow;
@@ -102,6 +102,11 @@ impl LocalGuest {
         self.rings_ran = true;
     }
 
+    /// Whether the guest is whole as somebody else's secondary.
+    pub fn follows_another(&self, me: ReplicaId) -> bool {
+        self.intact && self.lineage.is_some_and(|leader| leader != me)
+    }
+
     /// Starts looking at the vCPUs' clocks.
     pub fn watch_idle(&mut self) {
         if !self.watching && let Some(attached) = &self.attached {
@@ -146,6 +151,11 @@ impl Reactor<'_> {
             }
             Report::Lost { reason, powered_off } => self.guest_lost(now, reason, powered_off),
             Report::Running => self.guest.running = true,
+            Report::NotRunning { reason } => {
+                self.guest.running = false;
+                self.note_error(format!("guest: {reason}"));
+                self.invalidate_guest(now, "it does not run");
+            }
             Report::Halted => self.guest.running = false,
             _ => unreachable!("only reports about QEMU come here"),
         }
@@ -158,8 +168,12 @@ impl Reactor<'_> {
         let alone = self.ordering.take_served_alone();
         let attached = self.guest.attached.as_ref().expect("just attached");
         let boots_fresh = attached.fresh && (genesis || self.guest.cold_start);
-        let continues = self.guest.running && alone;
+        // A syncvm may have had it stopped when the daemon ended.
+        let continues = alone && !attached.fresh;
         if boots_fresh || continues {
+            if continues {
+                self.delivery.skip_inputs_through = self.ordering.recovered_last();
+            }
             self.guest.intact = true;
             self.guest.lineage = Some(self.me);
             self.worker.standing.may_run.store(true, Ordering::Release);
@@ -187,19 +201,14 @@ impl Reactor<'_> {
             return;
         }
         self.invalidate_guest(now, "its QEMU is gone");
-        if self.lead.is_some() && !powered_off {
-            self.ordering.step(now, Event::StepDown);
-        }
     }
 
     /// The guest is no longer part of the group: stop it, forget what it said, and say so.
     pub(super) fn invalidate_guest(&mut self, now: u64, why: &str) {
-        if let Follow::Running { abandoned, staged, .. } = &mut self.follow {
+        if let Follow::Running { abandoned, .. } = &mut self.follow {
             *abandoned = true;
-            if !*staged {
-                self.worker.standing.cancel_exchange();
-            }
         }
+        self.leave_exchange_of_another_view();
         if !self.guest.intact {
             return;
         }
@@ -223,10 +232,19 @@ impl Reactor<'_> {
         self.guest.lineage = None;
         self.guest.cold_start = false;
         self.guest.stopped_for_hand_over = false;
+        self.delivery.skip_inputs_through = Index(0);
         self.worker.standing.may_run.store(false, Ordering::Release);
         self.egress.set_held();
         self.egress.discard_all();
         self.ordering.step(now, Event::GuestIntact(false));
+    }
+
+    /// Somebody else leads a group whose guest this replica was about to boot afresh.
+    pub(super) fn withdraw_fresh_guest(&mut self, now: u64) {
+        let fresh = self.guest.attached.as_ref().is_some_and(|attached| attached.fresh);
+        if fresh && !self.guest.running && self.guest.intact {
+            self.drop_guest(now);
+        }
     }
 
     /// A committed `Noop` says who leads from here on.

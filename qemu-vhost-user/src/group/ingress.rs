@@ -17,6 +17,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const PROPOSALS_IN_FLIGHT: u64 = 4;
 /// Committed input that may wait for the guest; then the uplink's own queue fills and drops, as a NIC's does.
 const BACKLOG_BYTES: usize = 8 << 20;
+/// Committed entries that the secondary's guest may be behind, by its last report.
+const SECONDARY_LAG_ENTRIES: u64 = 4096;
 /// Frames that are thrown away in one turn.
 const DRAIN_BUDGET_FRAMES: usize = 256;
 
@@ -50,6 +52,11 @@ impl Ingress {
         std::mem::replace(&mut self.watched, watched) != watched
     }
 
+    /// A new lead: what an earlier one proposed may never be committed.
+    pub fn forget_proposals(&mut self) {
+        self.last_proposed = 0;
+    }
+
     /// Whether inputs were proposed that are not committed yet.
     pub fn in_flight(&self, commit_index: u64) -> bool {
         self.last_proposed > commit_index
@@ -62,6 +69,15 @@ impl Reactor<'_> {
         let replica = self.ordering.replica();
         replica.last_index().0.saturating_sub(replica.commit_index().0) < PROPOSALS_IN_FLIGHT
             && self.delivery.backlog_bytes() < BACKLOG_BYTES
+            && self.secondary_keeps_up()
+    }
+
+    /// The secondary has consumed what was committed but for a bounded rest, as far as it has said.
+    fn secondary_keeps_up(&self) -> bool {
+        let replica = self.ordering.replica();
+        let Some(second) = replica.second().filter(|second| *second != self.me) else { return true };
+        let report = &self.peers.get(second).report;
+        !report.intact || replica.commit_index().0.saturating_sub(report.applied) < SECONDARY_LAG_ENTRIES
     }
 
     /// Takes frames from the uplink: proposes them as a serving leader, throws them away otherwise.

@@ -118,7 +118,8 @@ impl Lead {
     /// When the next decision may be due.
     pub fn next_deadline_us(&self, now_us: u64) -> u64 {
         let announce = match (self.serving_since_us, ANNOUNCE_AFTER_US.get(self.announced)) {
-            (Some(since), Some(after)) => since + after,
+            // Never in the past: planning may be held up for reasons of its own.
+            (Some(since), Some(after)) => (since + after).max(now_us + 1_000),
             _ => u64::MAX,
         };
         let idle = if self.sync == LeadSync::Resting && self.active_since_us.is_some() {
@@ -133,7 +134,8 @@ impl Lead {
 impl Reactor<'_> {
     /// Whether this replica leads, has the guest running or between two runs, and may order inputs.
     pub(super) fn is_serving(&self) -> bool {
-        self.lead.as_ref().is_some_and(|lead| lead.serving_since_us.is_some())
+        self.guest.intact
+            && self.lead.as_ref().is_some_and(|lead| lead.serving_since_us.is_some())
             && self.ordering.replica().leading().is_some()
     }
 
@@ -144,7 +146,13 @@ impl Reactor<'_> {
         if !self.guest.running && self.guest.attached.as_ref().is_some_and(|attached| attached.fresh) {
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.worker.send(Command::RunFresh);
+        } else if self.guest.intact && !self.follow.is_running() {
+            // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must not
+            // wait: that one resumes by itself, if its outcome allows.
+            self.guest.stopped_for_hand_over = false;
+            self.worker.send(Command::Resume);
         }
+        self.ingress.forget_proposals();
     }
 
     /// Another view began. The guest is left as it is: if nobody else comes to lead, this replica may again.
@@ -155,9 +163,9 @@ impl Reactor<'_> {
         match lead.sync {
             LeadSync::Running { number, .. } => {
                 self.worker.standing.cancel_exchange();
-                self.delivery.pass_sync(number);
+                self.delivery.pass_sync(number, self.me);
             }
-            LeadSync::Proposed { number, .. } => self.delivery.pass_sync(number),
+            LeadSync::Proposed { number, .. } => self.delivery.pass_sync(number, self.me),
             LeadSync::Resting => {}
         }
         if matches!(lead.rejoin, Rejoin::Rounds(_)) {
@@ -166,6 +174,7 @@ impl Reactor<'_> {
         if let Some(hand_over) = lead.hand_over {
             hand_over.done(&self.vm.name);
         }
+        self.answer_waiters("another view began");
     }
 
     /// Everything that a leader decides, once per turn.
@@ -174,10 +183,11 @@ impl Reactor<'_> {
         if self.lead.as_ref().is_none_or(|lead| lead.view != view) {
             return;
         }
-        if self.guest.powered_off {
-            return self.end_protection_of_powered_off(now);
+        self.cancel_sync_with_the_dead(now);
+        if !self.guest.intact && !self.follow.is_running() {
+            return self.stop_leading(now);
         }
-        if !self.none_committed(now) || !self.guest.intact || !self.guest_ready() {
+        if !self.none_committed(now) || !self.guest_ready() {
             return;
         }
         self.announce(now, view);
@@ -188,10 +198,23 @@ impl Reactor<'_> {
         }
     }
 
-    /// The guest has switched itself off: nobody shall take over, so nobody may stay named secondary.
-    fn end_protection_of_powered_off(&mut self, now: u64) {
+    /// A partner that died in the middle of a syncvm is not waited for while our guest stands still.
+    fn cancel_sync_with_the_dead(&mut self, now: u64) {
+        let Some(LeadSync::Running { with, .. }) = self.lead.as_ref().map(|lead| lead.sync) else { return };
+        if self.ordering.replica().peer_silent_us(with, now) > 2 * self.vm.policy.failure_timeout_ms * 1000 {
+            self.worker.standing.cancel_exchange();
+        }
+    }
+
+    /// The guest here is lost: somebody else may lead. If it has switched itself off nobody shall, so nobody may stay
+    /// named secondary.
+    fn stop_leading(&mut self, now: u64) {
         let lead = self.lead.as_ref().expect("planning needs a leader");
-        if self.ordering.replica().second().is_some() && lead.dropping.is_none() {
+        let named = self.ordering.replica().second().filter(|second| *second != self.me);
+        if !self.guest.powered_off || named.is_none() {
+            return self.ordering.step(now, Event::StepDown);
+        }
+        if lead.dropping.is_none() {
             let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
             if let Some(lead) = &mut self.lead {
                 lead.dropping = proposed;
@@ -237,7 +260,7 @@ impl Reactor<'_> {
 
     /// Commits `Second(none)` when the secondary is lost: silent, without a guest, or failing at every syncvm.
     fn drop_failed_secondary(&mut self, now: u64) {
-        let Some(second) = self.ordering.replica().second() else {
+        let Some(second) = self.ordering.replica().second().filter(|second| *second != self.me) else {
             return;
         };
         let timeout_us = self.vm.policy.failure_timeout_ms * 1000;
@@ -256,13 +279,16 @@ impl Reactor<'_> {
         if !(silent || away || guestless || failing) {
             return;
         }
+        let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
+        if proposed.is_none() {
+            return;
+        }
         self.note_error(format!(
             "secondary {} is given up (silent {silent}, away {away}, without a whole guest {guestless}, failing {failing})",
             self.peers.name(second)
         ));
         self.worker.standing.cancel_exchange();
         self.peers.rest(second, now);
-        let proposed = self.ordering.propose(now, Entry::Second { replica: None, base: Index(0) });
         let lead = self.lead.as_mut().expect("planning needs a leader");
         lead.dropping = proposed;
         lead.failures = 0;
@@ -271,7 +297,13 @@ impl Reactor<'_> {
     /// A committed `Second` passed by.
     pub(super) fn second_named(&mut self, second: Option<ReplicaId>) {
         let now = dataplane::wait::now_us();
-        let Some(lead) = &mut self.lead else { return };
+        if second.is_none() {
+            self.answer_waiters("the secondary was lost");
+            self.hand_over_failed();
+        }
+        let Some(lead) = &mut self.lead else {
+            return self.leave_group_of_another_second(now, second);
+        };
         lead.dropping = None;
         lead.failures = 0;
         match second {
@@ -284,6 +316,13 @@ impl Reactor<'_> {
                 tracing::info!(vm = %self.vm.name, secondary = %self.peers.name(peer), "protected");
             }
             _ => lead.named_since_us = None,
+        }
+    }
+
+    /// The log names another secondary than this follower: its guest is no longer kept equal to the leader's.
+    fn leave_group_of_another_second(&mut self, now: u64, second: Option<ReplicaId>) {
+        if second != Some(self.me) && self.guest.follows_another(self.me) {
+            self.invalidate_guest(now, "the leader has given it up");
         }
     }
 
@@ -309,6 +348,9 @@ impl Reactor<'_> {
         }
         if !joining {
             self.truncate_alone(now);
+        }
+        if self.lead.as_mut().is_some_and(|lead| lead.active_since_us.take().is_some()) {
+            self.guest.unwatch_idle();
         }
         let lead = self.lead.as_ref().expect("planning needs a leader");
         match (lead.rejoin, lead.sync) {
@@ -435,7 +477,7 @@ impl Reactor<'_> {
     }
 
     fn led_guest_resumed(&mut self, now: u64, number: Index) {
-        self.delivery.pass_sync(number);
+        self.delivery.pass_sync(number, self.me);
         let Some(lead) = &mut self.lead else { return };
         lead.slot_since_us = now;
         lead.active_since_us = None;
@@ -468,9 +510,12 @@ impl Reactor<'_> {
         self.totals.failed += 1;
         self.totals.diverged += u64::from(diverged);
         self.note_error(format!("syncvm {}: {error}", number.0));
-        self.delivery.pass_sync(number);
+        self.delivery.pass_sync(number, self.me);
         let Some(lead) = &mut self.lead else { return };
-        let LeadSync::Running { with, .. } = lead.sync else { return };
+        let LeadSync::Running { number: present, with, .. } = lead.sync else { return };
+        if present != number {
+            return;
+        }
         self.guest.stopped_for_hand_over = false;
         lead.sync = LeadSync::Resting;
         lead.failures += 1;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use consensus::{Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View};
 use dataplane::fabric::{Fabric, PeerId, TcpFabric};
-use storage_log::{FileLog, LogStore, Options, Record};
+use storage_log::{FileLog, LogError, LogStore, Options, Record};
 
 use super::GroupError;
 use super::messages::KIND_CONSENSUS;
@@ -35,8 +35,10 @@ pub struct Ordering {
     pub committed: VecDeque<Committed>,
     /// Notices that the reactor has not taken yet.
     pub notices: VecDeque<Notice>,
-    log_failed: bool,
+    /// Why the log took no more, or broke; nothing is acknowledged any more then.
+    refusal: Option<LogError>,
     served_alone: bool,
+    recovered_last: Index,
 }
 
 impl Ordering {
@@ -58,6 +60,7 @@ impl Ordering {
             .collect();
         let recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
         let served_alone = served_alone(&recovered, config.me);
+        let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
         let replica = Replica::new(config, recovered, now_us);
         Ok(Self {
             replica,
@@ -68,8 +71,9 @@ impl Ordering {
             buffer: Vec::with_capacity(1 << 20),
             committed: VecDeque::new(),
             notices: VecDeque::new(),
-            log_failed: false,
+            refusal: None,
             served_alone,
+            recovered_last,
         })
     }
 
@@ -119,14 +123,19 @@ impl Ordering {
             self.persisted = PersistId(durable);
             self.step(now_us, Event::Persisted { through: PersistId(durable) });
         }
-        if !self.log_failed && self.log.failed().is_some() {
-            self.fail_log(now_us);
+        if let Some(failure) = self.log.failed() {
+            self.fail_log(now_us, failure);
         }
     }
 
     /// Why the log failed, if it did: the group must then be torn down and started again.
-    pub fn log_failure(&self) -> Option<GroupError> {
-        self.log.failed().map(GroupError::from)
+    pub fn log_failure(&mut self) -> Option<GroupError> {
+        self.refusal.take().map(GroupError::from)
+    }
+
+    /// The last entry that was stored when this process started.
+    pub fn recovered_last(&self) -> Index {
+        self.recovered_last
     }
 
     /// Whether the log says at start that this replica led and nobody was secondary: then a guest that still runs is
@@ -151,14 +160,20 @@ impl Ordering {
         let _ = self.fabric.send(PeerId(to.0), &[bytes]);
     }
 
-    fn fail_log(&mut self, now_us: u64) {
-        self.log_failed = true;
-        self.step(now_us, Event::StorageFailed);
+    fn fail_log(&mut self, now_us: u64, failure: LogError) {
+        if self.refusal.is_none() {
+            self.refusal = Some(failure);
+            self.step(now_us, Event::StorageFailed);
+        }
     }
 
     fn carry_out(&mut self, now_us: u64) {
-        let mut refused = false;
+        let mut refused = None;
         for persist in self.effects.persist.drain(..) {
+            if refused.is_some() || self.refusal.is_some() {
+                // What follows a refused record must not be stored without it.
+                continue;
+            }
             let appended = match &persist {
                 Persist::State(state) => {
                     self.buffer.clear();
@@ -173,7 +188,7 @@ impl Ordering {
                     self.log.append(Record::Entry { index: index.0, view: view.0, parts: [&self.buffer, entry.payload()] })
                 }
             };
-            refused |= appended.is_err();
+            refused = appended.err();
         }
         self.log.flush();
         for (to, message) in self.effects.messages.drain(..) {
@@ -186,8 +201,8 @@ impl Ordering {
         let committed = self.effects.committed.drain(..);
         self.committed.extend(committed.map(|(index, view, entry)| Committed { index, view, entry }));
         self.notices.extend(self.effects.notices.drain(..));
-        if refused && !self.log_failed {
-            self.fail_log(now_us);
+        if let Some(failure) = refused {
+            self.fail_log(now_us, failure);
         }
     }
 }

@@ -181,8 +181,9 @@ impl Reactor<'_> {
     fn peer_lost(&mut self, now: u64, peer: ReplicaId, reason: &str) {
         tracing::warn!(vm = %self.vm.name, peer = %self.peers.name(peer), reason, "connection lost");
         self.peers.lost(peer, now);
-        self.ordering.step(now, Event::PeerLost(peer));
+        // First, while consensus still knows who leads.
         self.exchange_partner_lost(peer);
+        self.ordering.step(now, Event::PeerLost(peer));
     }
 
     fn peer_message(&mut self, now: u64, peer: ReplicaId, bytes: &[u8]) {
@@ -202,7 +203,10 @@ impl Reactor<'_> {
             match notice {
                 Notice::Leading { view } => self.begin_lead(now, view),
                 Notice::LostLead { .. } => self.end_lead(),
-                Notice::Following { .. } => self.leave_exchange_of_another_view(),
+                Notice::Following { .. } => {
+                    self.leave_exchange_of_another_view();
+                    self.withdraw_fresh_guest(now);
+                }
                 Notice::Jumped { .. } => self.invalidate_guest(now, "the log that it needed is gone"),
                 Notice::HandOverFailed { .. } => self.hand_over_failed(),
                 Notice::Ineligible { .. } | Notice::Promoted => {}
@@ -216,7 +220,11 @@ impl Reactor<'_> {
         self.worker.report_event.drain();
         while let Some(report) = self.worker.next_report() {
             match report {
-                Report::Attached { .. } | Report::Lost { .. } | Report::Running | Report::Halted => {
+                Report::Attached { .. }
+                | Report::Lost { .. }
+                | Report::Running
+                | Report::NotRunning { .. }
+                | Report::Halted => {
                     self.guest_report(now, report);
                 }
                 Report::Stopped { number } => self.guest_stopped(number),
@@ -257,6 +265,7 @@ impl Reactor<'_> {
         match event {
             DeviceEvent::Started { offloads, .. } => {
                 self.guest.rings_started();
+                self.delivery.forget_stall();
                 let flags = OffloadFlags {
                     csum: offloads.checksum,
                     tso4: offloads.tso4,
@@ -290,14 +299,14 @@ impl Reactor<'_> {
     }
 
     fn send_report(&mut self, now: u64) {
-        let report = self.own_report();
-        let changed = report.intact != self.reported.intact
-            || report.attached != self.reported.attached
-            || report.problem != self.reported.problem;
+        let changed = self.guest.intact != self.reported.intact
+            || self.guest.attached.is_some() != self.reported.attached
+            || self.guest.problem != self.reported.problem;
         if !changed && now < self.next_report_us {
             return;
         }
         self.next_report_us = now + REPORT_INTERVAL_US;
+        let report = self.own_report();
         let mut bytes = Vec::with_capacity(512);
         report.encode(&mut bytes);
         for peer in self.peers.ids() {

@@ -55,7 +55,7 @@ impl Reactor<'_> {
             let leader = self.ordering.replica().leader().map_or("nobody known", |id| self.peers.name(id));
             return Some(format!("{name}: this node does not lead; ask the leader ({leader})"));
         }
-        if self.ordering.replica().second().is_none() {
+        if self.ordering.replica().second().is_none_or(|second| second == self.me) {
             return Some(format!("{name}: there is no secondary now; see `plover status {name}`"));
         }
         None
@@ -93,8 +93,18 @@ impl Reactor<'_> {
         if !self.guest.stopped_for_hand_over {
             return;
         }
+        if self.ordering.replica().second() != Some(with) {
+            return self.hand_over_failed();
+        }
         hand_over.handed = true;
         self.ordering.step(now, Event::HandOver { to: with });
+    }
+
+    /// Those who wait for a syncvm wait no more.
+    pub(super) fn answer_waiters(&mut self, why: &str) {
+        for waiter in self.sync_waiters.drain(..) {
+            let _ = waiter.send(Response::Refused(format!("{}: no syncvm was done: {why}", self.vm.name)));
+        }
     }
 
     /// The secondary did not take over: go on leading.
@@ -157,7 +167,7 @@ impl Reactor<'_> {
                 _ => Err("no leader; a leader needs a whole guest and a majority of nodes".into()),
             };
         };
-        match (replica.second(), lead.rejoin) {
+        match (replica.second().filter(|second| *second != self.me), lead.rejoin) {
             (Some(second), _) if self.peers.get(second).connected => Ok(()),
             (Some(second), _) => Err(format!("secondary {} is not connected", self.peers.name(second))),
             (None, Rejoin::Resting) => Err(self.why_no_joiner()),

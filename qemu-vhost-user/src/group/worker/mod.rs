@@ -92,6 +92,11 @@ pub enum Report {
     },
     /// The guest runs after `RunFresh` or `Resume`.
     Running,
+    /// The guest should run and does not: it is of no use to the group.
+    NotRunning {
+        /// Why.
+        reason: String,
+    },
     /// The guest stands still after `Halt`.
     Halted,
     /// Leader or follower: the guest stands still and its rings are stopped. The worker goes on at once, but does not

@@ -212,15 +212,20 @@ impl Serve {
             return;
         }
         if let Some(guest) = self.guest() {
-            match guest.resume() {
-                Ok(()) => self.port.report(Report::Running),
-                Err(error) => tracing::error!(%error, "the guest does not run"),
-            }
+            let report = match guest.resume() {
+                Ok(()) => Report::Running,
+                Err(error) => Report::NotRunning { reason: error.to_string() },
+            };
+            self.port.report(report);
         }
     }
 
     /// Stops the guest and forgets what is known about it: its next use begins with a rejoin.
     fn halt(&mut self) {
+        if matches!(&self.side, Side::Following(context) if context.standing() == GuestStanding::Joining) {
+            // Rounds of a rejoin came first: it stands still already, and what it was given is worth keeping.
+            return self.port.report(Report::Halted);
+        }
         self.drop_link();
         if let Some(mut guest) = self.take_guest() {
             match guest.stop() {
@@ -301,6 +306,11 @@ impl Serve {
             let link = self.setup.bulk.dial(PeerId(peer.0), view.0, number, deadline);
             Some(self.adopt_link(link.map_err(|error| error.to_string())?))
         };
+        if self.port.standing.view.load(Ordering::Acquire) != view.0 {
+            // Nobody could cut a connection that did not exist yet.
+            self.drop_link();
+            return Err("the view has changed".into());
+        }
         let Side::Leading(context, _) = &mut self.side else { unreachable!("just made") };
         if let Some(channel) = channel {
             context.replace_channel(channel);
@@ -321,12 +331,17 @@ impl Serve {
             Err(error) => Err((error, false)),
         };
         match result {
-            Ok(report) => self.port.report(Report::Led(report)),
-            Err((error, diverged)) => {
-                self.drop_link();
-                if last {
+            Ok(report) => {
+                let stands = !report.resumed && !last;
+                self.port.report(Report::Led(report));
+                if stands {
                     self.run_guest();
                 }
+            }
+            Err((error, diverged)) => {
+                self.drop_link();
+                // It runs already unless resuming failed or the last syncvm before a hand-over did.
+                self.run_guest();
                 self.port.report(Report::LeadFailed { number, error, diverged });
             }
         }
@@ -341,7 +356,10 @@ impl Serve {
         self.drop_link();
         let result = self
             .leader_towards(peer, view, 0)
-            .and_then(|context| lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error)));
+            .and_then(|context| {
+                context.observer.begin(number, view, false);
+                lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error))
+            });
         match result {
             Ok(report) => {
                 let summary = format!(
@@ -375,33 +393,52 @@ impl Serve {
     }
 
     fn follow(&mut self, number: Index, view: View) {
+        // A connection that waits is newer than the one in use, which the leader has then given up.
+        self.take_incoming();
         if !self.has_link() {
-            self.await_link(view);
+            self.await_link(number, view);
         }
         let result = match self.follower(view) {
-            None => Err(("no QEMU is attached".to_owned(), false)),
+            None => Err(("no QEMU is attached".to_owned(), false, false)),
             Some(context) => {
                 context.observer.begin(number, view, false);
-                follow_syncvm(context, number.0)
-                    .map_err(|error| (describe(&error), context.standing() == GuestStanding::Whole))
+                follow_syncvm(context, number.0).map_err(|error| {
+                    // Its first message is kept: the connection belongs to the exchange that comes next.
+                    let next = matches!(error, SyncError::Superseded { .. });
+                    (describe(&error), context.standing() == GuestStanding::Whole, next)
+                })
             }
         };
         match result {
-            Ok(report) => self.port.report(Report::Followed(report)),
-            Err((error, whole)) => {
-                self.drop_link();
+            Ok(report) => {
+                let stands = !report.resumed;
+                self.port.report(Report::Followed(report));
+                if stands {
+                    self.run_guest();
+                }
+            }
+            Err((error, whole, next)) => {
+                if !next {
+                    self.drop_link();
+                }
+                if whole {
+                    self.run_guest();
+                }
                 self.port.report(Report::FollowFailed { number, error, whole });
             }
         }
     }
 
     /// The leader opens the connection; it may come a moment after the `SyncVm`.
-    fn await_link(&mut self, view: View) {
+    fn await_link(&mut self, number: Index, view: View) {
         let deadline = Instant::now() + DIAL_TIMEOUT;
         // In slices: a new view ends the wait, since its leader must not wait for the old one.
         while Instant::now() < deadline && self.port.standing.view.load(Ordering::Acquire) == view.0 {
             let Some(incoming) = self.setup.bulk.wait(Instant::now() + LINK_WAIT_SLICE) else { continue };
-            if incoming.view == view.0 && incoming.number != 0 {
+            if incoming.view == view.0 && incoming.number == 0 {
+                return self.accept(incoming);
+            }
+            if incoming.view == view.0 && incoming.number >= number.0 {
                 let channel = self.adopt_link(incoming.link);
                 if let Some(context) = self.follower(view) {
                     context.replace_channel(channel);
