@@ -57,8 +57,8 @@ pub struct PeerStatus {
     pub node: String,
     /// Whether the control connection stands.
     pub connected: bool,
-    /// Time since its last sign of life.
-    pub silent_ms: u64,
+    /// Time since its last sign of life; absent when there never was one.
+    pub silent_ms: Option<u64>,
     /// Log entries of ours that it has not confirmed (leader only).
     pub lag_entries: u64,
     /// Whether its guest is whole, as it last said.
@@ -155,10 +155,11 @@ impl GroupStatus {
         for peer in &self.peers {
             let state = if peer.connected { "connected" } else { "NOT connected" };
             let refusal = peer.refusal.as_deref().map(|why| format!("; {why}")).unwrap_or_default();
+            let silent = peer.silent_ms.map_or("never heard of".into(), |ms| format!("silent {ms} ms"));
             let _ = writeln!(
                 text,
-                "  peer      {}: {state}, silent {} ms, lag {} entries{refusal}",
-                peer.node, peer.silent_ms, peer.lag_entries
+                "  peer      {}: {state}, {silent}, lag {} entries{refusal}",
+                peer.node, peer.lag_entries
             );
         }
         if let Some(error) = &self.last_error {

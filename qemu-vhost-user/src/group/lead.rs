@@ -357,7 +357,7 @@ impl Reactor<'_> {
             (Rejoin::Resting, LeadSync::Resting) if lead.hand_over.is_none() => {
                 let Some(own) = &self.guest.attached else { return };
                 let (ordering, timeout_us) = (&self.ordering, self.vm.policy.failure_timeout_ms * 1000);
-                let alive = |peer| ordering.peer_silent_us(peer, now) < timeout_us;
+                let alive = |peer| ordering.peer_silent_us(peer, now).is_some_and(|silent| silent < timeout_us);
                 if let Some(peer) = self.peers.joiner(&own.fingerprint, now, alive) {
                     self.set_rejoin(Rejoin::Rounds(peer));
                     let number = self.ordering.replica().commit_index();

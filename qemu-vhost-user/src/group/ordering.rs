@@ -145,8 +145,9 @@ impl Ordering {
     }
 
     /// Time since a peer's last byte: unlike consensus's figure it is not reset by a change of view.
-    pub fn peer_silent_us(&self, peer: ReplicaId, now_us: u64) -> u64 {
-        self.fabric.last_heard_us(PeerId(peer.0)).map_or(u64::MAX, |heard| now_us.saturating_sub(heard))
+    /// Absent before the first.
+    pub fn peer_silent_us(&self, peer: ReplicaId, now_us: u64) -> Option<u64> {
+        self.fabric.last_heard_us(PeerId(peer.0)).map(|heard| now_us.saturating_sub(heard))
     }
 
     /// When the fabric wants to be polled next.

@@ -10,6 +10,9 @@ use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
 use crate::status::{GroupStatus, PeerStatus};
 
+/// Characters of a peer's problem in the one line that says why the VM is not protected.
+const REASON_CHARS: usize = 200;
+
 /// A planned hand-over under way: one last syncvm, then the secondary leads.
 pub struct HandOver {
     reply: Sender<Response>,
@@ -186,7 +189,7 @@ impl Reactor<'_> {
                 (_, Some(problem)) => problem.clone(),
                 _ => "waiting".into(),
             };
-            reasons.push(format!("{}: {reason}", peer.node));
+            reasons.push(format!("{}: {}", peer.node, shortened(&reason)));
         }
         format!("no secondary ({})", reasons.join("; "))
     }
@@ -244,10 +247,19 @@ impl Reactor<'_> {
         PeerStatus {
             node: peer.node.clone(),
             connected: peer.connected,
-            silent_ms: self.ordering.peer_silent_us(id, now).min(u64::from(u32::MAX) * 1000) / 1000,
+            silent_ms: self.ordering.peer_silent_us(id, now).map(|silent| silent / 1000),
             lag_entries,
             guest_intact: peer.report.intact,
             refusal: peer.refusal.clone(),
         }
     }
+}
+
+/// The beginning of a long reason: a whole device list belongs into the peer's line, not into everybody's.
+fn shortened(reason: &str) -> String {
+    let mut text: String = reason.chars().take(REASON_CHARS).collect();
+    if text.len() < reason.len() {
+        text.push('…');
+    }
+    text
 }
