@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use crate::progress::{loud_step, run};
 use crate::setup;
@@ -17,30 +17,26 @@ pub struct Arguments {
     smoke: bool,
 }
 
-/// Sets up the test bed and runs the group in a process of its own: xtask itself is not optimised.
+/// Runs the group in a process of its own: xtask itself is not optimised.
 ///
 /// # Errors
 /// When the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
-    let program = setup::workspace().join("perf/src/main.rs");
-    ensure!(
-        program.exists(),
-        "this version has no measurements yet ({} is missing)",
-        program.display()
-    );
-    setup::run(false)?;
+    loud_step(format!("perf {}", arguments.group), || {
+        run(&mut harness(&arguments.group, arguments.smoke))
+    })
+}
+
+/// The command that measures `group`. The groups that exist need no test bed, so none is set up. A smoke run takes
+/// the build that the tests use: it is there already, checks more, and figures do not matter.
+pub fn harness(group: &str, smoke: bool) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.current_dir(setup::workspace()).args([
-        "run",
-        "--release",
-        "--quiet",
-        "-p",
-        "perf",
-        "--",
-    ]);
     command
-        .arg(&arguments.group)
-        .args(arguments.smoke.then_some("--smoke"));
-    loud_step(format!("perf {}", arguments.group), || run(&mut command))
+        .current_dir(setup::workspace())
+        .args(["run", "--quiet", "-p", "perf"])
+        .args((!smoke).then_some("--release"))
+        .args(["--", group])
+        .args(smoke.then_some("--smoke"));
+    command
 }

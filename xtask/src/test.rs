@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::progress::{loud_step, output, run};
-use crate::{setup, tidy};
+use crate::{perf, setup, tidy};
 
 /// Which parts to run; without any flag all of them.
 #[derive(clap::Args)]
@@ -82,6 +82,9 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
         loud_step("examples in the documentation", || {
             run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))
         })?;
+        loud_step("measurements work", || {
+            run(&mut perf::harness("core", true))
+        })?;
     }
     Ok(())
 }
@@ -99,7 +102,15 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--run-ignored", "only"];
+            let which = [
+                "--release",
+                "-p",
+                "rig",
+                "-p",
+                "qemu-vhost-user",
+                "--run-ignored",
+                "only",
+            ];
             run(command
                 .args(["nextest", "run"])
                 .args(config)

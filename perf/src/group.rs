@@ -1,0 +1,76 @@
+//! Groups of measurements, by the name that a person types.
+
+use anyhow::{Context, Result};
+
+use crate::row::Row;
+use crate::{Effort, fabric_rtt, log_commit, page_hash, replica_steps, results};
+
+/// Takes each row as soon as it is measured, so that a later failure loses nothing.
+pub type Sink<'a> = &'a mut dyn FnMut(Row) -> Result<()>;
+
+/// A group.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// What a person types.
+    pub name: &'static str,
+    /// One line for `list`.
+    pub about: &'static str,
+    run: fn(Effort, Sink<'_>) -> Result<()>,
+}
+
+/// All groups.
+pub const GROUPS: [Group; 1] = [Group {
+    name: "core",
+    about: "the parts alone: log commit, consensus steps, page hashes, fabric round trip",
+    run: core,
+}];
+
+impl Group {
+    /// The group with that name.
+    ///
+    /// # Errors
+    /// There is none; the text names those that there are.
+    pub fn find(name: &str) -> Result<&'static Group> {
+        let names = || GROUPS.map(|group| group.name).join(", ");
+        GROUPS
+            .iter()
+            .find(|group| group.name == name)
+            .with_context(|| {
+                format!(
+                    "no group of measurements is named «{name}»; there are: {}",
+                    names()
+                )
+            })
+    }
+
+    /// Measures everything in the group.
+    ///
+    /// # Errors
+    /// The first measurement that fails, or the sink's error.
+    pub fn run(&self, effort: Effort, sink: Sink<'_>) -> Result<()> {
+        (self.run)(effort, sink)
+    }
+}
+
+fn core(effort: Effort, sink: Sink<'_>) -> Result<()> {
+    let directory = results::directory();
+    log_commit::run(effort, &directory, sink)?;
+    replica_steps::run(effort, sink)?;
+    page_hash::run(effort, sink)?;
+    fabric_rtt::run(effort, sink)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_group_is_refused_with_the_names() {
+        assert_eq!(Group::find("core").unwrap().name, "core");
+        let error = Group::find("cor").unwrap_err().to_string();
+        assert!(
+            error.contains("«cor»") && error.ends_with("there are: core"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! `perf GROUP [--smoke]`: measures, prints a table and appends to `target/perf/results.ndjson`. Started by
+//! `cargo xtask perf`, which builds it as it should be built.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use perf::group::{GROUPS, Group};
+use perf::{Effort, results, table};
+
+#[derive(Parser)]
+#[command(name = "perf", about = "Measures Plover and its parts")]
+struct Arguments {
+    /// Group of measurements; «list» names them
+    group: String,
+    /// A few seconds only: shows that the measurement works, its figures mean nothing
+    #[arg(long)]
+    smoke: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.group == "list" {
+        for group in GROUPS {
+            println!("{:<8} {}", group.name, group.about);
+        }
+        return Ok(());
+    }
+    let group = Group::find(&arguments.group)?;
+    let effort = if arguments.smoke {
+        Effort::Smoke
+    } else {
+        Effort::Full
+    };
+    let (directory, commit) = (results::directory(), results::commit());
+    let mut rows = Vec::new();
+    let outcome = group.run(effort, &mut |mut row| {
+        row.commit.clone_from(&commit);
+        eprintln!("   measured {}", row.id);
+        results::append(&directory, &row)?;
+        rows.push(row);
+        Ok(())
+    });
+    // Also after a failure: what was measured before it is good.
+    if !rows.is_empty() {
+        print!("{}", table::render(&rows));
+    }
+    if arguments.smoke {
+        println!("smoke run: these figures mean nothing");
+    }
+    outcome
+}
