@@ -1,7 +1,8 @@
 //! `fabric.tcp.rtt`: a message there and back over the loopback interface, against bare TCP.
 //!
 //! Each side has a thread that answers; the measuring thread waits as it would in service, the fabric in its
-//! poller, bare TCP in a blocking read. The difference is the price of one thread for all sockets.
+//! poller, bare TCP in a blocking read. The difference is the price of one thread for all sockets. The
+//! measuring thread has one CPU and both answering threads another, as far as there are two.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -16,9 +17,10 @@ use dataplane::fabric::{
 };
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
-use crate::Effort;
 use crate::group::Sink;
+use crate::row::Row;
 use crate::sample::{Better, Figure, Latencies, compare};
+use crate::{Effort, pin};
 
 const MESSAGE_BYTES: usize = 64;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -30,9 +32,19 @@ const STOP_TOKEN: u64 = 1;
 /// # Errors
 /// No connection within 20 s, one that broke, or an answer that is not what was sent.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
+    // In a thread of its own, because it is pinned.
+    let measuring = std::thread::spawn(move || measure(effort));
+    let row = measuring.join();
+    sink(row.map_err(|_| anyhow!("the measuring thread panicked"))??)
+}
+
+fn measure(effort: Effort) -> Result<Row> {
     let trips = effort.pick(2_000, 100);
-    let mut fabric = FabricPair::connect()?;
-    let mut bare = BarePair::connect()?;
+    let [here, there] = pin::two_cpus()?;
+    let mut fabric = FabricPair::connect(there)?;
+    let mut bare = BarePair::connect(there)?;
+    // Now, so that the threads made above did not inherit it.
+    pin::pin(here)?;
     let figure = Figure {
         id: "fabric.tcp.rtt",
         unit: "us",
@@ -47,7 +59,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     )?;
     fabric.close()?;
     bare.close()?;
-    sink(row)
+    Ok(row)
 }
 
 /// The median of `trips` round trips of distinct messages.
@@ -152,7 +164,7 @@ struct FabricPair {
 }
 
 impl FabricPair {
-    fn connect() -> Result<FabricPair> {
+    fn connect(echo_cpu: usize) -> Result<FabricPair> {
         let bind = |name: &str| -> Result<Listener> {
             let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
             Ok(Listener::bind(addr, NodeIdentity::new(name)?)?)
@@ -178,7 +190,10 @@ impl FabricPair {
         let until = Arc::clone(&stop);
         let echo = std::thread::Builder::new()
             .name("fabric-echo".to_owned())
-            .spawn(move || answer(other, &until))?;
+            .spawn(move || {
+                pin::pin(echo_cpu)?;
+                answer(other, &until)
+            })?;
         let mut pair = FabricPair {
             end,
             stop,
@@ -237,14 +252,14 @@ fn answer(mut end: End, stop: &Stop) -> Result<()> {
 /// The least that two threads can do over TCP without spinning.
 struct BarePair {
     stream: TcpStream,
-    echo: JoinHandle<std::io::Result<()>>,
+    echo: JoinHandle<Result<()>>,
 }
 
 impl BarePair {
-    fn connect() -> Result<BarePair> {
+    fn connect(echo_cpu: usize) -> Result<BarePair> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let stream = TcpStream::connect(listener.local_addr()?)?;
-        let (mut other, _) = listener.accept()?;
+        let (other, _) = listener.accept()?;
         for side in [&stream, &other] {
             side.set_nodelay(true)?;
         }
@@ -253,16 +268,8 @@ impl BarePair {
         let echo = std::thread::Builder::new()
             .name("bare-echo".to_owned())
             .spawn(move || {
-                let mut message = [0; MESSAGE_BYTES];
-                loop {
-                    match other.read_exact(&mut message) {
-                        Ok(()) => other.write_all(&message)?,
-                        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                            return Ok(());
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
+                pin::pin(echo_cpu)?;
+                answer_bare(other)
             })?;
         Ok(BarePair { stream, echo })
     }
@@ -283,14 +290,26 @@ impl BarePair {
     }
 }
 
+/// Sends every message back until the other side closes.
+fn answer_bare(mut stream: TcpStream) -> Result<()> {
+    let mut message = [0; MESSAGE_BYTES];
+    loop {
+        match stream.read_exact(&mut message) {
+            Ok(()) => stream.write_all(&message)?,
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn messages_come_back_on_both_sides_and_threads_end() {
-        let mut fabric = FabricPair::connect().unwrap();
-        let mut bare = BarePair::connect().unwrap();
+        let mut fabric = FabricPair::connect(pin::two_cpus().unwrap()[1]).unwrap();
+        let mut bare = BarePair::connect(pin::two_cpus().unwrap()[1]).unwrap();
         for value in 0..20 {
             let message = [value; MESSAGE_BYTES];
             fabric.round_trip(&message).unwrap();
@@ -302,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_connection_that_breaks_is_an_error_and_not_a_figure() {
-        let mut fabric = FabricPair::connect().unwrap();
+        let mut fabric = FabricPair::connect(pin::two_cpus().unwrap()[1]).unwrap();
         fabric.end.fabric.disconnect(PeerId(1));
         let error = p50_us(1, |message| fabric.round_trip(message)).unwrap_err();
         let text = format!("{error:#}");

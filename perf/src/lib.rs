@@ -13,6 +13,7 @@ pub mod fabric_rtt;
 pub mod group;
 pub mod log_commit;
 pub mod page_hash;
+pub mod pin;
 pub mod replica_steps;
 pub mod results;
 pub mod row;
