@@ -5,7 +5,6 @@
 //! into the caches of common machines, as dirty pages of a guest do not.
 
 use std::hint::black_box;
-use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -14,7 +13,7 @@ use syncvm::{GuestRam, PAGE_BYTES, PageNumber};
 
 use crate::Effort;
 use crate::group::Sink;
-use crate::sample::{Better, Figure, compare};
+use crate::sample::{Better, Figure, compare, thread_cpu_time};
 
 const PAGES: u32 = 10_000;
 
@@ -58,13 +57,13 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-/// 10^9 bytes of pages per second.
+/// 10^9 bytes of pages per second of CPU time.
 fn rate(passes: usize, pages: &[PageNumber], mut pass: impl FnMut()) -> f64 {
-    let start = Instant::now();
+    let start = thread_cpu_time();
     for _ in 0..passes {
         pass();
     }
-    (passes * pages.len() * PAGE_BYTES) as f64 / 1e9 / start.elapsed().as_secs_f64()
+    (passes * pages.len() * PAGE_BYTES) as f64 / 1e9 / (thread_cpu_time() - start).as_secs_f64()
 }
 
 fn copy_pages(ram: &GuestRam, pages: &[PageNumber], into: &mut [u8]) {

@@ -1,4 +1,5 @@
-//! `consensus.steps_per_s`: three replicas in one thread, how many steps they do per second.
+//! `consensus.steps_per_s`: three replicas in one thread, how many steps they do per second
+//! of its CPU time.
 //!
 //! A step is one call of `Replica::step` or `Replica::propose`. Messages pass through their wire form, as
 //! between hosts (an entry's size would not matter otherwise), and disks are instant. Time is virtual, so
@@ -7,7 +8,6 @@
 
 use std::collections::VecDeque;
 use std::hint::black_box;
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use consensus::{
@@ -17,7 +17,7 @@ use consensus::{
 
 use crate::Effort;
 use crate::group::Sink;
-use crate::sample::{Better, Figure, measure};
+use crate::sample::{Better, Figure, measure, thread_cpu_time};
 
 const LEADER: ReplicaId = ReplicaId(0);
 /// Entries proposed before messages are delivered: a loaded leader has several in flight.
@@ -46,9 +46,9 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         sink(measure(figure, effort, || {
             let mut group = Group::new()?;
             let before = group.steps;
-            let start = Instant::now();
+            let start = thread_cpu_time();
             group.commit(entries, entry_bytes)?;
-            let seconds = start.elapsed().as_secs_f64();
+            let seconds = (thread_cpu_time() - start).as_secs_f64();
             let steps = group.steps - before;
             let expected = *first_steps.get_or_insert(steps);
             ensure!(

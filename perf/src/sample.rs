@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::Effort;
 use crate::row::Row;
@@ -135,6 +136,14 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 
 fn spread(sorted: &[f64]) -> f64 {
     (quantile(sorted, 0.75) - quantile(sorted, 0.25)) / quantile(sorted, 0.5)
+}
+
+/// What the calling thread has used of its CPU. For work of one thread that never waits: unlike the time of
+/// day it stands still while another process has the CPU.
+#[must_use]
+pub fn thread_cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Times of single operations within one run, in nanoseconds to three digits.
