@@ -38,7 +38,7 @@ struct SocketArgs {
     /// Listen for QEMU on this vhost-user socket (one VM only).
     #[arg(long, conflicts_with = "fd", global = true)]
     socket_path: Option<PathBuf>,
-    /// Speak vhost-user on this inherited, connected socket (one VM only).
+    /// Speak vhost-user on this inherited socket, connected or listening (one VM only).
     #[arg(long, global = true)]
     fd: Option<RawFd>,
 }

@@ -44,6 +44,8 @@ pub struct SyncTotals {
     pub stop_ms_p50: f64,
     /// 99th percentile of the guest stop.
     pub stop_ms_p99: f64,
+    /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
+    pub slot_ends: std::collections::BTreeMap<String, u64>,
     /// Full comparisons of RAM and device state that found no difference (`verify = true`).
     pub verified: u64,
     /// Full comparisons that found one: must stay 0.
@@ -181,6 +183,10 @@ impl GroupStatus {
             totals.full_transfer_bytes,
             self.tracker
         );
+        let ends: Vec<String> = totals.slot_ends.iter().map(|(end, count)| format!("{end} {count}")).collect();
+        if !ends.is_empty() {
+            let _ = writeln!(text, "  slots     ended by {}", ends.join(", "));
+        }
         if let Some(last) = &self.last_sync {
             let phases: Vec<String> = last.phases_us.iter().map(|(name, us)| format!("{name} {us}")).collect();
             let _ = writeln!(

@@ -21,7 +21,6 @@ pub mod page;
 pub mod pairing;
 pub mod ram;
 pub mod rejoin;
-pub mod release;
 pub mod slot;
 pub mod tracker;
 pub mod transfer;

@@ -88,6 +88,10 @@ impl NodeConfig {
         if node.name.is_empty() || node.name.len() > 64 {
             return Err(invalid(path, "name", "must have 1 to 64 bytes"));
         }
+        if !(128..=1 << 30).contains(&node.log_max_mib) {
+            let message = format!("is {}; allowed are 128 (two segments) to {}", node.log_max_mib, 1 << 30);
+            return Err(invalid(path, "log_max_mib", message));
+        }
         let base = path.parent().unwrap_or(Path::new("."));
         let vms_dir = base.join(&node.vms_dir);
         node.vms = load_vms(&vms_dir, &node.name)?;

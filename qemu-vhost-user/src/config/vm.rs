@@ -110,7 +110,7 @@ pub struct Policy {
     pub max_idle_wait_ms: u64,
     /// Longest time for any one step of a syncvm; then it is retried, and then the secondary is given up.
     pub sync_timeout_ms: u64,
-    /// Bytes of guest output that can be held.
+    /// MiB of guest output that can be held.
     pub guard_mib: usize,
     /// Which page hash the replicas compare.
     pub hash: HashKind,

@@ -46,9 +46,9 @@ pub struct LocalGuest {
     pub powered_off: bool,
     /// The operator's word that all guests are lost.
     pub cold_start: bool,
-    /// Whose execution this guest follows; its own when it leads.
     /// The last syncvm before a planned hand-over left it standing.
     pub stopped_for_hand_over: bool,
+    /// Whose execution this guest follows; its own when it leads.
     lineage: Option<ReplicaId>,
     rings_ran: bool,
     detector: IdleDetector,

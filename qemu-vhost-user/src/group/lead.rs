@@ -402,7 +402,11 @@ impl Reactor<'_> {
             last_sync_cost_us: self.totals.last_cost_us,
         };
         let forced = lead.forced_sync || lead.hand_over.is_some();
-        if forced || lead.policy.decide(&state).is_some() {
+        let end = lead.policy.decide(&state);
+        if let Some(end) = end {
+            self.totals.slot_ended(end);
+        }
+        if forced || end.is_some() {
             self.propose_sync(now, second);
         }
     }

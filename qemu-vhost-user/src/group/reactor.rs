@@ -49,6 +49,35 @@ const PROGRESS_INTERVAL_US: u64 = 10_000;
 /// The loop looks at everything at least this often, whatever its deadlines say.
 const LONGEST_SLEEP_US: u64 = 50_000;
 
+/// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
+/// leaving it for later.
+#[derive(Debug, Clone, Copy)]
+struct Due {
+    wake: bool,
+    worker: bool,
+    device: bool,
+    uplink: bool,
+    fabric: bool,
+}
+
+impl Due {
+    const EVERYTHING: Due = Due { wake: true, worker: true, device: true, uplink: true, fabric: true };
+
+    fn of(ready: &[Ready]) -> Due {
+        let mut due = Due { wake: false, worker: false, device: false, uplink: false, fabric: false };
+        for event in ready {
+            match event.token {
+                TOKEN_WAKE => due.wake = true,
+                TOKEN_WORKER => due.worker = true,
+                TOKEN_DEVICE => due.device = true,
+                TOKEN_UPLINK => due.uplink = true,
+                token => due.fabric |= token >= TOKEN_FABRIC,
+            }
+        }
+        due
+    }
+}
+
 /// All of one group on this node.
 pub struct Reactor<'a> {
     pub(super) node: &'a NodeConfig,
@@ -88,35 +117,42 @@ impl Reactor<'_> {
         self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read).map_err(system)?;
         self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read).map_err(system)?;
         let mut ready: Vec<Ready> = Vec::with_capacity(64);
+        let mut due = Due::EVERYTHING;
         while !self.stopping.load(Atomic::Acquire) {
             let now = now_us();
-            let busy = self.turn(now)?;
+            let busy = self.turn(now, due)?;
             let after = now_us();
             self.loops.end_loop(after, busy);
-            if busy {
-                continue;
-            }
-            let sleep_us = self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US);
+            let sleep_us = if busy { 0 } else { self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US) };
             self.watch_uplink();
             self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
+            due = Due::of(&ready);
             self.loops.end_sleep(now_us());
         }
         Ok(())
     }
 
-    /// One turn. Returns whether there may be more to do at once.
-    fn turn(&mut self, now: u64) -> Result<bool, GroupError> {
-        self.wake.drain();
-        let mut busy = self.take_inputs(now);
-        busy |= self.poll_fabric(now);
+    /// One turn. Returns whether there may be more to do at once. What is not `due` costs no system call.
+    fn turn(&mut self, now: u64, due: Due) -> Result<bool, GroupError> {
+        if due.wake {
+            self.wake.drain();
+        }
+        let mut busy = due.uplink && self.take_inputs(now);
+        if due.fabric || now >= self.ordering.fabric_deadline_us() {
+            busy |= self.poll_fabric(now);
+        }
         self.ordering.poll_log(now);
         if now >= self.ordering.replica().next_deadline_us() {
             self.ordering.step(now, Event::Tick);
         }
         self.take_notices(now);
-        self.take_worker_reports(now);
+        if due.worker {
+            self.take_worker_reports(now);
+        }
         busy |= self.egress.collect(&mut self.device, now) > 0;
-        self.take_device_events();
+        if due.device {
+            self.take_device_events();
+        }
         self.deliver(now);
         self.note_bulk_progress(now);
         self.plan_follow(now);

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::Sender;
 
-use consensus::{Event, ReplicaId};
+use consensus::{Event, ReplicaId, Role};
 
 use super::lead::Rejoin;
 use super::reactor::Reactor;
@@ -199,7 +199,13 @@ impl Reactor<'_> {
         let loops = self.loops.reader().read();
         let protection = self.protection();
         let replica = self.ordering.replica();
-        let role = if replica.leading().is_some() { "leader".to_owned() } else { format!("{:?}", replica.role()).to_lowercase() };
+        let role = match (replica.leading(), replica.role()) {
+            (Some(_), _) => "leader",
+            // It led last and has not heard of anybody else.
+            (None, Role::Leader) => "former leader",
+            (None, Role::Secondary) => "secondary",
+            (None, Role::Witness) => "witness",
+        };
         let name = |id: ReplicaId| self.peers.name(id).to_owned();
         let guest = match (&self.guest.attached, self.guest.running) {
             (None, _) => self.guest.problem.clone().unwrap_or_else(|| "absent".into()),
@@ -211,7 +217,7 @@ impl Reactor<'_> {
         GroupStatus {
             vm: self.vm.name.clone(),
             node: self.node.name.clone(),
-            role,
+            role: role.to_owned(),
             view: replica.view().0,
             leader: replica.leader().map(name),
             secondary: replica.second().map(name),

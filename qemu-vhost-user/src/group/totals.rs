@@ -2,14 +2,19 @@
 
 use hdrhistogram::Histogram;
 use syncvm::exchange::SyncReport;
+use syncvm::slot::SlotEnd;
 
 use crate::status::{SyncStatus, SyncTotals};
+
+/// Every reason, in the order of its number.
+const SLOT_ENDS: [SlotEnd; 4] = [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength];
 
 /// What has been counted so far.
 pub struct Totals {
     stop_us: Histogram<u64>,
     sums: SyncTotals,
     last: Option<SyncStatus>,
+    slot_ends: [u64; SLOT_ENDS.len()],
     /// Syncvms that failed.
     pub failed: u64,
     /// Verifications that found a difference.
@@ -25,6 +30,7 @@ impl Totals {
             stop_us: Histogram::new_with_bounds(1, 600_000_000, 3).expect("constant bounds are valid"),
             sums: SyncTotals::default(),
             last: None,
+            slot_ends: [0; SLOT_ENDS.len()],
             failed: 0,
             diverged: 0,
             last_cost_us: 0,
@@ -49,6 +55,11 @@ impl Totals {
         self.last = Some(status_of(report));
     }
 
+    /// A slot ended, and why.
+    pub fn slot_ended(&mut self, end: SlotEnd) {
+        self.slot_ends[end as usize] += 1;
+    }
+
     /// The sums.
     pub fn sums(&self) -> SyncTotals {
         SyncTotals {
@@ -56,6 +67,11 @@ impl Totals {
             diverged: self.diverged,
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
+            slot_ends: SLOT_ENDS
+                .iter()
+                .map(|end| (end.to_string(), self.slot_ends[*end as usize]))
+                .filter(|(_, count)| *count > 0)
+                .collect(),
             ..self.sums.clone()
         }
     }

@@ -12,7 +12,7 @@ use crate::config::{TrackerChoice, VmConfig};
 use crate::device::BackendDirty;
 use crate::qemu::agent::{AgentClient, VcpuClocks};
 use crate::qemu::fingerprint::Fingerprint;
-use crate::qemu::preflight::{self, Accepted};
+use crate::qemu::preflight::{self, Accepted, Refusal};
 use crate::qemu::qmp::{EventKind, Qmp, RunState};
 use crate::qemu::ram::RamInfo;
 use crate::qemu::state_file::StateFile;
@@ -90,9 +90,14 @@ impl QemuGuest {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut qmp = Qmp::connect(&sockets.qmp, deadline).map_err(|error| error.to_string())?;
         qmp.set_timeout(COMMAND_TIMEOUT);
-        let mut agent = AgentClient::connect(&sockets.agent, deadline).ok();
+        let connected = AgentClient::connect(&sockets.agent, deadline);
+        let agent_error = connected.as_ref().err().map(|error| format!(" ({error})")).unwrap_or_default();
+        let mut agent = connected.ok();
         let Accepted { fingerprint, ram } = preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir)
-            .map_err(|refusal| refusal.to_string())?;
+            .map_err(|refusal| match refusal {
+                Refusal::AgentMissing => format!("{refusal}{agent_error}"),
+                _ => refusal.to_string(),
+            })?;
         if ram.length_bytes != vm.memory_mib << 20 {
             return Err(format!(
                 "QEMU has {} MiB of memory but {} says memory_mib = {}; make them equal on all nodes",
