@@ -31,6 +31,8 @@ const SECONDARY: Pick = |roles| &roles.secondary;
 const WITNESS: Pick = |roles| &roles.witness;
 const BRIEF: Duration = Duration::from_millis(300);
 const LOOK: Duration = Duration::from_millis(50);
+/// No single failure may be noticed for longer; on an idle machine of two cores most stay below a fifth of it.
+const LONGEST_GAP_MS: f64 = 2_500.0;
 /// A hand-over is quick, and each is one more chance to meet it at a bad moment.
 const HAND_OVERS: u32 = 8;
 
@@ -48,6 +50,11 @@ fn run(cases: impl FnOnce(&mut Scenario)) {
     let verdict = scenario.finish().unwrap();
     println!("{}", verdict.table());
     verdict.assert_flawless();
+    assert!(
+        verdict.load.gap_ms < LONGEST_GAP_MS,
+        "clients had no answer for {} ms",
+        verdict.load.gap_ms
+    );
 }
 
 fn survive(

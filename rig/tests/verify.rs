@@ -277,7 +277,7 @@ fn a_write_that_the_tracker_misses_is_found_and_repaired() {
     .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
 
     // A guest that is not what it should be is brought in again, all pages compared.
-    let roles = wait_whole(&cluster, Deadline::after_secs(60)).unwrap();
+    wait_synced(&cluster, &roles.leader);
     let found = total(&cluster, &roles.leader, "diverged");
     let verified = total(&cluster, &roles.leader, "verified");
     for _ in 0..3 {
@@ -285,6 +285,14 @@ fn a_write_that_the_tracker_misses_is_found_and_repaired() {
     }
     assert_eq!(total(&cluster, &roles.leader, "diverged"), found);
     assert!(total(&cluster, &roles.leader, "verified") >= verified + 3);
+}
+
+/// Waits until a syncvm is acknowledged: the leader may have said «protected» just before it lost its secondary.
+fn wait_synced(cluster: &Cluster, leader: &Host) {
+    wait_until_every(LOOK, Deadline::after_secs(60), "a syncvm", || {
+        cluster.ask(leader, &["sync", VM]).ok()
+    })
+    .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
 }
 
 #[test]
