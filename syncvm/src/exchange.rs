@@ -95,6 +95,24 @@ pub trait Guest {
     /// When it was not loaded completely: the guest is lost until a rejoin.
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
 
+    /// What of this guest's present device state a load of `incoming` would leave as it is, by name: then a load does not
+    /// make the two equal. Empty for a guest whose loads replace everything.
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    /// Puts the devices of the stopped guest into the state of a machine that was just switched on, so that the next load
+    /// has no leftovers. May write RAM. Nothing to do for a guest that never has any.
+    ///
+    /// # Errors
+    /// When the devices are in an unknown state.
+    fn reset_devices(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// The guest's RAM.
     fn ram(&self) -> &GuestRam;
 }

@@ -360,6 +360,8 @@ fn begin_joining<G: Guest, C: Channel, O: Observer>(
     }
     ctx.guest.stop()?;
     ctx.lose_guest();
+    // Before the harvest: what it writes is covered by round 0 as well.
+    ctx.guest.reset_devices()?;
     ctx.harvest()?;
     ctx.pairing.restart(leader.basis);
     ctx.standing = Standing::Joining;

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod args;
 pub mod device_set;
+pub mod device_state;
 pub mod fingerprint;
 pub mod launch;
 pub mod preflight;

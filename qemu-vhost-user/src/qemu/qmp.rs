@@ -295,6 +295,22 @@ impl Qmp {
         std::mem::take(&mut self.events)
     }
 
+    /// Waits for the event that says that a reset is done, with the present timeout. Events seen meanwhile are kept.
+    fn await_reset(&mut self) -> Result<(), QmpError> {
+        let started = Instant::now();
+        let deadline = started + self.timeout;
+        loop {
+            let seen = self.events.iter().position(|event| matches!(event.kind, EventKind::Reset { guest: false, .. }));
+            if let Some(at) = seen {
+                self.events.remove(at);
+                return Ok(());
+            }
+            if let Message::Event(event) = self.next_message("system_reset", started, deadline)? {
+                self.events.push(event);
+            }
+        }
+    }
+
     fn io_error(&self, source: io::Error) -> QmpError {
         QmpError::Io {
             path: self.path.clone(),

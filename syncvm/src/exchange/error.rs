@@ -148,6 +148,12 @@ pub enum SyncError {
         /// Where the first is.
         first_device_byte: Option<usize>,
     },
+    /// The follower's devices have something set that the leader's state does not mention. Nothing was applied.
+    #[error("this guest has device state that a load would leave as it is ({}); it must rejoin", parts.join(", "))]
+    Leftovers {
+        /// Which parts.
+        parts: Vec<String>,
+    },
     /// The follower's guest is lost: the transfer was acknowledged but QEMU did not take the state.
     #[error("this guest is lost and must rejoin")]
     GuestLost(#[source] GuestError),
@@ -178,7 +184,7 @@ impl SyncError {
     pub fn needs_rejoin(&self) -> bool {
         match self {
             Self::PeerAborted { needs_rejoin, .. } => *needs_rejoin,
-            Self::NotWhole { .. } | Self::Diverged { .. } | Self::GuestLost(_) => true,
+            Self::NotWhole { .. } | Self::Diverged { .. } | Self::GuestLost(_) | Self::Leftovers { .. } => true,
             Self::NotResumed { cause, .. } => cause.needs_rejoin(),
             _ => false,
         }

@@ -201,6 +201,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let (leader, union) = self.exchange_sets()?;
         self.send_hashes(&union)?;
         let transfer = self.receive(staging, &union)?;
+        self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
     }
 
@@ -304,6 +305,20 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.phases.transfer_us = self.watch.lap();
         self.point(Phase::FollowerStaged);
         Ok(transfer)
+    }
+
+    /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
+    /// only a rejoin does; a joiner has just been.
+    fn check_leftovers(&mut self, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
+        let parts = self.ctx.guest.leftovers(transfer.device_state())?;
+        if parts.is_empty() {
+            return Ok(());
+        }
+        if self.ctx.standing == Standing::Whole {
+            return Err(SyncError::Leftovers { parts });
+        }
+        tracing::warn!(?parts, "a reset guest has more device state than the leader's; it may differ there");
+        Ok(())
     }
 
     /// From here on there is no way back.

@@ -10,6 +10,7 @@ use syncvm::{DirtySet, GuestRam, PageNumber};
 
 use crate::config::{TrackerChoice, VmConfig};
 use crate::device::BackendDirty;
+use crate::qemu::device_state;
 use crate::qemu::agent::{AgentClient, VcpuClocks};
 use crate::qemu::fingerprint::Fingerprint;
 use crate::qemu::preflight::{self, Accepted, Refusal};
@@ -58,6 +59,8 @@ pub struct QemuGuest {
     /// Its process.
     pub pid: i32,
     powered_off: bool,
+    /// `-no-reboot` or `-action reboot=shutdown`: a reset of ours must not end QEMU.
+    reboot_is_shutdown: bool,
 }
 
 /// Where a VM's QEMU is to be found.
@@ -121,7 +124,10 @@ impl QemuGuest {
             tracker: why,
         };
         let pid = ram.qemu_pid;
-        Ok((Self { qmp, agent, ram: mapping, tracker, dirty, state_file, pid, powered_off: false }, found))
+        let reboot_is_shutdown = reboot_is_shutdown(pid);
+        let guest =
+            Self { qmp, agent, ram: mapping, tracker, dirty, state_file, pid, powered_off: false, reboot_is_shutdown };
+        Ok((guest, found))
     }
 
     /// Readable when QEMU says something by itself.
@@ -143,6 +149,15 @@ impl QemuGuest {
             Ok(()) => QemuNews::Nothing,
         }
     }
+}
+
+/// Whether QEMU was told to end instead of rebooting; there is no command that asks it.
+fn reboot_is_shutdown(pid: i32) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|word| {
+        let word = String::from_utf8_lossy(word);
+        word == "-no-reboot" || word == "--no-reboot" || word.contains("reboot=shutdown")
+    })
 }
 
 /// The configured tracker, or the best there is.
@@ -200,6 +215,15 @@ impl Guest for QemuGuest {
         self.state_file.write(state).map_err(|error| failed(error.to_string()))?;
         self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
         self.qmp.load_devices_state(self.state_file.path()).map_err(|error| failed(error.to_string()))
+    }
+
+    fn leftovers(&mut self, incoming: &[u8]) -> Result<Vec<String>, GuestError> {
+        let present = self.save_device_state()?;
+        Ok(device_state::leftovers(&present, incoming))
+    }
+
+    fn reset_devices(&mut self) -> Result<(), GuestError> {
+        self.qmp.reset(self.reboot_is_shutdown).map_err(|error| GuestError::new("reset", error))
     }
 
     fn ram(&self) -> &GuestRam {

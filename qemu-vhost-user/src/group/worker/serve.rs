@@ -405,7 +405,8 @@ impl Serve {
                 follow_syncvm(context, number.0).map_err(|error| {
                     // Its first message is kept: the connection belongs to the exchange that comes next.
                     let next = matches!(error, SyncError::Superseded { .. });
-                    (describe(&error), context.standing() == GuestStanding::Whole, next)
+                    let whole = context.standing() == GuestStanding::Whole && !error.needs_rejoin();
+                    (describe(&error), whole, next)
                 })
             }
         };

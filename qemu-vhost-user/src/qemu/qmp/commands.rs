@@ -81,6 +81,22 @@ impl Qmp {
         self.execute("cont", Value::Null).map(drop)
     }
 
+    /// Resets the stopped VM's devices, as its reset button would, and waits until that is done. The VM stays stopped.
+    /// `reboot_is_shutdown`: QEMU runs with `-no-reboot`, which would make it end instead; that is lifted meanwhile.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]; [`QmpError::Timeout`] if the reset does not come.
+    pub fn reset(&mut self, reboot_is_shutdown: bool) -> Result<(), QmpError> {
+        if reboot_is_shutdown {
+            self.execute("set-action", json!({"reboot": "reset"}))?;
+        }
+        let done = self.execute("system_reset", Value::Null).and_then(|_| self.await_reset());
+        if reboot_is_shutdown {
+            self.execute("set-action", json!({"reboot": "shutdown"}))?;
+        }
+        done
+    }
+
     /// Ends QEMU. That the connection closes instead of an answer is a success.
     ///
     /// # Errors
