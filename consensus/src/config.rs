@@ -73,9 +73,7 @@ impl Config {
     /// Every replica but this one.
     pub(crate) fn peers(&self) -> impl Iterator<Item = ReplicaId> + use<> {
         let me = self.me;
-        (0..self.replicas)
-            .map(ReplicaId)
-            .filter(move |id| *id != me)
+        (0..self.replicas).map(ReplicaId).filter(move |id| *id != me)
     }
 
     /// # Panics
@@ -86,12 +84,7 @@ impl Config {
             "replicas is {}: must be odd and at most {MAX_REPLICAS}",
             self.replicas
         );
-        assert!(
-            self.me.0 < self.replicas,
-            "me is {}: must be below replicas = {}",
-            self.me,
-            self.replicas
-        );
+        assert!(self.me.0 < self.replicas, "me is {}: must be below replicas = {}", self.me, self.replicas);
         assert!(
             self.genesis_leader.0 < self.replicas,
             "genesis_leader is {}: must be below replicas = {}",
@@ -109,10 +102,7 @@ impl Config {
             self.peer_window_bytes,
             self.pipeline_messages as u64,
         ];
-        assert!(
-            limits.iter().all(|limit| *limit > 0),
-            "a limit or interval in {self:?} is 0: must be at least 1"
-        );
+        assert!(limits.iter().all(|limit| *limit > 0), "a limit or interval in {self:?} is 0: must be at least 1");
         assert!(
             self.failure_timeout_us >= 2 * self.heartbeat_interval_us,
             "failure_timeout_us is {}: must be at least twice heartbeat_interval_us = {}, or one lost heartbeat is a death",
@@ -155,9 +145,6 @@ impl Recovered {
     /// A new disk or a wiped one: every replica that ever took part has stored a promise above 0 or that it is
     /// a learner.
     pub fn is_blank(&self) -> bool {
-        self.promised == View(0)
-            && !self.learner
-            && self.base == Base::default()
-            && self.entries.is_empty()
+        self.promised == View(0) && !self.learner && self.base == Base::default() && self.entries.is_empty()
     }
 }

@@ -77,10 +77,7 @@ impl fmt::Display for Entry {
         match self {
             Entry::Input(payload) => write!(f, "Input({} B)", payload.len()),
             Entry::SyncVm { with } => write!(f, "SyncVm({with})"),
-            Entry::Second {
-                replica: Some(replica),
-                base,
-            } => write!(f, "Second({replica}, base {base})"),
+            Entry::Second { replica: Some(replica), base } => write!(f, "Second({replica}, base {base})"),
             Entry::Second { replica: None, .. } => write!(f, "Second(none)"),
             Entry::Noop { leader } => write!(f, "Noop({leader})"),
         }
@@ -106,10 +103,7 @@ pub struct Base {
 impl Base {
     /// The viewstamp of the last entry covered.
     pub fn viewstamp(&self) -> Viewstamp {
-        Viewstamp {
-            view: self.view,
-            index: self.index,
-        }
+        Viewstamp { view: self.view, index: self.index }
     }
 
     /// Moves one entry forward.

@@ -33,9 +33,7 @@ impl View {
     pub fn next_owned_by(self, owner: ReplicaId, replicas: u8) -> Option<View> {
         let (n, owner) = (u64::from(replicas), u64::from(owner.0));
         let step = (owner + n - self.0 % n) % n;
-        self.0
-            .checked_add(if step == 0 { n } else { step })
-            .map(View)
+        self.0.checked_add(if step == 0 { n } else { step }).map(View)
     }
 }
 

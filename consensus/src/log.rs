@@ -30,13 +30,7 @@ pub(crate) struct Log {
 
 impl Log {
     pub(crate) fn new(base: Base) -> Log {
-        Log {
-            slots: VecDeque::new(),
-            floor: base.viewstamp(),
-            floor_end_bytes: 0,
-            base,
-            role_marks: VecDeque::new(),
-        }
+        Log { slots: VecDeque::new(), floor: base.viewstamp(), floor_end_bytes: 0, base, role_marks: VecDeque::new() }
     }
 
     pub(crate) fn base(&self) -> &Base {
@@ -50,10 +44,7 @@ impl Log {
 
     pub(crate) fn last(&self) -> Viewstamp {
         let index = Index(self.floor.index.0 + self.slots.len() as u64);
-        Viewstamp {
-            view: self.slots.back().map_or(self.floor.view, |slot| slot.view),
-            index,
-        }
+        Viewstamp { view: self.slots.back().map_or(self.floor.view, |slot| slot.view), index }
     }
 
     /// Nothing was ever appended.
@@ -63,23 +54,16 @@ impl Log {
 
     fn offset(&self, index: Index) -> Option<usize> {
         let offset = index.0.checked_sub(self.floor.index.0 + 1)?;
-        usize::try_from(offset)
-            .ok()
-            .filter(|offset| *offset < self.slots.len())
+        usize::try_from(offset).ok().filter(|offset| *offset < self.slots.len())
     }
 
     pub(crate) fn get(&self, index: Index) -> Option<(View, &Entry)> {
-        self.offset(index)
-            .map(|at| (self.slots[at].view, &self.slots[at].entry))
+        self.offset(index).map(|at| (self.slots[at].view, &self.slots[at].entry))
     }
 
     /// The view of the entry at `index`, also at the floor itself.
     pub(crate) fn view_at(&self, index: Index) -> Option<View> {
-        if index == self.floor.index {
-            Some(self.floor.view)
-        } else {
-            self.get(index).map(|(view, _)| view)
-        }
+        if index == self.floor.index { Some(self.floor.view) } else { self.get(index).map(|(view, _)| view) }
     }
 
     pub(crate) fn holds(&self, stamp: Viewstamp) -> bool {
@@ -87,18 +71,12 @@ impl Log {
     }
 
     fn end_bytes(&self, index: Index) -> u64 {
-        self.offset(index)
-            .map_or(self.floor_end_bytes, |at| self.slots[at].end_bytes)
+        self.offset(index).map_or(self.floor_end_bytes, |at| self.slots[at].end_bytes)
     }
 
     /// Weight of the entries in `(after, through]`, both at or above the floor.
     pub(crate) fn bytes_between(&self, after: Index, through: Index) -> u64 {
-        if through <= after {
-            0
-        } else {
-            self.end_bytes(through)
-                .saturating_sub(self.end_bytes(after))
-        }
+        if through <= after { 0 } else { self.end_bytes(through).saturating_sub(self.end_bytes(after)) }
     }
 
     pub(crate) fn append(&mut self, view: View, entry: Entry) -> Index {
@@ -107,23 +85,14 @@ impl Log {
         if matches!(entry, Entry::Second { .. } | Entry::Noop { .. }) {
             self.role_marks.push_back(index);
         }
-        self.slots.push_back(Slot {
-            view,
-            entry,
-            end_bytes,
-        });
+        self.slots.push_back(Slot { view, entry, end_bytes });
         index
     }
 
     /// Drops every entry at or above `from`, which must lie above the base.
     pub(crate) fn cut(&mut self, from: Index) {
-        assert!(
-            from > self.base.index,
-            "cut at {from}: entries through {} are covered",
-            self.base.index
-        );
-        self.slots
-            .truncate((from.0 - self.floor.index.0 - 1) as usize);
+        assert!(from > self.base.index, "cut at {from}: entries through {} are covered", self.base.index);
+        self.slots.truncate((from.0 - self.floor.index.0 - 1) as usize);
         while self.role_marks.back().is_some_and(|mark| *mark >= from) {
             self.role_marks.pop_back();
         }
@@ -133,28 +102,17 @@ impl Log {
     pub(crate) fn truncate(&mut self, to: Index, retain_bytes: u64) {
         let to = to.min(self.last().index);
         while self.base.index < to {
-            let at = self
-                .offset(self.base.index.next())
-                .expect("entries above the base are here");
+            let at = self.offset(self.base.index.next()).expect("entries above the base are here");
             let slot = &self.slots[at];
-            self.base
-                .advance(self.base.index.next(), slot.view, &slot.entry);
+            self.base.advance(self.base.index.next(), slot.view, &slot.entry);
         }
-        while self
-            .role_marks
-            .front()
-            .is_some_and(|mark| *mark <= self.base.index)
-        {
+        while self.role_marks.front().is_some_and(|mark| *mark <= self.base.index) {
             self.role_marks.pop_front();
         }
-        while self.floor.index < self.base.index
-            && self.bytes_between(self.floor.index, self.base.index) > retain_bytes
+        while self.floor.index < self.base.index && self.bytes_between(self.floor.index, self.base.index) > retain_bytes
         {
             let slot = self.slots.pop_front().expect("the floor is below the base");
-            self.floor = Viewstamp {
-                view: slot.view,
-                index: self.floor.index.next(),
-            };
+            self.floor = Viewstamp { view: slot.view, index: self.floor.index.next() };
             self.floor_end_bytes = slot.end_bytes;
         }
     }
@@ -176,13 +134,7 @@ impl Log {
     }
 
     /// Copies entries from `from` on into a new vector: at least one if there is one, and no more than the limits.
-    pub(crate) fn batch(
-        &self,
-        from: Index,
-        through: Index,
-        max_entries: u64,
-        max_bytes: u64,
-    ) -> Vec<(View, Entry)> {
+    pub(crate) fn batch(&self, from: Index, through: Index, max_entries: u64, max_bytes: u64) -> Vec<(View, Entry)> {
         let last = through.min(self.last().index);
         let Some(start) = self.offset(from).filter(|_| from <= last) else {
             return Vec::new();
@@ -190,14 +142,9 @@ impl Log {
         let limit = (last.0 - from.0 + 1).min(max_entries);
         let before = self.end_bytes(from.prev());
         let count = (0..limit)
-            .take_while(|n| {
-                *n == 0 || self.slots[start + *n as usize].end_bytes - before <= max_bytes
-            })
+            .take_while(|n| *n == 0 || self.slots[start + *n as usize].end_bytes - before <= max_bytes)
             .count();
-        self.slots
-            .range(start..start + count)
-            .map(|slot| (slot.view, slot.entry.clone()))
-            .collect()
+        self.slots.range(start..start + count).map(|slot| (slot.view, slot.entry.clone())).collect()
     }
 }
 
@@ -214,45 +161,17 @@ mod tests {
     #[test]
     fn roles_survive_truncation_and_cuts() {
         let mut log = Log::new(Base::default());
-        log.append(
-            View(1),
-            Entry::Noop {
-                leader: ReplicaId(1),
-            },
-        );
-        log.append(
-            View(1),
-            Entry::Second {
-                replica: Some(ReplicaId(2)),
-                base: Index(0),
-            },
-        );
+        log.append(View(1), Entry::Noop { leader: ReplicaId(1) });
+        log.append(View(1), Entry::Second { replica: Some(ReplicaId(2)), base: Index(0) });
         log.append(View(1), input(1));
-        log.append(
-            View(5),
-            Entry::Noop {
-                leader: ReplicaId(2),
-            },
-        );
+        log.append(View(5), Entry::Noop { leader: ReplicaId(2) });
         assert_eq!(log.tail_roles().leader, Some(ReplicaId(2)));
         log.truncate(Index(3), 0);
-        assert_eq!(
-            (log.base().second, log.base().leader),
-            (Some(ReplicaId(2)), Some(ReplicaId(1)))
-        );
-        assert_eq!(
-            (log.first(), log.view_at(Index(3)), log.view_at(Index(2))),
-            (Index(4), Some(View(1)), None)
-        );
+        assert_eq!((log.base().second, log.base().leader), (Some(ReplicaId(2)), Some(ReplicaId(1))));
+        assert_eq!((log.first(), log.view_at(Index(3)), log.view_at(Index(2))), (Index(4), Some(View(1)), None));
         log.cut(Index(4));
         assert_eq!(log.tail_roles().leader, Some(ReplicaId(1)));
-        assert_eq!(
-            log.last(),
-            Viewstamp {
-                view: View(1),
-                index: Index(3)
-            }
-        );
+        assert_eq!(log.last(), Viewstamp { view: View(1), index: Index(3) });
     }
 
     #[test]
@@ -263,10 +182,7 @@ mod tests {
         }
         log.truncate(Index(8), 3 * ENTRY_OVERHEAD_BYTES);
         assert_eq!((log.base().index, log.first()), (Index(8), Index(6)));
-        assert_eq!(
-            log.bytes_between(Index(8), Index(10)),
-            2 * ENTRY_OVERHEAD_BYTES
-        );
+        assert_eq!(log.bytes_between(Index(8), Index(10)), 2 * ENTRY_OVERHEAD_BYTES);
     }
 
     #[test]
@@ -277,11 +193,7 @@ mod tests {
         }
         assert_eq!(log.batch(Index(1), Index(9), 100, 100).len(), 1);
         assert_eq!(log.batch(Index(2), Index(9), 2, 10_000).len(), 2);
-        assert_eq!(
-            log.batch(Index(2), Index(9), 100, 2 * (10 + ENTRY_OVERHEAD_BYTES))
-                .len(),
-            2
-        );
+        assert_eq!(log.batch(Index(2), Index(9), 100, 2 * (10 + ENTRY_OVERHEAD_BYTES)).len(), 2);
         assert_eq!(log.batch(Index(5), Index(9), 100, 100).len(), 0);
     }
 }

@@ -44,9 +44,7 @@ pub enum WireError {
         value: u64,
     },
     /// The bytes changed on the way.
-    #[error(
-        "message: checksum {found:#010x} instead of {expected:#010x}; the transport or memory corrupts data"
-    )]
+    #[error("message: checksum {found:#010x} instead of {expected:#010x}; the transport or memory corrupts data")]
     Checksum {
         /// What the message says.
         expected: u32,
@@ -81,22 +79,12 @@ impl Entry {
     /// # Errors
     /// When the bytes are not an entry of this version.
     pub fn decode(bytes: &[u8]) -> Result<Entry, WireError> {
-        let mut reader = Reader {
-            bytes,
-            what: "entry",
-        };
+        let mut reader = Reader { bytes, what: "entry" };
         let entry = match reader.u8()? {
             1 => return Ok(Entry::Input(Payload::from(reader.bytes.to_vec()))),
-            2 => Entry::SyncVm {
-                with: reader.replica()?,
-            },
-            3 => Entry::Second {
-                replica: reader.maybe_replica()?,
-                base: Index(reader.u64()?),
-            },
-            4 => Entry::Noop {
-                leader: reader.replica()?,
-            },
+            2 => Entry::SyncVm { with: reader.replica()? },
+            3 => Entry::Second { replica: reader.maybe_replica()?, base: Index(reader.u64()?) },
+            4 => Entry::Noop { leader: reader.replica()? },
             tag => return Err(WireError::UnknownKind { what: "entry", tag }),
         };
         reader.end()?;
@@ -117,24 +105,13 @@ impl HardState {
     /// # Errors
     /// When the bytes are not a state of this version.
     pub fn decode(bytes: &[u8]) -> Result<HardState, WireError> {
-        let mut reader = Reader {
-            bytes,
-            what: "hard state",
-        };
+        let mut reader = Reader { bytes, what: "hard state" };
         let (promised, base, flags) = (View(reader.u64()?), reader.base()?, reader.u8()?);
         if flags > 3 {
-            return Err(WireError::OutOfRange {
-                what: "hard state flags",
-                value: u64::from(flags),
-            });
+            return Err(WireError::OutOfRange { what: "hard state flags", value: u64::from(flags) });
         }
         reader.end()?;
-        Ok(HardState {
-            promised,
-            base,
-            learner: flags & 1 != 0,
-            void_entries: flags & 2 != 0,
-        })
+        Ok(HardState { promised, base, learner: flags & 1 != 0, void_entries: flags & 2 != 0 })
     }
 }
 
@@ -144,50 +121,20 @@ impl Message {
         let start = out.len();
         match self {
             Message::PreVote { view } => put(out, 1, &[view]),
-            Message::PreVoteReply {
-                view,
-                granted,
-                promised,
-            } => put(out, 2, &[view, granted, promised]),
-            Message::Prepare {
-                view,
-                genesis_nonce,
-            } => put(out, 3, &[view, genesis_nonce]),
+            Message::PreVoteReply { view, granted, promised } => put(out, 2, &[view, granted, promised]),
+            Message::Prepare { view, genesis_nonce } => put(out, 3, &[view, genesis_nonce]),
             Message::Promise { view, last, commit } => put(out, 4, &[view, last, commit]),
             Message::Fetch { view, from } => put(out, 5, &[view, from]),
-            Message::Fetched {
-                view,
-                prev,
-                entries,
-            } => put(out, 6, &[view, prev, entries]),
+            Message::Fetched { view, prev, entries } => put(out, 6, &[view, prev, entries]),
             Message::FetchedBase { view, base } => put(out, 7, &[view, base]),
-            Message::Accept {
-                view,
-                prev,
-                commit,
-                base,
-                entries,
-            } => put(out, 8, &[view, prev, commit, base, entries]),
-            Message::AcceptOk {
-                view,
-                through,
-                voting,
-            } => put(out, 9, &[view, through, voting]),
-            Message::Reject {
-                view,
-                prev,
-                have,
-                commit,
-            } => put(out, 10, &[view, prev, have, commit]),
+            Message::Accept { view, prev, commit, base, entries } => put(out, 8, &[view, prev, commit, base, entries]),
+            Message::AcceptOk { view, through, voting } => put(out, 9, &[view, through, voting]),
+            Message::Reject { view, prev, have, commit } => put(out, 10, &[view, prev, have, commit]),
             Message::InstallBase { view, base } => put(out, 11, &[view, base]),
             Message::Nack { promised } => put(out, 12, &[promised]),
             Message::TakeOver { view, handover } => put(out, 13, &[view, handover]),
             Message::Hello { nonce, blank } => put(out, 14, &[nonce, blank]),
-            Message::HelloReply {
-                nonce,
-                promised,
-                last,
-            } => put(out, 15, &[nonce, promised, last]),
+            Message::HelloReply { nonce, promised, last } => put(out, 15, &[nonce, promised, last]),
         }
         let checksum = crc32c::crc32c(&out[start..]);
         out.extend_from_slice(&checksum.to_le_bytes());
@@ -213,33 +160,12 @@ impl Message {
         let (tag, view) = (r.u8()?, View(r.u64()?));
         let message = match tag {
             1 => Message::PreVote { view },
-            2 => Message::PreVoteReply {
-                view,
-                granted: r.flag()?,
-                promised: View(r.u64()?),
-            },
-            3 => Message::Prepare {
-                view,
-                genesis_nonce: r.u64()?,
-            },
-            4 => Message::Promise {
-                view,
-                last: r.viewstamp()?,
-                commit: Index(r.u64()?),
-            },
-            5 => Message::Fetch {
-                view,
-                from: Index(r.u64()?),
-            },
-            6 => Message::Fetched {
-                view,
-                prev: r.viewstamp()?,
-                entries: r.entries()?,
-            },
-            7 => Message::FetchedBase {
-                view,
-                base: r.base()?,
-            },
+            2 => Message::PreVoteReply { view, granted: r.flag()?, promised: View(r.u64()?) },
+            3 => Message::Prepare { view, genesis_nonce: r.u64()? },
+            4 => Message::Promise { view, last: r.viewstamp()?, commit: Index(r.u64()?) },
+            5 => Message::Fetch { view, from: Index(r.u64()?) },
+            6 => Message::Fetched { view, prev: r.viewstamp()?, entries: r.entries()? },
+            7 => Message::FetchedBase { view, base: r.base()? },
             _ => Message::decode_later_kinds(tag, view, &mut r)?,
         };
         r.end()?;
@@ -255,40 +181,15 @@ impl Message {
                 base: Index(r.u64()?),
                 entries: r.entries()?,
             },
-            9 => Message::AcceptOk {
-                view,
-                through: Index(r.u64()?),
-                voting: r.flag()?,
-            },
-            10 => Message::Reject {
-                view,
-                prev: Index(r.u64()?),
-                have: r.viewstamp()?,
-                commit: Index(r.u64()?),
-            },
-            11 => Message::InstallBase {
-                view,
-                base: r.base()?,
-            },
+            9 => Message::AcceptOk { view, through: Index(r.u64()?), voting: r.flag()? },
+            10 => Message::Reject { view, prev: Index(r.u64()?), have: r.viewstamp()?, commit: Index(r.u64()?) },
+            11 => Message::InstallBase { view, base: r.base()? },
             12 => Message::Nack { promised: view },
-            13 => Message::TakeOver {
-                view,
-                handover: r.flag()?,
-            },
-            14 => Message::Hello {
-                nonce: view.0,
-                blank: r.flag()?,
-            },
-            15 => Message::HelloReply {
-                nonce: view.0,
-                promised: View(r.u64()?),
-                last: r.viewstamp()?,
-            },
+            13 => Message::TakeOver { view, handover: r.flag()? },
+            14 => Message::Hello { nonce: view.0, blank: r.flag()? },
+            15 => Message::HelloReply { nonce: view.0, promised: View(r.u64()?), last: r.viewstamp()? },
             tag => {
-                return Err(WireError::UnknownKind {
-                    what: "message",
-                    tag,
-                });
+                return Err(WireError::UnknownKind { what: "message", tag });
             }
         })
     }
@@ -363,8 +264,7 @@ impl Put for Vec<(View, Entry)> {
             out.extend_from_slice(&[0; 4]);
             entry.encode_header(out);
             out.extend_from_slice(entry.payload());
-            let length =
-                u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
+            let length = u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
             out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
         }
     }
@@ -377,10 +277,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        let (head, rest) = self
-            .bytes
-            .split_first_chunk::<N>()
-            .ok_or(WireError::Truncated { what: self.what })?;
+        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Truncated { what: self.what })?;
         self.bytes = rest;
         Ok(*head)
     }
@@ -401,10 +298,7 @@ impl<'a> Reader<'a> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
-            value => Err(WireError::OutOfRange {
-                what: "flag",
-                value: u64::from(value),
-            }),
+            value => Err(WireError::OutOfRange { what: "flag", value: u64::from(value) }),
         }
     }
 
@@ -412,25 +306,16 @@ impl<'a> Reader<'a> {
         match self.u8()? {
             NOBODY => Ok(None),
             id if usize::from(id) < MAX_REPLICAS => Ok(Some(ReplicaId(id))),
-            id => Err(WireError::OutOfRange {
-                what: "replica",
-                value: u64::from(id),
-            }),
+            id => Err(WireError::OutOfRange { what: "replica", value: u64::from(id) }),
         }
     }
 
     fn replica(&mut self) -> Result<ReplicaId, WireError> {
-        self.maybe_replica()?.ok_or(WireError::OutOfRange {
-            what: "replica",
-            value: u64::from(NOBODY),
-        })
+        self.maybe_replica()?.ok_or(WireError::OutOfRange { what: "replica", value: u64::from(NOBODY) })
     }
 
     fn viewstamp(&mut self) -> Result<Viewstamp, WireError> {
-        Ok(Viewstamp {
-            view: View(self.u64()?),
-            index: Index(self.u64()?),
-        })
+        Ok(Viewstamp { view: View(self.u64()?), index: Index(self.u64()?) })
     }
 
     fn base(&mut self) -> Result<Base, WireError> {
@@ -446,19 +331,13 @@ impl<'a> Reader<'a> {
     fn entries(&mut self) -> Result<Vec<(View, Entry)>, WireError> {
         let count = self.u32()? as usize;
         if count > self.bytes.len() / MIN_ENTRY_BYTES {
-            return Err(WireError::OutOfRange {
-                what: "entry count",
-                value: count as u64,
-            });
+            return Err(WireError::OutOfRange { what: "entry count", value: count as u64 });
         }
         // Grown as entries appear, not reserved: `count` may claim one entry per 13 bytes of a large payload.
         let mut entries = Vec::with_capacity(count.min(1024));
         for _ in 0..count {
             let (view, length) = (View(self.u64()?), self.u32()? as usize);
-            let bytes = self
-                .bytes
-                .get(..length)
-                .ok_or(WireError::Truncated { what: "entry" })?;
+            let bytes = self.bytes.get(..length).ok_or(WireError::Truncated { what: "entry" })?;
             self.bytes = &self.bytes[length..];
             entries.push((view, Entry::decode(bytes)?));
         }
@@ -469,10 +348,7 @@ impl<'a> Reader<'a> {
         if self.bytes.is_empty() {
             Ok(())
         } else {
-            Err(WireError::Trailing {
-                what: self.what,
-                bytes: self.bytes.len(),
-            })
+            Err(WireError::Trailing { what: self.what, bytes: self.bytes.len() })
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use consensus::{
-    Base, Config, Effects, Entry, Event, HardState, Index, Message, Notice, Payload, Persist,
-    PersistId, ProposeError, Recovered, Replica, ReplicaId, Role, View, Viewstamp,
+    Base, Config, Effects, Entry, Event, HardState, Index, Message, Notice, Payload, Persist, PersistId, ProposeError,
+    Recovered, Replica, ReplicaId, Role, View, Viewstamp,
 };
 
 const R0: ReplicaId = ReplicaId(0);
@@ -53,19 +53,9 @@ impl Group {
     /// With r1 as secondary whose guest is whole.
     fn with_secondary(adjust: impl Fn(&mut Config)) -> Group {
         let mut group = Group::new(adjust);
-        let base = group
-            .propose(R0, Entry::SyncVm { with: R1 })
-            .expect("r0 leads");
+        let base = group.propose(R0, Entry::SyncVm { with: R1 }).expect("r0 leads");
         group.step(R1, Event::GuestIntact(true));
-        group
-            .propose(
-                R0,
-                Entry::Second {
-                    replica: Some(R1),
-                    base,
-                },
-            )
-            .expect("r0 leads");
+        group.propose(R0, Entry::Second { replica: Some(R1), base }).expect("r0 leads");
         group.run(50);
         assert_eq!(group.at(R1).role(), Role::Secondary);
         group
@@ -100,8 +90,7 @@ impl Group {
                 self.persist(id);
             }
         }
-        self.notices
-            .extend(self.out.notices.drain(..).map(|notice| (id, notice)));
+        self.notices.extend(self.out.notices.drain(..).map(|notice| (id, notice)));
         self.out.clear();
     }
 
@@ -120,11 +109,7 @@ impl Group {
     fn deliver(&mut self) {
         while let Some((from, to, message)) = self.flying.pop_front() {
             if !self.cut[from.slot()] && !self.cut[to.slot()] {
-                self.replicas[to.slot()].step(
-                    self.now_us,
-                    Event::Message { from, message },
-                    &mut self.out,
-                );
+                self.replicas[to.slot()].step(self.now_us, Event::Message { from, message }, &mut self.out);
                 self.absorb(to);
             }
         }
@@ -133,12 +118,7 @@ impl Group {
     fn run(&mut self, ms: u64) {
         let until_us = self.now_us + ms * 1000;
         loop {
-            let due = self
-                .replicas
-                .iter()
-                .map(Replica::next_deadline_us)
-                .enumerate()
-                .min_by_key(|(_, at)| *at);
+            let due = self.replicas.iter().map(Replica::next_deadline_us).enumerate().min_by_key(|(_, at)| *at);
             match due {
                 Some((slot, at_us)) if at_us <= until_us => {
                     self.now_us = self.now_us.max(at_us);
@@ -151,9 +131,7 @@ impl Group {
     }
 
     fn noticed(&self, id: ReplicaId, wanted: impl Fn(&Notice) -> bool) -> bool {
-        self.notices
-            .iter()
-            .any(|(by, notice)| *by == id && wanted(notice))
+        self.notices.iter().any(|(by, notice)| *by == id && wanted(notice))
     }
 }
 
@@ -171,10 +149,7 @@ fn nothing_is_acknowledged_before_it_is_durable() {
     group.release_disk(R2);
     assert_eq!(group.at(R0).commit_index(), index);
     assert_eq!(group.at(R0).match_index(R2), index);
-    assert!(
-        group.at(R0).match_index(R1) < index,
-        "r1 still waits for its disk"
-    );
+    assert!(group.at(R0).match_index(R1) < index, "r1 still waits for its disk");
 }
 
 #[test]
@@ -197,12 +172,8 @@ fn a_promise_waits_for_the_disk() {
     group.step(R1, Event::PeerLost(R0));
     group.step(R2, Event::PeerLost(R0));
     group.run(60);
-    let promised = |group: &Group| {
-        group
-            .sent
-            .iter()
-            .any(|(from, _, m)| *from == R2 && matches!(m, Message::Promise { .. }))
-    };
+    let promised =
+        |group: &Group| group.sent.iter().any(|(from, _, m)| *from == R2 && matches!(m, Message::Promise { .. }));
     assert!(group.at(R2).view() > View(3) && !promised(&group));
     group.release_disk(R2);
     assert!(promised(&group) && group.at(R1).leading().is_some());
@@ -226,37 +197,27 @@ fn a_leader_whose_store_failed_hands_over() {
     group.step(R0, Event::StorageFailed);
     assert!(group.at(R1).leading().is_some());
     assert!(group.noticed(R0, |notice| *notice == Notice::LostLead { view: View(3) }));
-    assert_eq!(
-        group.propose(R0, input(1)),
-        Err(ProposeError::StorageFailed)
-    );
+    assert_eq!(group.propose(R0, input(1)), Err(ProposeError::StorageFailed));
 }
 
 #[test]
 fn the_window_bounds_what_is_not_committed() {
     let mut group = Group::new(|config| config.window_entries = 10);
     (group.cut[1], group.cut[2]) = (true, true);
-    let taken = (0..100)
-        .take_while(|_| group.propose(R0, input(10)).is_ok())
-        .count();
+    let taken = (0..100).take_while(|_| group.propose(R0, input(10)).is_ok()).count();
     assert_eq!(taken, 10);
     assert_eq!(group.propose(R0, input(10)), Err(ProposeError::WindowFull));
     assert!(!group.at(R0).has_quorum_contact(group.now_us + 100_000));
 
     let mut group = Group::new(|config| config.window_bytes = 1000);
     (group.cut[1], group.cut[2]) = (true, true);
-    assert!(
-        group.propose(R0, input(5000)).is_ok(),
-        "an entry above the window still goes, alone"
-    );
+    assert!(group.propose(R0, input(5000)).is_ok(), "an entry above the window still goes, alone");
     assert_eq!(group.propose(R0, input(10)), Err(ProposeError::WindowFull));
 }
 
 #[test]
 fn a_silent_witness_costs_nothing_and_jumps_when_it_is_back() {
-    let mut group = Group::with_secondary(|config| {
-        (config.retain_bytes, config.peer_window_entries) = (1000, 8)
-    });
+    let mut group = Group::with_secondary(|config| (config.retain_bytes, config.peer_window_entries) = (1000, 8));
     group.cut[2] = true;
     group.sent.clear();
     for _ in 0..500 {
@@ -265,22 +226,10 @@ fn a_silent_witness_costs_nothing_and_jumps_when_it_is_back() {
         group.step(R0, Event::Truncate(index));
     }
     let entries = |message: &Message| {
-        if let Message::Accept { entries, .. } = message {
-            entries.len()
-        } else {
-            0
-        }
+        if let Message::Accept { entries, .. } = message { entries.len() } else { 0 }
     };
-    let sent: usize = group
-        .sent
-        .iter()
-        .filter(|(_, to, _)| *to == R2)
-        .map(|(_, _, message)| entries(message))
-        .sum();
-    assert!(
-        sent <= 8,
-        "{sent} entries were sent to a replica that acknowledges nothing"
-    );
+    let sent: usize = group.sent.iter().filter(|(_, to, _)| *to == R2).map(|(_, _, message)| entries(message)).sum();
+    assert!(sent <= 8, "{sent} entries were sent to a replica that acknowledges nothing");
     group.cut[2] = false;
     group.run(200);
     assert!(group.noticed(R2, |notice| matches!(notice, Notice::Jumped { .. })));
@@ -299,12 +248,7 @@ fn a_dead_guest_passes_the_lead_on_or_ends_it() {
     let mut group = Group::new(|_| {});
     group.step(R0, Event::StepDown);
     group.run(1000);
-    assert!(
-        [R0, R1, R2]
-            .iter()
-            .all(|id| group.at(*id).leading().is_none()),
-        "no guest is left"
-    );
+    assert!([R0, R1, R2].iter().all(|id| group.at(*id).leading().is_none()), "no guest is left");
     group.step(R0, Event::AllowColdStart);
     group.run(200);
     assert!(group.at(R0).leading().is_some());
@@ -315,10 +259,7 @@ fn a_hand_over_that_nobody_takes_ends() {
     let mut group = Group::with_secondary(|_| {});
     group.cut[1] = true;
     group.step(R0, Event::HandOver { to: R1 });
-    assert_eq!(
-        group.propose(R0, input(1)),
-        Err(ProposeError::NotLeader { leader: Some(R1) })
-    );
+    assert_eq!(group.propose(R0, input(1)), Err(ProposeError::NotLeader { leader: Some(R1) }));
     group.run(300);
     assert!(group.noticed(R0, |notice| *notice == Notice::HandOverFailed { to: R1 }));
     assert!(group.propose(R0, input(1)).is_ok());
@@ -332,14 +273,8 @@ fn a_witness_never_campaigns_whatever_its_guest() {
     group.step(R2, Event::GuestIntact(true));
     group.step(R2, Event::PeerLost(R0));
     group.run(2000);
-    let asks =
-        |message: &Message| matches!(message, Message::PreVote { .. } | Message::Prepare { .. });
-    assert!(
-        group
-            .sent
-            .iter()
-            .all(|(from, _, message)| *from != R2 || !asks(message))
-    );
+    let asks = |message: &Message| matches!(message, Message::PreVote { .. } | Message::Prepare { .. });
+    assert!(group.sent.iter().all(|(from, _, message)| *from != R2 || !asks(message)));
 }
 
 #[test]
@@ -358,32 +293,17 @@ fn bulk_traffic_keeps_a_leader_alive() {
 
 /// A replica with nine entries that was told to begin after 5, which none of them matches; the state it stores.
 fn jumped(old: &[(Index, View, Entry)]) -> (Replica, HardState) {
-    let state = HardState {
-        promised: View(6),
-        ..HardState::default()
-    };
+    let state = HardState { promised: View(6), ..HardState::default() };
     let recovered = Recovered::from_store(Some(state), old.to_vec());
     let mut replica = Replica::new(Config::new(R2, R0, 5), recovered, 0);
     assert_eq!(replica.last_index(), Index(9));
-    let base = Base {
-        index: Index(5),
-        view: View(3),
-        second: Some(R2),
-        leader: Some(R0),
-        ..Base::default()
-    };
+    let base = Base { index: Index(5), view: View(3), second: Some(R2), leader: Some(R0), ..Base::default() };
     let mut out = Effects::default();
-    let message = Message::InstallBase {
-        view: View(9),
-        base,
-    };
+    let message = Message::InstallBase { view: View(9), base };
     replica.step(1, Event::GuestIntact(true), &mut out);
     replica.step(1, Event::Message { from: R0, message }, &mut out);
     assert!(out.notices.contains(&Notice::Jumped { base: Index(5) }));
-    assert!(
-        out.messages.is_empty(),
-        "a jump is acknowledged once it is durable"
-    );
+    assert!(out.messages.is_empty(), "a jump is acknowledged once it is durable");
     match out.persist.last() {
         Some(Persist::State(state)) => (replica, *state),
         other => panic!("a jump must be stored, not {other:?}"),
@@ -393,74 +313,38 @@ fn jumped(old: &[(Index, View, Entry)]) -> (Replica, HardState) {
 /// R11: a replica that jumped and crashed before anything superseded its old entries must not find them again.
 #[test]
 fn entries_from_before_a_jump_stay_void() {
-    let old: Vec<_> = (1..=9)
-        .map(|index| (Index(index), View(6), input(1)))
-        .collect();
+    let old: Vec<_> = (1..=9).map(|index| (Index(index), View(6), input(1))).collect();
     let (mut replica, state) = jumped(&old);
-    let restarted = Replica::new(
-        Config::new(R2, R0, 6),
-        Recovered::from_store(Some(state), old),
-        0,
-    );
-    assert_eq!(
-        (restarted.last_index(), restarted.commit_index()),
-        (Index(5), Index(5))
-    );
+    let restarted = Replica::new(Config::new(R2, R0, 6), Recovered::from_store(Some(state), old), 0);
+    assert_eq!((restarted.last_index(), restarted.commit_index()), (Index(5), Index(5)));
 
-    let prev = Viewstamp {
-        view: View(3),
-        index: Index(5),
-    };
+    let prev = Viewstamp { view: View(3), index: Index(5) };
     let entries = vec![(View(9), Entry::Noop { leader: R0 })];
-    let message = Message::Accept {
-        view: View(9),
-        prev,
-        commit: Index(5),
-        base: Index(5),
-        entries,
-    };
+    let message = Message::Accept { view: View(9), prev, commit: Index(5), base: Index(5), entries };
     let mut out = Effects::default();
     replica.step(2, Event::Message { from: R0, message }, &mut out);
-    let [Persist::Append { .. }, Persist::State(state)] = out.persist.as_slice() else {
-        panic!("{out:?}")
-    };
+    let [Persist::Append { .. }, Persist::State(state)] = out.persist.as_slice() else { panic!("{out:?}") };
     assert!(!state.void_entries, "the append superseded the old entries");
 }
 
 #[test]
 fn a_jump_costs_the_guest() {
-    let old: Vec<_> = (1..=9)
-        .map(|index| (Index(index), View(6), input(1)))
-        .collect();
+    let old: Vec<_> = (1..=9).map(|index| (Index(index), View(6), input(1))).collect();
     let (mut replica, _) = jumped(&old);
     assert_eq!(replica.role(), Role::Secondary);
     let mut out = Effects::default();
     replica.step(2, Event::PeerLost(R0), &mut out);
-    assert!(
-        out.messages.is_empty(),
-        "a secondary that jumped has no guest to lead with: {:?}",
-        out.messages
-    );
+    assert!(out.messages.is_empty(), "a secondary that jumped has no guest to lead with: {:?}", out.messages);
     replica.step(3, Event::GuestIntact(true), &mut out);
-    assert!(matches!(
-        out.messages[..],
-        [(R0, Message::PreVote { .. }), (R1, Message::PreVote { .. })]
-    ));
+    assert!(matches!(out.messages[..], [(R0, Message::PreVote { .. }), (R1, Message::PreVote { .. })]));
 }
 
 #[test]
 #[should_panic(expected = "the store lost records")]
 fn a_hole_in_the_store_is_refused() {
     let entries = vec![(Index(1), View(3), input(1)), (Index(3), View(3), input(1))];
-    let state = HardState {
-        promised: View(3),
-        ..HardState::default()
-    };
-    Replica::new(
-        Config::new(R2, R0, 5),
-        Recovered::from_store(Some(state), entries),
-        0,
-    );
+    let state = HardState { promised: View(3), ..HardState::default() };
+    Replica::new(Config::new(R2, R0, 5), Recovered::from_store(Some(state), entries), 0);
 }
 
 #[test]
@@ -472,13 +356,7 @@ fn a_group_of_one_serves() {
     replica.step(0, Event::GuestIntact(true), &mut out);
     while !out.persist.is_empty() {
         records += out.persist.drain(..).count() as u64;
-        replica.step(
-            1,
-            Event::Persisted {
-                through: PersistId(records),
-            },
-            &mut out,
-        );
+        replica.step(1, Event::Persisted { through: PersistId(records) }, &mut out);
     }
     assert!(replica.leading().is_some());
 }

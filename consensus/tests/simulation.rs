@@ -4,26 +4,18 @@ use consensus::sim::{self, Mutant, Options};
 
 fn setting(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} is `{text}`: must be a number")),
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`: must be a number")),
         Err(_) => default,
     }
 }
 
 #[test]
 fn seeds() {
-    let (first, count) = (
-        setting("PLOVER_SIM_FIRST_SEED", 1),
-        setting("PLOVER_SIM_SEEDS", 4000),
-    );
+    let (first, count) = (setting("PLOVER_SIM_FIRST_SEED", 1), setting("PLOVER_SIM_SEEDS", 4000));
     let trace = setting("PLOVER_SIM_TRACE", 0) != 0;
     let (mut events, mut committed, mut reigns, mut lives, mut cold_starts) = (0, 0, 0, 0, 0);
     for seed in first..first + count {
-        match sim::run(&Options {
-            trace,
-            ..Options::new(seed)
-        }) {
+        match sim::run(&Options { trace, ..Options::new(seed) }) {
             Ok(summary) => {
                 events += summary.events;
                 committed += summary.committed;
@@ -38,28 +30,20 @@ fn seeds() {
         "{count} seeds: {events} events, {committed} entries, {reigns} reigns, {lives} lives, {cold_starts} cold starts"
     );
     if count >= 1000 {
-        assert!(
-            reigns > 3 * count && committed > 200 * count && lives > 4 * count,
-            "the seeds are too tame"
-        );
+        assert!(reigns > 3 * count && committed > 200 * count && lives > 4 * count, "the seeds are too tame");
     }
 }
 
 /// The number of seeds it takes to notice a mistake.
 fn seeds_to_notice(mutant: Mutant, invariant: &str, limit: u64) -> u64 {
-    let noticed = |seed: &u64| match sim::run(&Options {
-        mutant,
-        ..Options::new(*seed)
-    }) {
+    let noticed = |seed: &u64| match sim::run(&Options { mutant, ..Options::new(*seed) }) {
         Ok(_) => false,
         Err(violation) => {
             println!("{mutant:?}: {violation}");
             violation.what.contains(invariant)
         }
     };
-    (1..=limit)
-        .find(noticed)
-        .unwrap_or_else(|| panic!("{mutant:?} went unnoticed for {limit} seeds"))
+    (1..=limit).find(noticed).unwrap_or_else(|| panic!("{mutant:?} went unnoticed for {limit} seeds"))
 }
 
 #[test]

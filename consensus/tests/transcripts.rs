@@ -11,15 +11,11 @@ fn transcripts() {
     for file in fs::read_dir(&folder).expect("the folder is part of the repository") {
         let path = file.expect("a readable folder").path();
         let golden = fs::read_to_string(&path).expect("a readable transcript");
-        let now = consensus::sim::play(&golden)
-            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let now = consensus::sim::play(&golden).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         if update {
             fs::write(&path, &now).expect("a writable transcript");
-        } else if let Some((line, (old, new))) = golden
-            .lines()
-            .zip(now.lines())
-            .enumerate()
-            .find(|(_, (old, new))| old != new)
+        } else if let Some((line, (old, new))) =
+            golden.lines().zip(now.lines()).enumerate().find(|(_, (old, new))| old != new)
         {
             panic!(
                 "{} line {}:\n  was {old}\n  now {new}\nIf that is meant: UPDATE_TRANSCRIPTS=1 cargo test -p consensus --test transcripts",
@@ -31,9 +27,5 @@ fn transcripts() {
         }
         played += 1;
     }
-    assert!(
-        played >= 6,
-        "only {played} transcripts in {}",
-        folder.display()
-    );
+    assert!(played >= 6, "only {played} transcripts in {}", folder.display());
 }

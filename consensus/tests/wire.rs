@@ -2,9 +2,7 @@
 //! stands in for a fuzzer: half of its inputs are valid messages with a few bytes changed and the checksum made
 //! right again, so that they get past it.
 
-use consensus::{
-    Base, Entry, HardState, Index, Message, Payload, ReplicaId, View, Viewstamp, WireError,
-};
+use consensus::{Base, Entry, HardState, Index, Message, Payload, ReplicaId, View, Viewstamp, WireError};
 use proptest::prelude::*;
 
 fn view() -> impl Strategy<Value = View> {
@@ -25,26 +23,22 @@ fn replica() -> impl Strategy<Value = ReplicaId> {
 
 fn entry() -> impl Strategy<Value = Entry> {
     prop_oneof![
-        proptest::collection::vec(any::<u8>(), 0..200)
-            .prop_map(|bytes| Entry::Input(Payload::from(bytes))),
+        proptest::collection::vec(any::<u8>(), 0..200).prop_map(|bytes| Entry::Input(Payload::from(bytes))),
         replica().prop_map(|with| Entry::SyncVm { with }),
-        (proptest::option::of(replica()), index())
-            .prop_map(|(replica, base)| Entry::Second { replica, base }),
+        (proptest::option::of(replica()), index()).prop_map(|(replica, base)| Entry::Second { replica, base }),
         replica().prop_map(|leader| Entry::Noop { leader }),
     ]
 }
 
 fn base() -> impl Strategy<Value = Base> {
     let replica = || proptest::option::of(replica());
-    (index(), view(), replica(), index(), replica()).prop_map(
-        |(index, view, second, second_base, leader)| Base {
-            index,
-            view,
-            second,
-            second_base,
-            leader,
-        },
-    )
+    (index(), view(), replica(), index(), replica()).prop_map(|(index, view, second, second_base, leader)| Base {
+        index,
+        view,
+        second,
+        second_base,
+        leader,
+    })
 }
 
 fn entries() -> impl Strategy<Value = Vec<(View, Entry)>> {
@@ -54,53 +48,22 @@ fn entries() -> impl Strategy<Value = Vec<(View, Entry)>> {
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
         view().prop_map(|view| Message::PreVote { view }),
-        (view(), any::<bool>(), view()).prop_map(|(view, granted, promised)| {
-            Message::PreVoteReply {
-                view,
-                granted,
-                promised,
-            }
-        }),
-        (view(), any::<u64>()).prop_map(|(view, genesis_nonce)| Message::Prepare {
-            view,
-            genesis_nonce
-        }),
-        (view(), stamp(), index()).prop_map(|(view, last, commit)| Message::Promise {
-            view,
-            last,
-            commit
-        }),
+        (view(), any::<bool>(), view())
+            .prop_map(|(view, granted, promised)| { Message::PreVoteReply { view, granted, promised } }),
+        (view(), any::<u64>()).prop_map(|(view, genesis_nonce)| Message::Prepare { view, genesis_nonce }),
+        (view(), stamp(), index()).prop_map(|(view, last, commit)| Message::Promise { view, last, commit }),
         (view(), index()).prop_map(|(view, from)| Message::Fetch { view, from }),
-        (view(), stamp(), entries()).prop_map(|(view, prev, entries)| Message::Fetched {
-            view,
-            prev,
-            entries
-        }),
+        (view(), stamp(), entries()).prop_map(|(view, prev, entries)| Message::Fetched { view, prev, entries }),
         (view(), base()).prop_map(|(view, base)| Message::FetchedBase { view, base }),
-        (view(), stamp(), index(), index(), entries()).prop_map(
-            |(view, prev, commit, base, entries)| {
-                Message::Accept {
-                    view,
-                    prev,
-                    commit,
-                    base,
-                    entries,
-                }
-            }
-        ),
+        (view(), stamp(), index(), index(), entries())
+            .prop_map(|(view, prev, commit, base, entries)| { Message::Accept { view, prev, commit, base, entries } }),
         (view(), index(), any::<bool>()).prop_map(|(view, through, voting)| Message::AcceptOk {
             view,
             through,
             voting
         }),
-        (view(), index(), stamp(), index()).prop_map(|(view, prev, have, commit)| {
-            Message::Reject {
-                view,
-                prev,
-                have,
-                commit,
-            }
-        }),
+        (view(), index(), stamp(), index())
+            .prop_map(|(view, prev, have, commit)| { Message::Reject { view, prev, have, commit } }),
         (view(), base()).prop_map(|(view, base)| Message::InstallBase { view, base }),
         view().prop_map(|promised| Message::Nack { promised }),
         (view(), any::<bool>()).prop_map(|(view, handover)| Message::TakeOver { view, handover }),
@@ -199,11 +162,5 @@ fn a_huge_count_reserves_nothing() {
     bytes.extend_from_slice(&[0; 24]);
     bytes.extend_from_slice(&u32::MAX.to_le_bytes());
     seal(&mut bytes);
-    assert!(matches!(
-        Message::decode(&bytes),
-        Err(WireError::OutOfRange {
-            what: "entry count",
-            ..
-        })
-    ));
+    assert!(matches!(Message::decode(&bytes), Err(WireError::OutOfRange { what: "entry count", .. })));
 }

@@ -29,29 +29,16 @@ impl BatchBuilder {
     /// # Panics
     /// If `max_bytes` is below [`MIN_BATCH_BYTES`] or above 1 GiB.
     pub fn new(max_bytes: usize) -> BatchBuilder {
-        assert!(
-            max_bytes >= MIN_BATCH_BYTES,
-            "a batch of {max_bytes} bytes cannot hold every frame"
-        );
-        assert!(
-            max_bytes <= 1 << 30,
-            "a batch of {max_bytes} bytes is no batch"
-        );
-        BatchBuilder {
-            buffer: vec![0; max_bytes],
-            used: COUNT_BYTES,
-            count: 0,
-            offered: 0,
-        }
+        assert!(max_bytes >= MIN_BATCH_BYTES, "a batch of {max_bytes} bytes cannot hold every frame");
+        assert!(max_bytes <= 1 << 30, "a batch of {max_bytes} bytes is no batch");
+        BatchBuilder { buffer: vec![0; max_bytes], used: COUNT_BYTES, count: 0, offered: 0 }
     }
 
     /// Room for one frame of up to `max` bytes inside the batch, or `None` if the batch is too full.
     /// [`commit`](Self::commit) makes what was written there the next frame.
     pub fn spare(&mut self, max: usize) -> Option<&mut [u8]> {
         let start = self.used + LENGTH_BYTES;
-        let end = start
-            .checked_add(max)
-            .filter(|&end| end <= self.buffer.len())?;
+        let end = start.checked_add(max).filter(|&end| end <= self.buffer.len())?;
         self.offered = max;
         Some(&mut self.buffer[start..end])
     }
@@ -64,11 +51,7 @@ impl BatchBuilder {
     /// # Panics
     /// If no spare room of at least `len` bytes was handed out since the last commit.
     pub fn commit(&mut self, len: usize) -> Result<(), PushError> {
-        assert!(
-            len <= self.offered,
-            "commit of {len} bytes, but only {} were handed out",
-            self.offered
-        );
+        assert!(len <= self.offered, "commit of {len} bytes, but only {} were handed out", self.offered);
         self.offered = 0;
         check_length(len)?;
         let length = u32::try_from(len).expect("MAX_FRAME_BYTES fits u32");
@@ -84,9 +67,7 @@ impl BatchBuilder {
     /// [`PushError`]; the batch is unchanged.
     pub fn push(&mut self, frame: &[u8]) -> Result<(), PushError> {
         check_length(frame.len())?;
-        self.spare(frame.len())
-            .ok_or(PushError::Full)?
-            .copy_from_slice(frame);
+        self.spare(frame.len()).ok_or(PushError::Full)?.copy_from_slice(frame);
         self.commit(frame.len())
     }
 
@@ -168,13 +149,9 @@ pub fn frames(payload: &[u8]) -> Result<Frames<'_>, BatchError> {
         at += LENGTH_BYTES + len;
     }
     if at != payload.len() {
-        return Err(BatchError::Trailing {
-            bytes: payload.len() - at,
-        });
+        return Err(BatchError::Trailing { bytes: payload.len() - at });
     }
-    Ok(Frames {
-        rest: &payload[COUNT_BYTES..],
-    })
+    Ok(Frames { rest: &payload[COUNT_BYTES..] })
 }
 
 fn read_u32(bytes: &[u8], at: usize) -> Result<u32, BatchError> {
@@ -274,10 +251,7 @@ mod tests {
         builder.push(&vec![1; MAX_FRAME_BYTES]).unwrap();
         assert_eq!(builder.push(&[0; 12]), Err(PushError::Full));
         assert_eq!(frames(&builder.finish()).unwrap().count(), 1);
-        assert!(matches!(
-            builder.push(&vec![1; MAX_FRAME_BYTES + 1]),
-            Err(PushError::BadLength { .. })
-        ));
+        assert!(matches!(builder.push(&vec![1; MAX_FRAME_BYTES + 1]), Err(PushError::BadLength { .. })));
     }
 
     #[test]

@@ -32,49 +32,14 @@ const FIELDS: usize = 8;
 
 impl LoopCounts {
     fn to_array(self) -> [u64; FIELDS] {
-        let LoopCounts {
-            busy_us,
-            idle_us,
-            asleep_us,
-            busy_loops,
-            idle_loops,
-            frames_in,
-            frames_out,
-            frames_dropped,
-        } = self;
-        [
-            busy_us,
-            idle_us,
-            asleep_us,
-            busy_loops,
-            idle_loops,
-            frames_in,
-            frames_out,
-            frames_dropped,
-        ]
+        let LoopCounts { busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped } =
+            self;
+        [busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped]
     }
 
     fn from_array(values: [u64; FIELDS]) -> LoopCounts {
-        let [
-            busy_us,
-            idle_us,
-            asleep_us,
-            busy_loops,
-            idle_loops,
-            frames_in,
-            frames_out,
-            frames_dropped,
-        ] = values;
-        LoopCounts {
-            busy_us,
-            idle_us,
-            asleep_us,
-            busy_loops,
-            idle_loops,
-            frames_in,
-            frames_out,
-            frames_dropped,
-        }
+        let [busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped] = values;
+        LoopCounts { busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped }
     }
 }
 
@@ -90,11 +55,7 @@ pub struct LoopCounter {
 impl LoopCounter {
     /// Starts counting at `now_us`.
     pub fn new(now_us: u64) -> LoopCounter {
-        LoopCounter {
-            counts: LoopCounts::default(),
-            since_us: now_us,
-            published: Arc::default(),
-        }
+        LoopCounter { counts: LoopCounts::default(), since_us: now_us, published: Arc::default() }
     }
 
     /// Ends one iteration; the time since the last call is busy if it found work, else idle.
@@ -159,14 +120,8 @@ mod tests {
         assert_eq!(reader.read(), LoopCounts::default());
         counter.publish();
         let counts = reader.read();
-        assert_eq!(
-            (counts.busy_us, counts.idle_us, counts.asleep_us),
-            (30, 5, 65)
-        );
-        assert_eq!(
-            (counts.busy_loops, counts.idle_loops, counts.frames_dropped),
-            (1, 1, 3)
-        );
+        assert_eq!((counts.busy_us, counts.idle_us, counts.asleep_us), (30, 5, 65));
+        assert_eq!((counts.busy_loops, counts.idle_loops, counts.frames_dropped), (1, 1, 3));
         assert_eq!(counts, counter.counts);
     }
 }

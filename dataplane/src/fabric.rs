@@ -53,10 +53,7 @@ impl NodeIdentity {
     pub fn new(name: &str) -> std::io::Result<NodeIdentity> {
         let mut bytes = [0u8; 8];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
-        Ok(NodeIdentity {
-            name: name.to_owned(),
-            instance: u64::from_le_bytes(bytes),
-        })
+        Ok(NodeIdentity { name: name.to_owned(), instance: u64::from_le_bytes(bytes) })
     }
 }
 
@@ -122,9 +119,7 @@ pub enum LostReason {
         silent_us: u64,
     },
     /// The peer announced a message longer than [`MAX_CONTROL_MESSAGE_BYTES`].
-    #[error(
-        "the peer announced a message of {bytes} bytes; the limit is {MAX_CONTROL_MESSAGE_BYTES}"
-    )]
+    #[error("the peer announced a message of {bytes} bytes; the limit is {MAX_CONTROL_MESSAGE_BYTES}")]
     Oversize {
         /// The announced length.
         bytes: u64,

@@ -17,19 +17,7 @@ const _: () = assert!(size_of::<VnetHeader>() == VNET_HEADER_BYTES);
 const _: () = assert!(MAX_FRAME_BYTES == 65_568);
 
 /// The header in front of a frame (virtio 1.2 §5.1.6).
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct VnetHeader {
     /// `VIRTIO_NET_HDR_F_*`.
@@ -51,9 +39,7 @@ pub struct VnetHeader {
 impl VnetHeader {
     /// The header of `frame`, or `None` if the frame is too short to have one.
     pub fn of(frame: &[u8]) -> Option<&VnetHeader> {
-        VnetHeader::ref_from_prefix(frame)
-            .ok()
-            .map(|(header, _)| header)
+        VnetHeader::ref_from_prefix(frame).ok().map(|(header, _)| header)
     }
 }
 
@@ -80,11 +66,7 @@ impl PushError {
 
 /// Checks that `len` bytes can be a frame.
 pub(crate) fn check_length(len: usize) -> Result<(), PushError> {
-    if (VNET_HEADER_BYTES..=MAX_FRAME_BYTES).contains(&len) {
-        Ok(())
-    } else {
-        Err(PushError::BadLength { len })
-    }
+    if (VNET_HEADER_BYTES..=MAX_FRAME_BYTES).contains(&len) { Ok(()) } else { Err(PushError::BadLength { len }) }
 }
 
 #[cfg(test)]

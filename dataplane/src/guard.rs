@@ -69,16 +69,7 @@ impl Guard {
         let mut ring = vec![0u8; capacity_bytes.next_multiple_of(ALIGN_BYTES)].into_boxed_slice();
         // Touch each page: the first frames of a VM must not pay for page faults.
         ring.fill(1);
-        Guard {
-            ring,
-            head: 0,
-            tail: 0,
-            occupied: 0,
-            frames: 0,
-            bytes: 0,
-            slot: 1,
-            position: 0,
-        }
+        Guard { ring, head: 0, tail: 0, occupied: 0, frames: 0, bytes: 0, slot: 1, position: 0 }
     }
 
     /// Holds a copy of `frame`, which arrived at `now_us`, in the present slot.
@@ -102,10 +93,7 @@ impl Guard {
             self.ring[self.tail..self.tail + 4].copy_from_slice(&WRAP.to_le_bytes());
             self.tail = 0;
         }
-        let number = FrameNumber {
-            slot: self.slot,
-            position: self.position,
-        };
+        let number = FrameNumber { slot: self.slot, position: self.position };
         let len = u32::try_from(frame.len()).expect("checked against MAX_FRAME_BYTES");
         let record = &mut self.ring[self.tail..self.tail + need];
         record[0..4].copy_from_slice(&len.to_le_bytes());
@@ -135,12 +123,7 @@ impl Guard {
     /// # Panics
     /// If `through` did not come from [`seal`](Self::seal) of this guard.
     pub fn release(&mut self, through: SlotMark, mut visit: impl FnMut(&[u8])) -> usize {
-        assert!(
-            through.0 < self.slot,
-            "mark {} was not sealed; the present slot is {}",
-            through.0,
-            self.slot
-        );
+        assert!(through.0 < self.slot, "mark {} was not sealed; the present slot is {}", through.0, self.slot);
         let mut released = 0;
         while let Some((at, record)) = self.front() {
             if record.slot > through.0 {
@@ -198,18 +181,9 @@ impl Guard {
         if self.frames == 0 {
             return None;
         }
-        let at = if self.word(self.head) == WRAP {
-            0
-        } else {
-            self.head
-        };
-        let long =
-            |at: usize| u64::from_le_bytes(self.ring[at..at + 8].try_into().expect("8 bytes"));
-        let record = Record {
-            len: self.word(at) as usize,
-            slot: long(at + 8),
-            arrival_us: long(at + 16),
-        };
+        let at = if self.word(self.head) == WRAP { 0 } else { self.head };
+        let long = |at: usize| u64::from_le_bytes(self.ring[at..at + 8].try_into().expect("8 bytes"));
+        let record = Record { len: self.word(at) as usize, slot: long(at + 8), arrival_us: long(at + 16) };
         Some((at, record))
     }
 
@@ -218,20 +192,13 @@ impl Guard {
     }
 
     fn pop(&mut self, at: usize, record: Record) {
-        let gap = if at == self.head {
-            0
-        } else {
-            self.ring.len() - self.head
-        };
+        let gap = if at == self.head { 0 } else { self.ring.len() - self.head };
         let size = record_bytes(record.len);
         self.head = (at + size) % self.ring.len();
         self.occupied -= gap + size;
         self.frames -= 1;
         self.bytes -= record.len;
-        assert!(
-            self.frames > 0 || (self.occupied == 0 && self.bytes == 0),
-            "the guard's counts disagree"
-        );
+        assert!(self.frames > 0 || (self.occupied == 0 && self.bytes == 0), "the guard's counts disagree");
     }
 }
 
@@ -274,11 +241,7 @@ mod tests {
     impl Model {
         fn take(&mut self, through: SlotMark) -> Vec<Vec<u8>> {
             let mut out = Vec::new();
-            while self
-                .held
-                .front()
-                .is_some_and(|(slot, ..)| *slot <= through.0)
-            {
+            while self.held.front().is_some_and(|(slot, ..)| *slot <= through.0) {
                 out.push(self.held.pop_front().unwrap().2);
             }
             out
@@ -355,15 +318,8 @@ mod tests {
     #[test]
     fn refuses_frames_that_are_none() {
         let mut guard = Guard::new(MIN_GUARD_BYTES);
-        assert_eq!(
-            guard.push(0, &[0; 11]),
-            Err(PushError::BadLength { len: 11 })
-        );
-        assert!(
-            guard
-                .push(0, &vec![0; MAX_FRAME_BYTES + 1])
-                .is_err_and(|e| !e.is_full())
-        );
+        assert_eq!(guard.push(0, &[0; 11]), Err(PushError::BadLength { len: 11 }));
+        assert!(guard.push(0, &vec![0; MAX_FRAME_BYTES + 1]).is_err_and(|e| !e.is_full()));
     }
 
     #[test]

@@ -25,10 +25,7 @@ impl EventFd {
     /// # Errors
     /// Those of eventfd(2); in practice only too many open files.
     pub fn new() -> io::Result<EventFd> {
-        Ok(EventFd(eventfd(
-            0,
-            EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC,
-        )?))
+        Ok(EventFd(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
     }
 
     /// Makes the fd readable. Signals add up to one wake-up.
@@ -105,10 +102,7 @@ impl Poller {
     /// Those of epoll_create1(2).
     pub fn new() -> io::Result<Poller> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Poller {
-            epoll,
-            has_pwait2: AtomicBool::new(true),
-        })
+        Ok(Poller { epoll, has_pwait2: AtomicBool::new(true) })
     }
 
     /// Watches `fd` under `token`. Closing the fd ends the watch.
@@ -116,12 +110,7 @@ impl Poller {
     /// # Errors
     /// Those of epoll_ctl(2); `AlreadyExists` if it is watched.
     pub fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        Ok(epoll::add(
-            &self.epoll,
-            fd,
-            epoll::EventData::new_u64(token),
-            interest.flags(),
-        )?)
+        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
     }
 
     /// Changes the interest or token of a watched fd.
@@ -129,12 +118,7 @@ impl Poller {
     /// # Errors
     /// Those of epoll_ctl(2); `NotFound` if it is not watched.
     pub fn modify(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        Ok(epoll::modify(
-            &self.epoll,
-            fd,
-            epoll::EventData::new_u64(token),
-            interest.flags(),
-        )?)
+        Ok(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
     }
 
     /// Stops watching `fd`.
@@ -168,19 +152,13 @@ impl Poller {
         Ok(())
     }
 
-    fn wait_raw(
-        &self,
-        timeout_us: Option<u64>,
-        events: &mut [libc::epoll_event; MAX_EVENTS],
-    ) -> io::Result<usize> {
+    fn wait_raw(&self, timeout_us: Option<u64>, events: &mut [libc::epoll_event; MAX_EVENTS]) -> io::Result<usize> {
         if self.has_pwait2.load(Ordering::Relaxed) {
             let timeout = timeout_us.map(|us| libc::timespec {
                 tv_sec: (us / 1_000_000) as libc::time_t,
                 tv_nsec: (us % 1_000_000) as libc::c_long * 1_000,
             });
-            let timeout_ptr = timeout
-                .as_ref()
-                .map_or(std::ptr::null(), std::ptr::from_ref);
+            let timeout_ptr = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
             // SAFETY: the kernel writes at most MAX_EVENTS events into `events`, which has that
             // many; `timeout` outlives the call; the null signal mask leaves the mask alone.
             let result = unsafe {
@@ -206,18 +184,9 @@ impl Poller {
         let timeout_ms = timeout_us.map_or(-1, |us| us.div_ceil(1_000).min(i32::MAX as u64) as i32);
         // SAFETY: as above.
         let result = unsafe {
-            libc::epoll_wait(
-                self.epoll.as_raw_fd(),
-                events.as_mut_ptr(),
-                MAX_EVENTS as libc::c_int,
-                timeout_ms,
-            )
+            libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), MAX_EVENTS as libc::c_int, timeout_ms)
         };
-        if result < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(result as usize)
-        }
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as usize) }
     }
 }
 
@@ -236,14 +205,7 @@ mod tests {
         event.signal();
         event.signal();
         poller.wait(Some(1_000_000), &mut ready).unwrap();
-        assert_eq!(
-            ready,
-            [Ready {
-                token: 7,
-                readable: true,
-                writable: false
-            }]
-        );
+        assert_eq!(ready, [Ready { token: 7, readable: true, writable: false }]);
         assert!(event.drain() && !event.drain());
         poller.wait(Some(0), &mut ready).unwrap();
         assert!(ready.is_empty());
@@ -274,10 +236,7 @@ mod tests {
         poller.has_pwait2.store(false, Ordering::Relaxed);
         let start = now_us();
         poller.wait(Some(1_500), &mut ready).unwrap();
-        assert!(
-            now_us() - start >= 1_500,
-            "the fallback must round up, never down"
-        );
+        assert!(now_us() - start >= 1_500, "the fallback must round up, never down");
     }
 
     #[test]
@@ -285,21 +244,11 @@ mod tests {
         let poller = Poller::new().unwrap();
         let event = EventFd::new().unwrap();
         poller.add(&event, 1, Interest::Read).unwrap();
-        assert_eq!(
-            poller.add(&event, 1, Interest::Read).unwrap_err().kind(),
-            io::ErrorKind::AlreadyExists
-        );
+        assert_eq!(poller.add(&event, 1, Interest::Read).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         poller.modify(&event, 2, Interest::ReadWrite).unwrap();
         let mut ready = Vec::new();
         poller.wait(Some(0), &mut ready).unwrap();
-        assert_eq!(
-            ready,
-            [Ready {
-                token: 2,
-                readable: false,
-                writable: true
-            }]
-        );
+        assert_eq!(ready, [Ready { token: 2, readable: false, writable: true }]);
         poller.remove(&event).unwrap();
         poller.wait(Some(0), &mut ready).unwrap();
         assert!(ready.is_empty());

@@ -89,16 +89,11 @@ fn large_segment() -> Vec<u8> {
     packet[0..6].fill(0xff);
     packet[6..14].copy_from_slice(&[0x52, 0x54, 0, 0, 0, 1, 8, 0]);
     let ip_len = ((packet.len() - 14) as u16).to_be_bytes();
-    packet[14..34].copy_from_slice(&[
-        0x45, 0, ip_len[0], ip_len[1], 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
-    ]);
-    packet[34..54].copy_from_slice(&[
-        0, 80, 0, 81, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
-    ]);
+    packet[14..34]
+        .copy_from_slice(&[0x45, 0, ip_len[0], ip_len[1], 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    packet[34..54].copy_from_slice(&[0, 80, 0, 81, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
     // A bridge with netfilter drops packets whose IP header does not add up.
-    let words = packet[14..34]
-        .chunks(2)
-        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+    let words = packet[14..34].chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
     let sum: u32 = words.sum();
     let checksum = !(((sum & 0xffff) + (sum >> 16)) as u16);
     packet[24..26].copy_from_slice(&checksum.to_be_bytes());
@@ -117,11 +112,7 @@ fn frames_cross_a_bridge_and_offloads_are_as_asked() {
         assert_eq!(a.name(), "plvtest0");
         let announcement = rarp([0x52, 0x54, 0, 0, 0, 9]);
         assert!(a.send(&announcement).unwrap());
-        assert_eq!(
-            receive(&mut b),
-            announcement,
-            "the host itself must not chatter into the link"
-        );
+        assert_eq!(receive(&mut b), announcement, "the host itself must not chatter into the link");
 
         // A guest without offloads gets segments of its MTU with checksums.
         let large = large_segment();
@@ -137,20 +128,11 @@ fn frames_cross_a_bridge_and_offloads_are_as_asked() {
         assert!(payload == large[VNET_HEADER_BYTES + 54..]);
 
         // A guest with them gets the frame as it was sent.
-        b.set_offload(OffloadFlags {
-            csum: true,
-            tso4: true,
-            tso6: true,
-            ecn: true,
-        })
-        .unwrap();
+        b.set_offload(OffloadFlags { csum: true, tso4: true, tso6: true, ecn: true }).unwrap();
         assert!(a.send(&large).unwrap());
         let whole = receive(&mut b);
         let header = VnetHeader::of(&whole).unwrap();
-        assert_eq!(
-            (header.flags & 1, header.gso_type, header.gso_size.get()),
-            (1, 1, SEGMENT_BYTES as u16)
-        );
+        assert_eq!((header.flags & 1, header.gso_type, header.gso_size.get()), (1, 1, SEGMENT_BYTES as u16));
         assert!(whole[VNET_HEADER_BYTES + 54..] == large[VNET_HEADER_BYTES + 54..]);
         assert_eq!(header.num_buffers.get(), 0);
         assert_eq!(a.drops(), TapDrops::default());
@@ -168,13 +150,7 @@ fn nonsense_and_a_pulled_cable_cost_a_frame_and_not_the_port() {
         bad[1] = 77; // no such GSO type
         assert!(!a.send(&bad).unwrap());
         assert!(!a.send(&good[..VNET_HEADER_BYTES + 3]).unwrap());
-        assert_eq!(
-            a.drops(),
-            TapDrops {
-                full: 0,
-                refused: 2
-            }
-        );
+        assert_eq!(a.drops(), TapDrops { full: 0, refused: 2 });
         set_up("plvtest0", false);
         assert!(!a.send(&good).unwrap());
         assert_eq!(a.recv(&mut vec![0; MAX_FRAME_BYTES]).unwrap(), None);
@@ -188,27 +164,16 @@ fn nonsense_and_a_pulled_cable_cost_a_frame_and_not_the_port() {
 fn each_obstacle_has_its_own_error_and_leaves_nothing_behind() {
     in_namespace(|| {
         for name in ["", "sixteen-bytes-it", "a b", "a/b", "..", "tap%d"] {
-            assert!(
-                matches!(Tap::open(name, None), Err(TapError::BadName { .. })),
-                "{name:?}"
-            );
+            assert!(matches!(Tap::open(name, None), Err(TapError::BadName { .. })), "{name:?}");
         }
         let error = Tap::open("plvtest0", Some("nobridge")).unwrap_err();
         assert!(matches!(error, TapError::NoBridge { .. }), "{error}");
-        assert!(
-            error
-                .to_string()
-                .contains("ip link add nobridge type bridge"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("ip link add nobridge type bridge"), "{error}");
         let tap = Tap::open("plvtest0", None).unwrap();
         let error = Tap::open("plvtest0", None).unwrap_err();
         assert!(matches!(error, TapError::InUse { .. }), "{error}");
         let error = Tap::open("plvtest1", Some("plvtest0")).unwrap_err();
-        assert!(
-            matches!(error, TapError::NoBridge { .. }),
-            "a TAP is no bridge: {error}"
-        );
+        assert!(matches!(error, TapError::NoBridge { .. }), "a TAP is no bridge: {error}");
         let error = Tap::open("lo", None).unwrap_err();
         assert!(matches!(error, TapError::InUse { .. }), "{error}");
         drop(tap);

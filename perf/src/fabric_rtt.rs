@@ -12,9 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use dataplane::fabric::{
-    Fabric, FabricConfig, FabricEvent, Listener, NodeIdentity, PeerId, Replica, TcpFabric,
-};
+use dataplane::fabric::{Fabric, FabricConfig, FabricEvent, Listener, NodeIdentity, PeerId, Replica, TcpFabric};
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
 use crate::group::Sink;
@@ -45,11 +43,7 @@ fn measure(effort: Effort) -> Result<Row> {
     let mut bare = BarePair::connect(there)?;
     // Now, so that the threads made above did not inherit it.
     pin::pin(here)?;
-    let figure = Figure {
-        id: "fabric.tcp.rtt",
-        unit: "us",
-        better: Better::Lower,
-    };
+    let figure = Figure { id: "fabric.tcp.rtt", unit: "us", better: Better::Lower };
     let row = compare(
         figure,
         effort,
@@ -63,10 +57,7 @@ fn measure(effort: Effort) -> Result<Row> {
 }
 
 /// The median of `trips` round trips of distinct messages.
-fn p50_us(
-    trips: u64,
-    mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]) -> Result<()>,
-) -> Result<f64> {
+fn p50_us(trips: u64, mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]) -> Result<()>) -> Result<f64> {
     let mut latencies = Latencies::default();
     let mut message = [0xA5; MESSAGE_BYTES];
     for trip in 0..trips {
@@ -103,14 +94,7 @@ impl End {
         let poller = Arc::new(Poller::new()?);
         let shared = Arc::clone(&poller);
         let fabric = TcpFabric::new(config, port.control, shared, FABRIC_TOKEN, now_us())?;
-        Ok(End {
-            fabric,
-            poller,
-            ready: Vec::new(),
-            peer: PeerId(1 - me),
-            received: Vec::new(),
-            lost: None,
-        })
+        Ok(End { fabric, poller, ready: Vec::new(), peer: PeerId(1 - me), received: Vec::new(), lost: None })
     }
 
     /// Waits for the sockets, `deadline` at most, and polls.
@@ -180,26 +164,14 @@ impl FabricPair {
             .collect();
         let end = End::new(&listeners[0], replicas.clone(), 0)?;
         let other = End::new(&listeners[1], replicas, 1)?;
-        let stop = Arc::new(Stop {
-            flag: AtomicBool::new(false),
-            wake: EventFd::new()?,
-        });
-        other
-            .poller
-            .add(&stop.wake, STOP_TOKEN, Interest::ReadEdge)?;
+        let stop = Arc::new(Stop { flag: AtomicBool::new(false), wake: EventFd::new()? });
+        other.poller.add(&stop.wake, STOP_TOKEN, Interest::ReadEdge)?;
         let until = Arc::clone(&stop);
-        let echo = std::thread::Builder::new()
-            .name("fabric-echo".to_owned())
-            .spawn(move || {
-                pin::pin(echo_cpu)?;
-                answer(other, &until)
-            })?;
-        let mut pair = FabricPair {
-            end,
-            stop,
-            echo: Some(echo),
-            _listeners: listeners,
-        };
+        let echo = std::thread::Builder::new().name("fabric-echo".to_owned()).spawn(move || {
+            pin::pin(echo_cpu)?;
+            answer(other, &until)
+        })?;
+        let mut pair = FabricPair { end, stop, echo: Some(echo), _listeners: listeners };
         pair.end.until_connected()?;
         Ok(pair)
     }
@@ -210,10 +182,7 @@ impl FabricPair {
         loop {
             self.end.step(deadline)?;
             if !self.end.received.is_empty() {
-                ensure!(
-                    self.end.received == message,
-                    "the fabric brought something else back"
-                );
+                ensure!(self.end.received == message, "the fabric brought something else back");
                 return Ok(());
             }
         }
@@ -224,9 +193,7 @@ impl FabricPair {
         self.stop.flag.store(true, Ordering::Release);
         self.stop.wake.signal();
         let echo = self.echo.take().expect("only close takes it");
-        echo.join()
-            .map_err(|_| anyhow!("the answering thread panicked"))?
-            .context("the answering thread")
+        echo.join().map_err(|_| anyhow!("the answering thread panicked"))?.context("the answering thread")
     }
 }
 
@@ -265,12 +232,10 @@ impl BarePair {
         }
         // The other side ends with the connection, so one deadline is enough.
         stream.set_read_timeout(Some(DEADLINE))?;
-        let echo = std::thread::Builder::new()
-            .name("bare-echo".to_owned())
-            .spawn(move || {
-                pin::pin(echo_cpu)?;
-                answer_bare(other)
-            })?;
+        let echo = std::thread::Builder::new().name("bare-echo".to_owned()).spawn(move || {
+            pin::pin(echo_cpu)?;
+            answer_bare(other)
+        })?;
         Ok(BarePair { stream, echo })
     }
 
@@ -285,8 +250,7 @@ impl BarePair {
     fn close(self) -> Result<()> {
         drop(self.stream);
         let echo = self.echo.join();
-        echo.map_err(|_| anyhow!("the answering thread panicked"))?
-            .context("the answering thread of bare TCP")
+        echo.map_err(|_| anyhow!("the answering thread panicked"))?.context("the answering thread of bare TCP")
     }
 }
 
@@ -325,9 +289,6 @@ mod tests {
         fabric.end.fabric.disconnect(PeerId(1));
         let error = p50_us(1, |message| fabric.round_trip(message)).unwrap_err();
         let text = format!("{error:#}");
-        assert!(
-            text.contains("not connected") || text.contains("is gone"),
-            "{text}"
-        );
+        assert!(text.contains("not connected") || text.contains("is gone"), "{text}");
     }
 }

@@ -35,12 +35,7 @@ impl Group {
         GROUPS
             .iter()
             .find(|group| group.name == name)
-            .with_context(|| {
-                format!(
-                    "no group of measurements is named «{name}»; there are: {}",
-                    names()
-                )
-            })
+            .with_context(|| format!("no group of measurements is named «{name}»; there are: {}", names()))
     }
 
     /// Measures everything in the group.
@@ -68,9 +63,6 @@ mod tests {
     fn an_unknown_group_is_refused_with_the_names() {
         assert_eq!(Group::find("core").unwrap().name, "core");
         let error = Group::find("cor").unwrap_err().to_string();
-        assert!(
-            error.contains("«cor»") && error.ends_with("there are: core"),
-            "{error}"
-        );
+        assert!(error.contains("«cor»") && error.ends_with("there are: core"), "{error}");
     }
 }

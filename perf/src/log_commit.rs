@@ -35,11 +35,7 @@ pub fn run(effort: Effort, directory: &Path, sink: Sink<'_>) -> Result<()> {
     log.commit()?;
     let disk_bytes = log.file.disk_bytes() - before_bytes;
     let mut bare = Bare::create(&scratch.path().join("bare"), usize::try_from(disk_bytes)?)?;
-    let figure = Figure {
-        id: "log.commit_p50",
-        unit: "us",
-        better: Better::Lower,
-    };
+    let figure = Figure { id: "log.commit_p50", unit: "us", better: Better::Lower };
     let row = compare(
         figure,
         effort,
@@ -78,21 +74,11 @@ impl Log {
         ensure!(recovered.entries.is_empty(), "a new log is not empty");
         let poller = Poller::new()?;
         poller.add(file.event_fd(), 0, Interest::ReadEdge)?;
-        Ok(Log {
-            file,
-            poller,
-            ready: Vec::new(),
-            next_index: 1,
-            payload: payload(),
-        })
+        Ok(Log { file, poller, ready: Vec::new(), next_index: 1, payload: payload() })
     }
 
     fn commit(&mut self) -> Result<()> {
-        let record = Record::Entry {
-            index: self.next_index,
-            view: 1,
-            parts: [&[], &self.payload],
-        };
+        let record = Record::Entry { index: self.next_index, view: 1, parts: [&[], &self.payload] };
         let ticket: Ticket = self.file.append(record)?;
         self.file.flush();
         let deadline = Instant::now() + DEADLINE;
@@ -130,11 +116,7 @@ impl Bare {
         let file = File::options().write(true).create_new(true).open(path);
         let file = file.with_context(|| format!("cannot make {}", path.display()))?;
         file.sync_all()?;
-        Ok(Bare {
-            file,
-            offset: 0,
-            bytes,
-        })
+        Ok(Bare { file, offset: 0, bytes })
     }
 
     fn commit(&mut self) -> Result<()> {
@@ -155,9 +137,7 @@ fn check(directory: &Path, next_index: u64) -> Result<()> {
     let (_, recovered) = FileLog::open(directory, Options::default())?;
     let expected = payload();
     let found = recovered.entries.len() as u64;
-    let intact = (1..)
-        .zip(&recovered.entries)
-        .all(|(index, entry)| entry.index == index && entry.bytes == expected);
+    let intact = (1..).zip(&recovered.entries).all(|(index, entry)| entry.index == index && entry.bytes == expected);
     ensure!(
         intact && found + 1 == next_index,
         "the log lost or changed acknowledged records: {found} of {} are there",

@@ -36,11 +36,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     let group = Group::find(&arguments.group)?;
-    let effort = if arguments.smoke {
-        Effort::Smoke
-    } else {
-        Effort::Full
-    };
+    let effort = if arguments.smoke { Effort::Smoke } else { Effort::Full };
     let (directory, commit) = (results::directory(), results::commit());
     let mut rows = Vec::new();
     let outcome = group.run(effort, &mut |mut row| {

@@ -29,15 +29,10 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // Not zero, so that its pages are there before the first copy.
     let mut copy = vec![1; pages.len() * PAGE_BYTES];
     let passes = effort.pick(10, 1);
-    for (id, kind) in [
-        ("syncvm.hash_vs_memcpy.city128", HashKind::City128),
-        ("syncvm.hash_vs_memcpy.xxh3", HashKind::Xxh3_128),
-    ] {
-        let figure = Figure {
-            id,
-            unit: "GB/s",
-            better: Better::Higher,
-        };
+    for (id, kind) in
+        [("syncvm.hash_vs_memcpy.city128", HashKind::City128), ("syncvm.hash_vs_memcpy.xxh3", HashKind::Xxh3_128)]
+    {
+        let figure = Figure { id, unit: "GB/s", better: Better::Higher };
         let mut hashes = Vec::new();
         let row = compare(
             figure,
@@ -76,10 +71,7 @@ fn copy_pages(ram: &GuestRam, pages: &[PageNumber], into: &mut [u8]) {
 /// The copied pages must have the hashes that the pool found.
 fn check(kind: HashKind, hashes: &[PageHashValue], copy: &[u8]) -> Result<()> {
     let expected = copy.chunks_exact(PAGE_BYTES).map(kind.function());
-    ensure!(
-        expected.eq(hashes.iter().copied()),
-        "a page that was copied does not have its {kind} hash"
-    );
+    ensure!(expected.eq(hashes.iter().copied()), "a page that was copied does not have its {kind} hash");
     Ok(())
 }
 

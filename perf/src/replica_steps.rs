@@ -10,10 +10,7 @@ use std::collections::VecDeque;
 use std::hint::black_box;
 
 use anyhow::{Context, Result, ensure};
-use consensus::{
-    Config, Effects, Entry, Event, Index, Message, Payload, PersistId, Recovered, Replica,
-    ReplicaId,
-};
+use consensus::{Config, Effects, Entry, Event, Index, Message, Payload, PersistId, Recovered, Replica, ReplicaId};
 
 use crate::Effort;
 use crate::group::Sink;
@@ -33,15 +30,8 @@ const BURST_US: u64 = 100;
 /// The group does not commit, or a run did other work than the one before.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let entries = effort.pick(200_000, 4_000);
-    for (id, entry_bytes) in [
-        ("consensus.steps_per_s.64B", 64),
-        ("consensus.steps_per_s.1KiB", 1024),
-    ] {
-        let figure = Figure {
-            id,
-            unit: "1/s",
-            better: Better::Higher,
-        };
+    for (id, entry_bytes) in [("consensus.steps_per_s.64B", 64), ("consensus.steps_per_s.1KiB", 1024)] {
+        let figure = Figure { id, unit: "1/s", better: Better::Higher };
         let mut first_steps = None;
         sink(measure(figure, effort, || {
             let mut group = Group::new()?;
@@ -51,10 +41,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
             let seconds = (thread_cpu_time() - start).as_secs_f64();
             let steps = group.steps - before;
             let expected = *first_steps.get_or_insert(steps);
-            ensure!(
-                steps == expected,
-                "{steps} steps, {expected} in the first run"
-            );
+            ensure!(steps == expected, "{steps} steps, {expected} in the first run");
             Ok(steps as f64 / seconds)
         })?)?;
     }
@@ -101,10 +88,7 @@ impl Group {
         };
         group.step(LEADER, Event::GuestIntact(true))?;
         while group.leader().leading().is_none() {
-            ensure!(
-                group.now_us < 10_000_000,
-                "no leader within 10 s of virtual time"
-            );
+            ensure!(group.now_us < 10_000_000, "no leader within 10 s of virtual time");
             group.pass_time(1_000)?;
         }
         Ok(group)

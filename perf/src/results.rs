@@ -16,9 +16,7 @@ pub fn directory() -> PathBuf {
 }
 
 fn workspace() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the crate lies in the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace")
 }
 
 /// The commit that is checked out, with `+dirty` if tracked files differ from it; `unknown` outside of git.
@@ -68,8 +66,7 @@ impl Scratch {
         let path = parent.join(format!("{name}-{}", std::process::id()));
         // What a killed process of the same number left.
         if path.exists() {
-            fs::remove_dir_all(&path)
-                .with_context(|| format!("cannot remove {}", path.display()))?;
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Scratch(path))
@@ -113,10 +110,7 @@ mod tests {
         append(&directory, &row).unwrap();
         append(&directory, &row).unwrap();
         let text = fs::read_to_string(directory.join("results.ndjson")).unwrap();
-        let rows: Vec<Row> = text
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect();
+        let rows: Vec<Row> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(rows, [row.clone(), row]);
         let path = scratch.path().to_owned();
         drop(scratch);

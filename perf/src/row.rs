@@ -60,13 +60,8 @@ mod tests {
 
     #[test]
     fn only_smoke_rows_say_so_and_all_come_back() {
-        let smoke = Row {
-            smoke: true,
-            peer: Some("memcpy".to_owned()),
-            peer_value: Some(5.0),
-            ratio: Some(2.0),
-            ..row()
-        };
+        let smoke =
+            Row { smoke: true, peer: Some("memcpy".to_owned()), peer_value: Some(5.0), ratio: Some(2.0), ..row() };
         for row in [row(), smoke] {
             let json = serde_json::to_string(&row).unwrap();
             assert_eq!(json.contains("smoke"), row.smoke, "{json}");

@@ -84,25 +84,16 @@ pub fn compare(
 ///
 /// # Errors
 /// As [`compare`].
-pub fn measure(
-    figure: Figure<'_>,
-    effort: Effort,
-    mut ours: impl FnMut() -> Result<f64>,
-) -> Result<Row> {
+pub fn measure(figure: Figure<'_>, effort: Effort, mut ours: impl FnMut() -> Result<f64>) -> Result<Row> {
     let mut run = || checked(ours()).with_context(|| figure.id.to_owned());
     run()?;
-    let values = (0..effort.runs())
-        .map(|_| run())
-        .collect::<Result<Vec<f64>>>()?;
+    let values = (0..effort.runs()).map(|_| run()).collect::<Result<Vec<f64>>>()?;
     Ok(row_without_peer(figure, effort, values))
 }
 
 fn checked(value: Result<f64>) -> Result<f64> {
     let value = value?;
-    ensure!(
-        value.is_finite() && value > 0.0,
-        "a run gave {value}, which is no measurement"
-    );
+    ensure!(value.is_finite() && value > 0.0, "a run gave {value}, which is no measurement");
     Ok(value)
 }
 
@@ -177,11 +168,7 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    const TIME: Figure<'_> = Figure {
-        id: "t",
-        unit: "us",
-        better: Better::Lower,
-    };
+    const TIME: Figure<'_> = Figure { id: "t", unit: "us", better: Better::Lower };
 
     #[test]
     fn sides_alternate_and_the_first_of_each_does_not_count() {
@@ -191,11 +178,7 @@ mod tests {
             let mut first = true;
             move || {
                 order.borrow_mut().push(name);
-                Ok(if std::mem::take(&mut first) {
-                    1e9
-                } else {
-                    value
-                })
+                Ok(if std::mem::take(&mut first) { 1e9 } else { value })
             }
         };
         let row = compare(TIME, Effort::Smoke, "p", side('a', 2.0), side('b', 5.0)).unwrap();
@@ -206,15 +189,9 @@ mod tests {
 
     #[test]
     fn a_ratio_above_one_means_better_for_times_and_rates() {
-        let rate = Figure {
-            better: Better::Higher,
-            ..TIME
-        };
-        let ratio = |figure, ours: f64, peer: f64| {
-            compare(figure, Effort::Smoke, "p", || Ok(ours), || Ok(peer))
-                .unwrap()
-                .ratio
-        };
+        let rate = Figure { better: Better::Higher, ..TIME };
+        let ratio =
+            |figure, ours: f64, peer: f64| compare(figure, Effort::Smoke, "p", || Ok(ours), || Ok(peer)).unwrap().ratio;
         assert_eq!(ratio(TIME, 2.0, 5.0), Some(2.5));
         assert_eq!(ratio(rate, 2.0, 5.0), Some(0.4));
     }
@@ -244,10 +221,7 @@ mod tests {
     fn no_measurement_is_an_error_with_the_id() {
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             let error = measure(TIME, Effort::Smoke, || Ok(bad)).unwrap_err();
-            assert!(
-                format!("{error:#}").starts_with("t: a run gave"),
-                "{error:#}"
-            );
+            assert!(format!("{error:#}").starts_with("t: a run gave"), "{error:#}");
         }
     }
 

@@ -2,16 +2,7 @@
 
 use crate::row::Row;
 
-const HEAD: [&str; 8] = [
-    "figure",
-    "value",
-    "unit",
-    "peer",
-    "peer value",
-    "ratio",
-    "spread",
-    "runs",
-];
+const HEAD: [&str; 8] = ["figure", "value", "unit", "peer", "peer value", "ratio", "spread", "runs"];
 /// Columns of words; the others hold numbers and are aligned to the right.
 const LEFT: [bool; 8] = [true, false, true, true, false, false, false, false];
 
@@ -86,10 +77,7 @@ mod tests {
             commit: String::new(),
             smoke: false,
         };
-        let text = render(&[
-            row("long.name", 1234.5, None),
-            row("b", 24.68, Some("memcpy")),
-        ]);
+        let text = render(&[row("long.name", 1234.5, None), row("b", 24.68, Some("memcpy"))]);
         let expected = "\
 figure     value  unit  peer    peer value  ratio  spread  runs
 long.name   1234  us    -                -      -   1.2 %    15

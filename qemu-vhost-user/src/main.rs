@@ -142,9 +142,7 @@ fn execute(command: Command, config: NodeConfig, socket: SocketArgs, path: &Path
         Command::Failover { vm } => ask(&config, &Request::Failover { vm }, false),
         Command::Sync { vm } => ask(&config, &Request::Sync { vm }, false),
         Command::ColdStart { vm } => ask(&config, &Request::ColdStart { vm }, false),
-        Command::CrashPoint { vm, phase, action } => {
-            ask(&config, &Request::CrashPoint { vm, phase, action }, false)
-        }
+        Command::CrashPoint { vm, phase, action } => ask(&config, &Request::CrashPoint { vm, phase, action }, false),
     }
 }
 

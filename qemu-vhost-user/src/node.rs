@@ -37,7 +37,9 @@ pub struct SocketOverride {
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The privileges that the packet path and the dirty tracker need are absent.
-    #[error("plover must run as root: it opens TAP devices and reads QEMU's page maps; start it from its systemd unit or with sudo")]
+    #[error(
+        "plover must run as root: it opens TAP devices and reads QEMU's page maps; start it from its systemd unit or with sudo"
+    )]
     NotRoot,
     /// The control socket cannot be had.
     #[error("control socket: {0}")]
@@ -51,7 +53,9 @@ pub enum NodeError {
         reason: String,
     },
     /// `--socket-path` or `--fd` with several VMs.
-    #[error("--socket-path and --fd serve one VM, but the configuration names {0}; put the sockets into the VM files instead")]
+    #[error(
+        "--socket-path and --fd serve one VM, but the configuration names {0}; put the sockets into the VM files instead"
+    )]
     AmbiguousSocket(usize),
     /// The operating system refused something basic.
     #[error("{what}: {source}")]
@@ -76,13 +80,11 @@ pub fn run(config: NodeConfig, socket: SocketOverride) -> Result<(), NodeError> 
     }
     let signals = block_signals().map_err(|source| NodeError::System { what: "signals", source })?;
     let groups: GroupHandles = Arc::new(Mutex::new(BTreeMap::new()));
-    let _control =
-        ControlServer::start(&config.control_socket(), groups.clone()).map_err(NodeError::Control)?;
+    let _control = ControlServer::start(&config.control_socket(), groups.clone()).map_err(NodeError::Control)?;
     let identity =
         NodeIdentity::new(&config.name).map_err(|source| NodeError::System { what: "/dev/urandom", source })?;
-    let listener = Listener::bind(config.listen, identity).map_err(|error| {
-        NodeError::Listen { address: config.listen, reason: error.to_string() }
-    })?;
+    let listener = Listener::bind(config.listen, identity)
+        .map_err(|error| NodeError::Listen { address: config.listen, reason: error.to_string() })?;
     let node = Arc::new(Node { config, listener, groups, stopping: AtomicBool::new(false) });
     let mut socket = Some(socket);
     let mut threads = Vec::new();

@@ -40,8 +40,7 @@ fn our_arguments_give_a_vm_that_can_be_protected() {
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     assert_eq!(qmp.peer_pid().expect("pid"), vm.pid());
     assert_eq!(agent.hello().expect("hello").pid as i32, vm.pid());
-    let accepted =
-        preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+    let accepted = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
     let ram = accepted.ram;
     assert_eq!(ram.length_bytes, vm::MEMORY_BYTES);
     assert_eq!(ram.page_bytes, 4096);
@@ -51,35 +50,25 @@ fn our_arguments_give_a_vm_that_can_be_protected() {
 
     // What is written into the file is what QEMU sees as the guest's physical memory.
     let file = std::fs::File::from(ram.clone_file().expect("another descriptor"));
-    file.write_all_at(&0x1234_5678_u32.to_le_bytes(), 0x20_0000)
-        .expect("write");
+    file.write_all_at(&0x1234_5678_u32.to_le_bytes(), 0x20_0000).expect("write");
     let seen = qmp.hmp("xp /1wx 0x200000").expect("xp");
     assert!(seen.contains("0x12345678"), "{seen}");
     // And at the addresses that were found.
     let memory = std::fs::File::open(format!("/proc/{}/mem", vm.pid())).expect("QEMU's memory");
     let mut word = [0; 4];
-    memory
-        .read_exact_at(&mut word, ram.ranges[0].addresses.start + 0x20_0000)
-        .expect("read");
+    memory.read_exact_at(&mut word, ram.ranges[0].addresses.start + 0x20_0000).expect("read");
     assert_eq!(u32::from_le_bytes(word), 0x1234_5678);
     // The trial left no file behind, and the VM still boots.
     let left = std::fs::read_dir("/dev/shm").expect("/dev/shm").flatten();
     let ours = format!("plover-preflight-a-{}-", std::process::id());
-    assert_eq!(
-        left.filter(|entry| entry.file_name().to_string_lossy().starts_with(&ours))
-            .count(),
-        0
-    );
+    assert_eq!(left.filter(|entry| entry.file_name().to_string_lossy().starts_with(&ours)).count(), 0);
     qmp.cont().expect("cont");
     vm.wait_for_console(READY);
 }
 
 fn cpu_ns(clocks: &VcpuClocks, after_sequence: u64) -> (u64, u64) {
-    let sample = until("a new sample of the vCPU clocks", || {
-        clocks
-            .read()
-            .filter(|sample| sample.sequence > after_sequence)
-    });
+    let sample =
+        until("a new sample of the vCPU clocks", || clocks.read().filter(|sample| sample.sequence > after_sequence));
     assert!(sample.vcpus >= 1, "no vCPU thread was found");
     (sample.cpu_ns, sample.sequence)
 }
@@ -90,28 +79,18 @@ fn vcpu_clocks_advance_exactly_while_the_guest_works() {
     let vm = Vm::new("clocks").start();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
     let clocks = agent.clocks().expect("clocks");
-    assert!(
-        clocks.read().is_none(),
-        "the sampler sleeps until it is wanted"
-    );
+    assert!(clocks.read().is_none(), "the sampler sleeps until it is wanted");
     clocks.set_period_us(DEFAULT_PERIOD_US);
     qmp.cont().expect("cont");
     vm.wait_for_console(READY);
     let first = clocks.read().expect("a sample");
-    assert!(
-        first.cpu_ns > 100_000_000,
-        "booting takes more than 0.1 s of CPU: {first:?}"
-    );
+    assert!(first.cpu_ns > 100_000_000, "booting takes more than 0.1 s of CPU: {first:?}");
     qmp.stop().expect("stop");
     // One sample may have been taken half before the stop.
     let (_, sequence) = cpu_ns(&clocks, clocks.read().expect("a sample").sequence);
     let (stopped, sequence) = cpu_ns(&clocks, sequence);
     let (later, _) = cpu_ns(&clocks, sequence + 50);
-    assert!(
-        later - stopped < 200_000,
-        "a stopped guest used {} ns",
-        later - stopped
-    );
+    assert!(later - stopped < 200_000, "a stopped guest used {} ns", later - stopped);
     drop(agent);
     // The agent puts the sampler of a lost connection to rest.
     let asleep = clocks.read().expect("the last sample").sequence;
@@ -145,17 +124,9 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
         let load = timed(&mut || qmp.load_devices_state(file.path()).expect("load"));
         qmp.save_devices_state(file.path()).expect("save again");
         file.read_into(&mut after).expect("read again");
-        assert!(
-            before.len() > 10_000 && before.len() == after.len(),
-            "{} {}",
-            before.len(),
-            after.len()
-        );
+        assert!(before.len() > 10_000 && before.len() == after.len(), "{} {}", before.len(), after.len());
         let differing = before.iter().zip(&after).filter(|(a, b)| a != b).count();
-        assert_eq!(
-            differing, 0,
-            "bytes of device state after the load of cycle {cycle}"
-        );
+        assert_eq!(differing, 0, "bytes of device state after the load of cycle {cycle}");
         let cont = timed(&mut || qmp.cont().expect("cont"));
         assert_eq!(qmp.query_status().expect("status"), RunState::Running);
         times_us.push([stop, save, read, load, cont]);
@@ -165,22 +136,9 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
     let clocks = agent.clocks().expect("clocks");
     clocks.set_period_us(DEFAULT_PERIOD_US);
     let (start, sequence) = cpu_ns(&clocks, 0);
-    until("the guest to work", || {
-        (cpu_ns(&clocks, sequence).0 > start).then_some(())
-    });
-    let kinds: Vec<EventKind> = qmp
-        .take_events()
-        .into_iter()
-        .map(|event| event.kind)
-        .collect();
-    assert_eq!(
-        kinds
-            .iter()
-            .filter(|kind| **kind == EventKind::Stop)
-            .count(),
-        20,
-        "{kinds:?}"
-    );
+    until("the guest to work", || (cpu_ns(&clocks, sequence).0 > start).then_some(()));
+    let kinds: Vec<EventKind> = qmp.take_events().into_iter().map(|event| event.kind).collect();
+    assert_eq!(kinds.iter().filter(|kind| **kind == EventKind::Stop).count(), 20, "{kinds:?}");
 }
 
 /// One row per step of a cycle.
@@ -188,10 +146,7 @@ fn print_times(times_us: &[[u128; 5]]) {
     for (index, step) in ["stop", "save", "read", "load", "cont"].iter().enumerate() {
         let mut column: Vec<_> = times_us.iter().map(|times| times[index]).collect();
         column.sort_unstable();
-        println!(
-            "{step}: median {} µs, longest {} µs",
-            column[10], column[19]
-        );
+        println!("{step}: median {} µs, longest {} µs", column[10], column[19]);
     }
 }
 
@@ -209,12 +164,7 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
     let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
     assert_eq!(done, 0);
     for range in &ram.ranges {
-        let mut register: [u64; 4] = [
-            range.addresses.start,
-            range.addresses.end - range.addresses.start,
-            2,
-            0,
-        ];
+        let mut register: [u64; 4] = [range.addresses.start, range.addresses.end - range.addresses.start, 2, 0];
         const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
         // SAFETY: UFFDIO_REGISTER reads and writes exactly these 32 bytes.
         let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, register.as_mut_ptr()) };
@@ -223,11 +173,7 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
     // Registered in QEMU's address space, not in this one: its smaps say so (uw: userfaultfd write tracking).
     let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("smaps");
     let start = format!("{:x}-", ram.ranges[0].addresses.start);
-    let flags = smaps
-        .split_once(&start)
-        .and_then(|(_, rest)| rest.split_once("VmFlags:"))
-        .expect("flags")
-        .1;
+    let flags = smaps.split_once(&start).and_then(|(_, rest)| rest.split_once("VmFlags:")).expect("flags").1;
     let flags = flags.lines().next().unwrap_or("");
     assert!(flags.contains(" uw"), "{flags}");
     assert_eq!(ram::locate(&mut qmp).expect("RAM again").ranges, ram.ranges);
@@ -237,37 +183,22 @@ fn a_userfaultfd_of_the_agent_acts_on_qemus_memory() {
 #[ignore = "e2e: run by cargo xtask test"]
 fn children_of_qemu_do_not_inherit_the_agent() {
     let vm = Vm::new("children")
-        .replace(
-            "vhost-user,id=plover-net0,chardev=plover-net0,queues=1",
-            "user,id=plover-net0",
-        )
+        .replace("vhost-user,id=plover-net0,chardev=plover-net0,queues=1", "user,id=plover-net0")
         .replace("tx_queue_size=1024", "tx_queue_size=256")
         .start();
     let output = vm.directory().join("environment");
     // QEMU runs a child of its own for exec: migration; what the child says lands in the file.
-    let target = format!(
-        "exec:env > {0}.new; mv {0}.new {0}; cat > /dev/null",
-        output.display()
-    );
-    vm.qmp()
-        .execute("migrate", serde_json::json!({"uri": target}))
-        .expect("migrate");
-    let environment = until("the child's environment", || {
-        std::fs::read_to_string(&output).ok()
-    });
+    let target = format!("exec:env > {0}.new; mv {0}.new {0}; cat > /dev/null", output.display());
+    vm.qmp().execute("migrate", serde_json::json!({"uri": target})).expect("migrate");
+    let environment = until("the child's environment", || std::fs::read_to_string(&output).ok());
     assert!(environment.contains("PATH="), "{environment}");
-    assert!(
-        !environment.contains("LD_PRELOAD") && !environment.contains("PLOVER_AGENT"),
-        "{environment}"
-    );
+    assert!(!environment.contains("LD_PRELOAD") && !environment.contains("PLOVER_AGENT"), "{environment}");
 }
 
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_machine_q35() {
-    let vm = Vm::new("q35")
-        .replace("pc,memory-backend", "q35,memory-backend")
-        .start();
+    let vm = Vm::new("q35").replace("pc,memory-backend", "q35,memory-backend").start();
     let refusal = refusal(&vm);
     assert!(matches!(refusal, Refusal::Machine(_)));
     say(&refusal, "-machine pc");
@@ -279,11 +210,7 @@ fn refused_with_a_remedy_memory_not_shared_or_without_backend() {
     let private = refusal(&Vm::new("private").replace("share=on", "share=off").start());
     assert!(matches!(private, Refusal::Ram(RamError::NotShared(_))));
     say(&private, "share=on");
-    let none = refusal(
-        &Vm::new("nobackend")
-            .replace("memory-backend=plover-ram,", "")
-            .start(),
-    );
+    let none = refusal(&Vm::new("nobackend").replace("memory-backend=plover-ram,", "").start());
     assert!(matches!(none, Refusal::Ram(_)));
     say(&none, "memory backend");
 }
@@ -302,11 +229,7 @@ fn refused_with_a_remedy_migration_settings() {
     let description = refusal(&Vm::new("vmdesc").replace(",suppress-vmdesc=on", "").start());
     assert!(matches!(description, Refusal::VmDescription));
     say(&description, "suppress-vmdesc=on");
-    let section = refusal(
-        &Vm::new("section")
-            .replace("send-configuration=off", "send-configuration=on")
-            .start(),
-    );
+    let section = refusal(&Vm::new("section").replace("send-configuration=off", "send-configuration=on").start());
     assert!(matches!(section, Refusal::SendConfiguration));
     say(&section, "-global migration.send-configuration=off");
 }
@@ -314,11 +237,7 @@ fn refused_with_a_remedy_migration_settings() {
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_guest_that_announces_itself() {
-    let refusal = refusal(
-        &Vm::new("announce")
-            .replace("guest_announce=off", "guest_announce=on")
-            .start(),
-    );
+    let refusal = refusal(&Vm::new("announce").replace("guest_announce=off", "guest_announce=on").start());
     assert!(matches!(refusal, Refusal::GuestAnnounce));
     say(&refusal, "guest_announce=off");
 }
@@ -326,21 +245,15 @@ fn refused_with_a_remedy_guest_that_announces_itself() {
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn refused_with_a_remedy_agent_missing_or_in_another_qemu() {
-    let (vm, other) = (
-        Vm::new("noagent").without_agent().start(),
-        Vm::new("otheragent").start(),
-    );
+    let (vm, other) = (Vm::new("noagent").without_agent().start(), Vm::new("otheragent").start());
     assert!(AgentClient::connect(&vm.directory().join("agent.sock"), Instant::now()).is_err());
     let mut qmp = vm.qmp();
     let missing = preflight::check(&mut qmp, None, "a", vm.directory()).expect_err("no agent");
     assert!(matches!(missing, Refusal::AgentMissing));
     say(&missing, "LD_PRELOAD");
     let mut agent = other.agent();
-    let elsewhere = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory())
-        .expect_err("another QEMU's");
-    assert!(
-        matches!(elsewhere, Refusal::AgentElsewhere { agent_pid, .. } if agent_pid == other.pid())
-    );
+    let elsewhere = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect_err("another QEMU's");
+    assert!(matches!(elsewhere, Refusal::AgentElsewhere { agent_pid, .. } if agent_pid == other.pid()));
     say(&elsewhere, "its own PLOVER_AGENT_SOCKET");
 }
 
@@ -349,9 +262,7 @@ fn refused_with_a_remedy_agent_missing_or_in_another_qemu() {
 fn two_replicas_are_compared_by_what_the_guest_sees() {
     let fingerprint = |replica: &str, vm: &Vm| {
         let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
-        preflight::check(&mut qmp, Some(&mut agent), replica, vm.directory())
-            .expect("accepted")
-            .fingerprint
+        preflight::check(&mut qmp, Some(&mut agent), replica, vm.directory()).expect("accepted").fingerprint
     };
     let booted = Vm::new("first").start();
     booted.qmp().cont().expect("cont");
@@ -359,59 +270,31 @@ fn two_replicas_are_compared_by_what_the_guest_sees() {
     let first = fingerprint("a", &booted);
     drop(booted);
     // Another directory and so other paths; not booted, so that the BARs are not mapped.
-    assert_eq!(
-        compare(&first, &fingerprint("b", &Vm::new("second").start())),
-        Ok(())
-    );
-    let device = fingerprint(
-        "b",
-        &Vm::new("device")
-            .user(&["-device", "virtio-rng-pci"])
-            .start(),
-    );
+    assert_eq!(compare(&first, &fingerprint("b", &Vm::new("second").start())), Ok(()));
+    let device = fingerprint("b", &Vm::new("device").user(&["-device", "virtio-rng-pci"]).start());
     let mismatch = compare(&first, &device).expect_err("a device more");
     println!("{mismatch}");
     assert!(
         matches!(mismatch, Mismatch::Devices { .. })
-            && mismatch
-                .to_string()
-                .contains("only b has «i440FX-pcihost: dev: virtio-rng-pci")
+            && mismatch.to_string().contains("only b has «i440FX-pcihost: dev: virtio-rng-pci")
     );
     let memory = fingerprint("b", &Vm::new("memory").memory(128 << 20).start());
     let mismatch = compare(&first, &memory).expect_err("less RAM");
-    assert!(
-        mismatch
-            .to_string()
-            .contains("a has 256 MiB, b has 128 MiB"),
-        "{mismatch}"
-    );
+    assert!(mismatch.to_string().contains("a has 256 MiB, b has 128 MiB"), "{mismatch}");
     let cpu = fingerprint("b", &Vm::new("cpu").user(&["-cpu", "qemu64"]).start());
     let mismatch = compare(&first, &cpu).expect_err("another CPU");
-    assert!(
-        mismatch
-            .to_string()
-            .contains("only b has «cpu 0: qemu64-x86_64-cpu»"),
-        "{mismatch}"
-    );
+    assert!(mismatch.to_string().contains("only b has «cpu 0: qemu64-x86_64-cpu»"), "{mismatch}");
 }
 
 /// Waits for an event through the descriptor, as an owner with a poll loop does.
 fn wait_for_event(qmp: &mut Qmp, wanted: impl Fn(&EventKind) -> bool) -> EventKind {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let found = qmp
-            .take_events()
-            .into_iter()
-            .map(|event| event.kind)
-            .find(&wanted);
+        let found = qmp.take_events().into_iter().map(|event| event.kind).find(&wanted);
         if let Some(kind) = found {
             return kind;
         }
-        let mut set = [libc::pollfd {
-            fd: qmp.poll_fd().as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        }];
+        let mut set = [libc::pollfd { fd: qmp.poll_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 }];
         // SAFETY: one pollfd, valid for the call.
         unsafe { libc::poll(set.as_mut_ptr(), 1, 1000) };
         assert!(Instant::now() < deadline, "the event did not come");
@@ -422,30 +305,14 @@ fn wait_for_event(qmp: &mut Qmp, wanted: impl Fn(&EventKind) -> bool) -> EventKi
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
-    let vm = Vm::new("events")
-        .service("redis", "rdinit=/bin/busybox -- poweroff -f")
-        .user(&["-no-shutdown"])
-        .start();
+    let vm = Vm::new("events").service("redis", "rdinit=/bin/busybox -- poweroff -f").user(&["-no-shutdown"]).start();
     let mut qmp = vm.qmp();
-    qmp.execute("system_reset", serde_json::Value::Null)
-        .expect("reset");
+    qmp.execute("system_reset", serde_json::Value::Null).expect("reset");
     let reset = wait_for_event(&mut qmp, |kind| matches!(kind, EventKind::Reset { .. }));
-    assert_eq!(
-        reset,
-        EventKind::Reset {
-            guest: false,
-            reason: "host-qmp-system-reset".into()
-        }
-    );
+    assert_eq!(reset, EventKind::Reset { guest: false, reason: "host-qmp-system-reset".into() });
     qmp.cont().expect("cont");
     let shutdown = wait_for_event(&mut qmp, |kind| matches!(kind, EventKind::Shutdown { .. }));
-    assert_eq!(
-        shutdown,
-        EventKind::Shutdown {
-            guest: true,
-            reason: "guest-shutdown".into()
-        }
-    );
+    assert_eq!(shutdown, EventKind::Shutdown { guest: true, reason: "guest-shutdown".into() });
     assert_eq!(qmp.query_status().expect("status"), RunState::Shutdown);
     qmp.quit().expect("quit");
     let error = until("the end", || qmp.query_status().err());
@@ -457,10 +324,7 @@ fn a_reset_and_a_power_off_from_inside_are_seen_while_idle() {
 fn the_printed_command_starts_the_same_vm() {
     let vm = Vm::new("shell with 'blank").start_by_shell();
     let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
-    assert!(
-        agent.hello().expect("hello").has_yank,
-        "sh passed the agent on to QEMU"
-    );
+    assert!(agent.hello().expect("hello").has_yank, "sh passed the agent on to QEMU");
     assert_eq!(qmp.peer_pid().expect("pid"), vm.pid());
     preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
 }

@@ -22,9 +22,12 @@ fn text_of(relative: &str) -> String {
 /// A commented setting (`#key = value`, no blank after the `#`) becomes a setting; prose (`# like this`) stays.
 fn with_defaults_written_out(text: &str) -> String {
     let is_setting = |line: &str| {
-        line.strip_prefix('#').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()) && rest.contains(" = "))
+        line.strip_prefix('#')
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()) && rest.contains(" = "))
     };
-    text.lines().map(|line| if is_setting(line) { &line[1..] } else { line }).fold(String::new(), |all, line| all + line + "\n")
+    text.lines()
+        .map(|line| if is_setting(line) { &line[1..] } else { line })
+        .fold(String::new(), |all, line| all + line + "\n")
 }
 
 fn load_written_out() -> NodeConfig {
@@ -55,8 +58,12 @@ fn the_shipped_files_load() {
 fn the_defaults_that_the_files_show_are_those_of_the_code() {
     let (shipped, written_out) = (load_shipped(), load_written_out());
     let node_part = |node: &NodeConfig| {
-        let NodeConfig { vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, .. } = node;
-        format!("{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks}")
+        let NodeConfig {
+            vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, ..
+        } = node;
+        format!(
+            "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks}"
+        )
     };
     assert_eq!(node_part(&shipped), node_part(&written_out));
     let vm_part = |vm: &VmConfig| format!("{:?} {:?} {:?}", vm.memory_backend, vm.vhost_user_server, vm.policy);
@@ -75,7 +82,9 @@ fn fields(debug: &str) -> Vec<String> {
         .lines()
         .filter_map(|line| line.trim_start().split_once(": "))
         .map(|(name, _)| name.to_owned())
-        .filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !NOT_IN_FILES.contains(&name.as_str()))
+        .filter(|name| {
+            name.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !NOT_IN_FILES.contains(&name.as_str())
+        })
         .collect();
     names.sort();
     names.dedup();

@@ -127,9 +127,7 @@ pub struct Step {
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            number, role, kind, ..
-        } = self;
+        let Self { number, role, kind, .. } = self;
         match kind {
             Kind::CrashPoint { phase, action } => {
                 write!(f, "{number}. {role:?}: {action} at {phase}")
@@ -160,12 +158,7 @@ fn step(rng: &mut Rng, number: usize) -> Step {
         let role = pick(rng, &Role::ALL);
         (role, plain(rng, role))
     };
-    Step {
-        number,
-        role,
-        kind,
-        hold,
-    }
+    Step { number, role, kind, hold }
 }
 
 fn crash_point(rng: &mut Rng) -> (Role, Kind) {
@@ -191,10 +184,7 @@ fn plain(rng: &mut Rng, role: Role) -> Kind {
         8 => Kind::SlowLink,
         9 => Kind::FullDisk,
         _ => {
-            let others: Vec<Role> = Role::ALL
-                .into_iter()
-                .filter(|&other| other != role)
-                .collect();
+            let others: Vec<Role> = Role::ALL.into_iter().filter(|&other| other != role).collect();
             Kind::DeafTo(pick(rng, &others))
         }
     }
@@ -205,12 +195,7 @@ fn plain(rng: &mut Rng, role: Role) -> Kind {
 /// # Errors
 /// When clients are not served meanwhile or the group does not become whole again.
 pub fn carry_out(scenario: &mut Scenario, step: &Step) -> Result<()> {
-    scenario.survive(
-        &step.to_string(),
-        Expect::Either,
-        step.hold,
-        |cluster, roles| strike(cluster, roles, step),
-    )
+    scenario.survive(&step.to_string(), Expect::Either, step.hold, |cluster, roles| strike(cluster, roles, step))
 }
 
 fn strike(cluster: &Cluster, roles: &Roles, step: &Step) -> Result<Vec<Fault>> {
@@ -228,9 +213,9 @@ fn strike(cluster: &Cluster, roles: &Roles, step: &Step) -> Result<Vec<Fault>> {
         Kind::DeafTo(other) => vec![host.drop_from(other.of(roles))?],
         Kind::SlowLink => vec![host.slow_link(20, 50)?],
         Kind::FullDisk => {
-            let disk = cluster.data_disk(host).ok_or_else(|| {
-                RigError::Explained("chaos needs ClusterOptions::data_disk_mib".into())
-            })?;
+            let disk = cluster
+                .data_disk(host)
+                .ok_or_else(|| RigError::Explained("chaos needs ClusterOptions::data_disk_mib".into()))?;
             vec![disk.fill()?]
         }
         Kind::CrashPoint { phase, action } => crash_at(cluster, host, phase, action)?,
@@ -258,11 +243,7 @@ pub fn crash_at(cluster: &Cluster, host: &Host, phase: &str, action: &str) -> Re
     })
     .map_err(|error| cluster.explain(error))?;
     // A daemon that has stopped itself is thawed by the fault's end; stopping it again changes nothing.
-    Ok(if action == "freeze-daemon" {
-        vec![daemon.frozen()?]
-    } else {
-        Vec::new()
-    })
+    Ok(if action == "freeze-daemon" { vec![daemon.frozen()?] } else { Vec::new() })
 }
 
 fn process(host: &Host, name: &str) -> Result<Process> {
@@ -273,8 +254,7 @@ fn process(host: &Host, name: &str) -> Result<Process> {
 /// Whether a process is stopped by a signal: state T in its stat line, after the name in brackets.
 fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ")
-        .is_some_and(|(_, rest)| rest.starts_with('T'))
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }
 
 #[cfg(test)]
@@ -285,11 +265,7 @@ mod tests {
     fn a_seed_means_one_plan() {
         assert_eq!(plan(7, 50), plan(7, 50));
         assert_ne!(plan(7, 50), plan(8, 50));
-        assert_eq!(
-            plan(7, 50)[..20],
-            plan(7, 20),
-            "a longer run begins like a shorter one"
-        );
+        assert_eq!(plan(7, 50)[..20], plan(7, 20), "a longer run begins like a shorter one");
     }
 
     #[test]
@@ -302,14 +278,7 @@ mod tests {
             }
         }
         for role in Role::ALL {
-            for kind in [
-                "KillDaemon",
-                "KillQemu",
-                "KillBoth",
-                "Crash",
-                "Freeze",
-                "FreezeDaemon",
-            ] {
+            for kind in ["KillDaemon", "KillQemu", "KillBoth", "Crash", "Freeze", "FreezeDaemon"] {
                 assert!(seen(&format!("{role:?}: {kind}")), "{role:?} {kind}");
             }
             for kind in ["CutSilent", "CutCarrier", "SlowLink", "FullDisk"] {

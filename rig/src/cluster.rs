@@ -13,10 +13,7 @@ use serde_json::Value;
 use crate::error::Context;
 use crate::fault::DataDisk;
 use crate::testbed::GUEST_IP;
-use crate::{
-    Artifacts, Deadline, Guest, Host, Process, Result, RigError, Service, Spawn, Testbed,
-    wait_until,
-};
+use crate::{Artifacts, Deadline, Guest, Host, Process, Result, RigError, Service, Spawn, Testbed, wait_until};
 
 /// The VM's name in all configurations.
 pub const VM: &str = "guest";
@@ -82,19 +79,12 @@ impl<'a> Cluster<'a> {
     pub fn new(bed: &'a Testbed, options: ClusterOptions) -> Result<Self> {
         let disks = match options.data_disk_mib {
             Some(size_mib) => {
-                let disks = bed
-                    .hosts()
-                    .iter()
-                    .map(|host| host.mount_data_disk(size_mib));
+                let disks = bed.hosts().iter().map(|host| host.mount_data_disk(size_mib));
                 disks.collect::<Result<_>>()?
             }
             None => Vec::new(),
         };
-        let cluster = Self {
-            bed,
-            options,
-            disks,
-        };
+        let cluster = Self { bed, options, disks };
         for host in bed.hosts() {
             cluster.write_config(host)?;
         }
@@ -113,10 +103,7 @@ impl<'a> Cluster<'a> {
 
     /// The guest, as every replica starts it.
     pub fn guest(&self) -> Guest {
-        Guest {
-            append: self.options.append.clone(),
-            ..Guest::new(self.options.service)
-        }
+        Guest { append: self.options.append.clone(), ..Guest::new(self.options.service) }
     }
 
     /// A host's own disk, if [`ClusterOptions::data_disk_mib`] asked for one.
@@ -159,13 +146,7 @@ impl<'a> Cluster<'a> {
             .bed
             .hosts()
             .iter()
-            .map(|host| {
-                format!(
-                    "    {{ node = {:?}, address = \"{}:{FABRIC_PORT}\" }},\n",
-                    host.name(),
-                    host.ip()
-                )
-            })
+            .map(|host| format!("    {{ node = {:?}, address = \"{}:{FABRIC_PORT}\" }},\n", host.name(), host.ip()))
             .collect();
         let vm = format!(
             "memory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",
@@ -179,10 +160,7 @@ impl<'a> Cluster<'a> {
     /// A `plover` command with this host's configuration.
     pub fn plover(&self, host: &Host, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.options.programs.join("plover"));
-        command
-            .arg("--config")
-            .arg(self.config_path(host))
-            .args(arguments);
+        command.arg("--config").arg(self.config_path(host)).args(arguments);
         command
     }
 
@@ -201,16 +179,8 @@ impl<'a> Cluster<'a> {
     pub fn start_qemu(&self, host: &Host) -> Result<Process> {
         let mut command = self.plover(host, &["launch", VM, "--"]);
         command.args(self.guest().user_args(&self.console(host))?);
-        let cores = self
-            .options
-            .qemu_cores
-            .get(self.number(host))
-            .map_or(&[][..], Vec::as_slice);
-        host.start(
-            Spawn::new(QEMU, command)
-                .restart_after(RESTART_DELAY)
-                .on_cores(cores),
-        )
+        let cores = self.options.qemu_cores.get(self.number(host)).map_or(&[][..], Vec::as_slice);
+        host.start(Spawn::new(QEMU, command).restart_after(RESTART_DELAY).on_cores(cores))
     }
 
     /// The guest's console on one host.
@@ -244,22 +214,15 @@ impl<'a> Cluster<'a> {
     /// When it refuses or does not answer in time; the text says why.
     pub fn ask_within(&self, host: &Host, arguments: &[&str], limit: Duration) -> Result<String> {
         let mut command = self.plover(host, arguments);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context(|| "cannot run plover".into())?;
         // What it prints fits into the pipes, so it ends before anybody reads.
-        let ended = wait_until(Deadline::after(limit), "an answer", || {
-            child.try_wait().transpose()
-        });
+        let ended = wait_until(Deadline::after(limit), "an answer", || child.try_wait().transpose());
         if ended.is_err() {
             // It may have ended at this moment: then there is nothing to kill.
             let _ = child.kill();
         }
-        let output = child
-            .wait_with_output()
-            .context(|| "cannot run plover".into())?;
+        let output = child.wait_with_output().context(|| "cannot run plover".into())?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
@@ -273,19 +236,14 @@ impl<'a> Cluster<'a> {
 
     /// The status of the group on one host; `None` while its daemon does not answer.
     pub fn status(&self, host: &Host) -> Option<Value> {
-        let text = self
-            .ask_within(host, &["status", VM, "--json"], STATUS_LIMIT)
-            .ok()?;
+        let text = self.ask_within(host, &["status", VM, "--json"], STATUS_LIMIT).ok()?;
         let groups: Value = serde_json::from_str(&text).ok()?;
         groups.get(0).cloned()
     }
 
     /// The host that leads, by its own word, if one does.
     pub fn leader(&self) -> Option<&'a Host> {
-        self.bed.hosts().iter().find(|host| {
-            self.status(host)
-                .is_some_and(|status| status["role"] == "leader")
-        })
+        self.bed.hosts().iter().find(|host| self.status(host).is_some_and(|status| status["role"] == "leader"))
     }
 
     /// Waits until a leader says that the VM is protected; returns that leader.
@@ -295,12 +253,10 @@ impl<'a> Cluster<'a> {
     pub fn wait_protected(&self, deadline: Deadline) -> Result<&'a Host> {
         let protected = || {
             self.bed.hosts().iter().find(|host| {
-                self.status(host)
-                    .is_some_and(|status| status["role"] == "leader" && status["protected"] == true)
+                self.status(host).is_some_and(|status| status["role"] == "leader" && status["protected"] == true)
             })
         };
-        wait_until(deadline, "a leader that says «protected»", protected)
-            .map_err(|error| self.explain(error))
+        wait_until(deadline, "a leader that says «protected»", protected).map_err(|error| self.explain(error))
     }
 
     /// Waits until a leader serves, protected or not; returns it.
@@ -315,9 +271,7 @@ impl<'a> Cluster<'a> {
     pub fn explain(&self, error: RigError) -> RigError {
         let mut text = error.to_string();
         for host in self.bed.hosts() {
-            let said = self
-                .ask_within(host, &["status", VM], STATUS_LIMIT)
-                .unwrap_or_else(|error| error.to_string());
+            let said = self.ask_within(host, &["status", VM], STATUS_LIMIT).unwrap_or_else(|error| error.to_string());
             text.push_str(&format!("\n{}:\n{said}", host.name()));
         }
         RigError::Explained(text)

@@ -11,9 +11,7 @@ pub type Result<T, E = RigError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum RigError {
     /// Namespaces and mounts need privileges.
-    #[error(
-        "the test bed makes network namespaces and mounts, so it needs root; start it again with sudo"
-    )]
+    #[error("the test bed makes network namespaces and mounts, so it needs root; start it again with sudo")]
     NotRoot,
     /// A part that `cargo xtask setup` makes is not there.
     #[error("{} is missing; run «cargo xtask setup»", path.display())]
@@ -22,9 +20,7 @@ pub enum RigError {
         path: PathBuf,
     },
     /// A program under test has not been built.
-    #[error(
-        "{name} is not built; run «cargo build --workspace», with --release for demo and measurements"
-    )]
+    #[error("{name} is not built; run «cargo build --workspace», with --release for demo and measurements")]
     NotBuilt {
         /// Its file name.
         name: String,
@@ -82,10 +78,7 @@ pub(crate) trait Context<T> {
 
 impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| RigError::Io {
-            what: what(),
-            source: error.into(),
-        })
+        self.map_err(|error| RigError::Io { what: what(), source: error.into() })
     }
 }
 

@@ -30,10 +30,7 @@ pub struct Fault {
 
 impl Fault {
     fn new(what: String, undo: impl FnOnce() -> Result<()> + Send + 'static) -> Self {
-        Self {
-            what,
-            undo: Some(Box::new(undo)),
-        }
+        Self { what, undo: Some(Box::new(undo)) }
     }
 
     /// One line for a timeline: «h1: link cut».
@@ -92,9 +89,7 @@ impl Host {
         self.change_link(|cuts| *cuts.count(cut) += 1)?;
         let host = self.clone();
         let what = format!("{}: link cut ({cut:?})", self.name());
-        Ok(Fault::new(what, move || {
-            host.change_link(|cuts| *cuts.count(cut) -= 1)
-        }))
+        Ok(Fault::new(what, move || host.change_link(|cuts| *cuts.count(cut) -= 1)))
     }
 
     /// Drops what `other` sends to this host (not to its guest); the other direction works.
@@ -110,19 +105,13 @@ impl Host {
         self.nft(&rules)?;
         let host = self.clone();
         let what = format!("{}: hears nothing from {}", self.name(), other.name());
-        Ok(Fault::new(what, move || {
-            host.unless_gone(|| host.nft(&format!("delete table inet {table}\n")))
-        }))
+        Ok(Fault::new(what, move || host.unless_gone(|| host.nft(&format!("delete table inet {table}\n")))))
     }
 
     /// Cuts the pair in both directions; each still reaches everybody else.
     pub fn partition_from(&self, other: &Host) -> Result<Fault> {
         let (one, two) = (self.drop_from(other)?, other.drop_from(self)?);
-        let what = format!(
-            "{} and {} cut off from each other",
-            self.name(),
-            other.name()
-        );
+        let what = format!("{} and {} cut off from each other", self.name(), other.name());
         Ok(Fault::new(what, move || one.undo().and(two.undo())))
     }
 
@@ -133,33 +122,21 @@ impl Host {
     pub fn slow_link(&self, rate_mbit: u32, latency_ms: u32) -> Result<Fault> {
         if std::mem::replace(&mut self.link_cuts().slow, true) {
             let said = "it is slow already; undo that fault first".to_owned();
-            return Err(RigError::Tool {
-                line: format!("slow link of {}", self.name()),
-                said,
-            });
+            return Err(RigError::Tool { line: format!("slow link of {}", self.name()), said });
         }
         let host = self.clone();
-        let fault = Fault::new(
-            format!("{}: link at {rate_mbit} Mbit/s", self.name()),
-            move || {
-                host.link_cuts().slow = false;
-                host.unless_gone(|| {
-                    let ends = host.link_ends().map(|(namespace, device)| {
-                        tool::run(
-                            "tc",
-                            &["-n", namespace, "qdisc", "del", "dev", device, "root"],
-                            "",
-                        )
-                    });
-                    ends.into_iter().collect::<Result<Vec<_>>>().map(drop)
-                })
-            },
-        );
+        let fault = Fault::new(format!("{}: link at {rate_mbit} Mbit/s", self.name()), move || {
+            host.link_cuts().slow = false;
+            host.unless_gone(|| {
+                let ends = host.link_ends().map(|(namespace, device)| {
+                    tool::run("tc", &["-n", namespace, "qdisc", "del", "dev", device, "root"], "")
+                });
+                ends.into_iter().collect::<Result<Vec<_>>>().map(drop)
+            })
+        });
         let (rate, latency) = (format!("{rate_mbit}mbit"), format!("{latency_ms}ms"));
         for (namespace, device) in self.link_ends() {
-            let place = [
-                "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf",
-            ];
+            let place = ["-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf"];
             let limits = ["rate", &rate, "burst", "64kb", "latency", &latency];
             tool::run("tc", &[&place[..], &limits].concat(), "")?;
         }
@@ -204,10 +181,7 @@ impl Host {
         self.signal_inside(victims, Signal::KILL)?;
         wait_until(Deadline::after_secs(10), "killed processes to end", || {
             let live = self.namespace().live().ok()?;
-            victims
-                .iter()
-                .all(|victim| !live.contains(victim))
-                .then_some(())
+            victims.iter().all(|victim| !live.contains(victim)).then_some(())
         })
     }
 
@@ -215,9 +189,7 @@ impl Host {
     pub fn freeze(&self) -> Result<Fault> {
         let frozen = self.namespace().live()?;
         let (host, thawed) = (self.clone(), frozen.clone());
-        let fault = Fault::new(format!("{}: frozen", self.name()), move || {
-            host.signal_inside(&thawed, Signal::CONT)
-        });
+        let fault = Fault::new(format!("{}: frozen", self.name()), move || host.signal_inside(&thawed, Signal::CONT));
         self.signal_inside(&frozen, Signal::STOP)?;
         Ok(fault)
     }
@@ -227,30 +199,17 @@ impl Host {
         let path = self.directory().join("data");
         fs::create_dir_all(&path).context(|| format!("cannot create {}", path.display()))?;
         let (size, target) = (format!("size={size_mib}m"), path.display().to_string());
-        tool::run(
-            "mount",
-            &["-t", "tmpfs", "-o", &size, "plover-rig", &target],
-            "",
-        )?;
-        Ok(DataDisk {
-            host: self.name().to_owned(),
-            path,
-        })
+        tool::run("mount", &["-t", "tmpfs", "-o", &size, "plover-rig", &target], "")?;
+        Ok(DataDisk { host: self.name().to_owned(), path })
     }
 
     fn link_cuts(&self) -> std::sync::MutexGuard<'_, LinkCuts> {
-        self.inner
-            .link_cuts
-            .lock()
-            .expect("no holder of this lock panics")
+        self.inner.link_cuts.lock().expect("no holder of this lock panics")
     }
 
     /// Both ends of the cable to the switch, as (namespace, device).
     fn link_ends(&self) -> [(&str, &str); 2] {
-        [
-            (self.namespace().name(), UPLINK),
-            (&self.inner.switch, self.name()),
-        ]
+        [(self.namespace().name(), UPLINK), (&self.inner.switch, self.name())]
     }
 
     fn change_link(&self, change: impl FnOnce(&mut LinkCuts)) -> Result<()> {
@@ -258,11 +217,7 @@ impl Host {
         change(&mut cuts);
         let port = self.name();
         // Off the bridge rather than a disabled port: the kernel enables ports by itself when a carrier comes.
-        let membership = if cuts.silent > 0 {
-            "nomaster".to_owned()
-        } else {
-            format!("master {SWITCH_BRIDGE}")
-        };
+        let membership = if cuts.silent > 0 { "nomaster".to_owned() } else { format!("master {SWITCH_BRIDGE}") };
         let power = if cuts.carrier > 0 { "down" } else { "up" };
         let commands = format!("link set dev {port} {membership}\nlink set dev {port} {power}\n");
         self.unless_gone(|| tool::ip_batch(&self.inner.switch, &commands))
@@ -276,11 +231,7 @@ impl Host {
     /// A fault may outlive its test bed; there is nothing to undo then.
     fn unless_gone(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
         let path = format!("/run/netns/{}", self.namespace().name());
-        if Path::new(&path).exists() {
-            act()
-        } else {
-            Ok(())
-        }
+        if Path::new(&path).exists() { act() } else { Ok(()) }
     }
 
     /// Signals those of the processes (id, start time) that still live on this host.
@@ -300,8 +251,7 @@ impl Host {
             match rustix::process::pidfd_send_signal(&handle, signal) {
                 Ok(()) | Err(rustix::io::Errno::SRCH) => {}
                 Err(error) => {
-                    return Err(error)
-                        .context(|| format!("cannot signal {pid} on {}", self.name()));
+                    return Err(error).context(|| format!("cannot signal {pid} on {}", self.name()));
                 }
             }
         }
@@ -314,9 +264,7 @@ impl Process {
     pub fn frozen(&self) -> Result<Fault> {
         self.freeze()?;
         let process = self.clone();
-        Ok(Fault::new(format!("{} frozen", self.name()), move || {
-            process.thaw()
-        }))
+        Ok(Fault::new(format!("{} frozen", self.name()), move || process.thaw()))
     }
 
     /// SIGKILL now, and no restart until undone.

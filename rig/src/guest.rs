@@ -20,10 +20,7 @@ pub const BOOT_LIMIT_SECS: u64 = 90;
 
 /// The workspace's `target` directory.
 pub(crate) fn target_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("rig lies in the workspace")
-        .join("target")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("rig lies in the workspace").join("target")
 }
 
 /// Where `cargo xtask setup` puts what it makes: `target/rig`.
@@ -51,17 +48,9 @@ impl Artifacts {
         let root = artifacts_dir();
         let found = |relative: &str| {
             let path = root.join(relative);
-            if path.exists() {
-                Ok(path)
-            } else {
-                Err(RigError::NotSetUp { path })
-            }
+            if path.exists() { Ok(path) } else { Err(RigError::NotSetUp { path }) }
         };
-        Ok(Self {
-            qemu: found("bin/qemu-system-x86_64")?,
-            kernel: found("vmlinux")?,
-            initrds: found("initrd")?,
-        })
+        Ok(Self { qemu: found("bin/qemu-system-x86_64")?, kernel: found("vmlinux")?, initrds: found("initrd")? })
     }
 
     /// The image that contains a service.
@@ -126,12 +115,7 @@ pub struct Guest {
 impl Guest {
     /// A guest of 256 MiB at [`GUEST_IP`].
     pub fn new(service: Service) -> Self {
-        Self {
-            service,
-            ip: GUEST_IP,
-            memory_mib: 256,
-            append: String::new(),
-        }
+        Self { service, ip: GUEST_IP, memory_mib: 256, append: String::new() }
     }
 
     /// The user's own part of QEMU's command line: everything except machine, memory backend and devices. The
@@ -205,9 +189,7 @@ impl Guest {
             "-netdev",
             &format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost=off"),
             "-device",
-            &format!(
-                "virtio-net-pci,netdev=n0,mac=52:54:00:77:00:{low:02x},romfile=,guest_announce=off"
-            ),
+            &format!("virtio-net-pci,netdev=n0,mac=52:54:00:77:00:{low:02x},romfile=,guest_announce=off"),
         ];
         arguments.extend(fixed.map(str::to_owned));
         arguments.extend(self.user_args(serial)?);
@@ -249,9 +231,7 @@ pub fn tsc_khz() -> u64 {
                 let ticks = unsafe { _rdtsc() };
                 (before.elapsed(), before, ticks)
             });
-            candidates
-                .min_by_key(|(width, ..)| *width)
-                .expect("there are 16")
+            candidates.min_by_key(|(width, ..)| *width).expect("there are 16")
         };
         let (_, start, first_ticks) = read();
         std::thread::sleep(CALIBRATION);

@@ -52,17 +52,9 @@ pub(crate) struct Plan<'a> {
 impl Host {
     /// Makes the namespace, the cable to the switch and the bridge.
     pub(crate) fn create(plan: Plan) -> Result<Self> {
-        let Plan {
-            name,
-            ip,
-            namespace,
-            switch,
-            directory,
-            sockets,
-        } = plan;
+        let Plan { name, ip, namespace, switch, directory, sockets } = plan;
         for directory in [&directory, &sockets] {
-            fs::create_dir_all(directory)
-                .context(|| format!("cannot create {}", directory.display()))?;
+            fs::create_dir_all(directory).context(|| format!("cannot create {}", directory.display()))?;
         }
         let namespace = NetNs::create(&namespace)?;
         let inside = namespace.name();
@@ -86,20 +78,8 @@ impl Host {
         )?;
         let (name, switch) = (name.to_owned(), switch.to_owned());
         let (processes, link_cuts, taps) = (Mutex::default(), Mutex::default(), AtomicU32::new(0));
-        let inner = Inner {
-            name,
-            ip,
-            namespace,
-            switch,
-            directory,
-            sockets,
-            processes,
-            link_cuts,
-            taps,
-        };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        let inner = Inner { name, ip, namespace, switch, directory, sockets, processes, link_cuts, taps };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// `h1`, `h2`, …, or `client`.
@@ -136,29 +116,18 @@ impl Host {
     pub fn start(&self, spawn: Spawn) -> Result<Process> {
         let inner = &self.inner;
         let process = Process::start(spawn, inner.namespace.raw_fd(), &inner.directory)?;
-        inner
-            .processes
-            .lock()
-            .expect("no holder panics")
-            .push(process.clone());
+        inner.processes.lock().expect("no holder panics").push(process.clone());
         Ok(process)
     }
 
     /// Everything that was started here, in order.
     pub fn processes(&self) -> Vec<Process> {
-        self.inner
-            .processes
-            .lock()
-            .expect("no holder panics")
-            .clone()
+        self.inner.processes.lock().expect("no holder panics").clone()
     }
 
     /// The process of that name that was started last.
     pub fn process(&self, name: &str) -> Option<Process> {
-        self.processes()
-            .into_iter()
-            .rev()
-            .find(|process| process.name() == name)
+        self.processes().into_iter().rev().find(|process| process.name() == name)
     }
 
     /// Runs a command on this host to its end and returns what it printed.
@@ -174,9 +143,7 @@ impl Host {
     pub fn wait_for_port(&self, address: SocketAddr, deadline: Deadline) -> Result<()> {
         self.namespace().run(|| {
             wait_until(deadline, &format!("a listener at {address}"), || {
-                TcpStream::connect_timeout(&address, CONNECT_LIMIT)
-                    .ok()
-                    .map(drop)
+                TcpStream::connect_timeout(&address, CONNECT_LIMIT).ok().map(drop)
             })
         })?
     }

@@ -38,11 +38,7 @@ impl Id {
             what: "cannot read /proc/self/stat".to_owned(),
             source: std::io::ErrorKind::NotFound.into(),
         })?;
-        Ok(Self {
-            owner,
-            started,
-            number,
-        })
+        Ok(Self { owner, started, number })
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -93,13 +89,9 @@ impl Janitor {
     /// Makes the directories and starts to watch over them. Nothing else may exist before this.
     pub fn start(id: &Id) -> Result<Self> {
         for directory in [id.socket_dir(), id.run_dir()] {
-            fs::create_dir_all(&directory)
-                .context(|| format!("cannot create {}", directory.display()))?;
+            fs::create_dir_all(&directory).context(|| format!("cannot create {}", directory.display()))?;
         }
-        Ok(Self {
-            child: spawn(id)?,
-            id: id.clone(),
-        })
+        Ok(Self { child: spawn(id)?, id: id.clone() })
     }
 
     /// Has it leave the logs even if the owner dies before [`Janitor::finish`].
@@ -117,21 +109,16 @@ impl Janitor {
         };
         writeln!(pipe, "{word}").context(|| "the janitor has gone".to_owned())?;
         drop(pipe);
-        let status = wait_until(
-            Deadline::after_secs(CLEANUP_SECS),
-            "the janitor to clean up",
-            || self.child.try_wait().transpose(),
-        )?
+        let status = wait_until(Deadline::after_secs(CLEANUP_SECS), "the janitor to clean up", || {
+            self.child.try_wait().transpose()
+        })?
         .context(|| "cannot wait for the janitor".to_owned())?;
         if status.success() {
             return Ok(());
         }
         let log = runs().join("janitor.log");
         let said = format!("{status}; see {}; the next run sweeps again", log.display());
-        Err(RigError::Tool {
-            line: format!("janitor of {}", self.id),
-            said,
-        })
+        Err(RigError::Tool { line: format!("janitor of {}", self.id), said })
     }
 }
 
@@ -139,45 +126,24 @@ fn spawn(id: &Id) -> Result<Child> {
     let log_path = runs().join("janitor.log");
     let log = File::options().create(true).append(true).open(&log_path);
     let log = log.context(|| format!("cannot open {}", log_path.display()))?;
-    let log_too = log
-        .try_clone()
-        .context(|| "cannot duplicate a file handle".to_owned())?;
+    let log_too = log.try_clone().context(|| "cannot duplicate a file handle".to_owned())?;
     let mut command = Command::new("setsid");
     // A session of its own: Ctrl-C on the terminal reaches the owner, not the janitor.
     command.args(["sh", "-c", SCRIPT, "plover-rig-janitor", &id.to_string()]);
-    command
-        .arg(id.run_dir())
-        .arg(id.socket_dir())
-        .arg(id.owner.to_string());
-    command
-        .current_dir("/")
-        .stdin(Stdio::piped())
-        .stdout(log)
-        .stderr(log_too);
-    command
-        .spawn()
-        .context(|| "cannot start the janitor (setsid, sh)".to_owned())
+    command.arg(id.run_dir()).arg(id.socket_dir()).arg(id.owner.to_string());
+    command.current_dir("/").stdin(Stdio::piped()).stdout(log).stderr(log_too);
+    command.spawn().context(|| "cannot start the janitor (setsid, sh)".to_owned())
 }
 
 /// Removes what dead owners left whose janitor was killed as well, and old logs.
 pub(crate) fn sweep() -> Result<()> {
     let left = |directory: &Path| -> Vec<Id> {
-        let names = fs::read_dir(directory)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.file_name());
-        names
-            .filter_map(|name| Id::parse(name.to_str()?))
-            .filter(|id| !id.owner_is_alive())
-            .collect()
+        let names = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.filter_map(|name| Id::parse(name.to_str()?)).filter(|id| !id.owner_is_alive()).collect()
     };
     for id in left(Path::new(SOCKETS)) {
         eprintln!("rig: removing what test bed {id} left behind (its owner is dead)");
-        let janitor = Janitor {
-            child: spawn(&id)?,
-            id,
-        };
+        let janitor = Janitor { child: spawn(&id)?, id };
         // Its own janitor may be at work at the same time; then one of the two finds things gone.
         if let Err(error) = janitor.finish(Leave::Nothing) {
             eprintln!("rig: {}", with_sources(&error));
@@ -188,8 +154,7 @@ pub(crate) fn sweep() -> Result<()> {
     runs.sort_by_key(|id| id.started);
     for id in runs.iter().take(runs.len().saturating_sub(KEPT_RUNS)) {
         let directory = id.run_dir();
-        fs::remove_dir_all(&directory)
-            .context(|| format!("cannot remove {}", directory.display()))?;
+        fs::remove_dir_all(&directory).context(|| format!("cannot remove {}", directory.display()))?;
     }
     Ok(())
 }
@@ -207,14 +172,7 @@ mod tests {
         let id = Id::of_this_process(7).unwrap();
         assert_eq!(Id::parse(&id.to_string()), Some(id.clone()));
         assert!(id.owner_is_alive());
-        assert!(
-            !Id {
-                started: id.started + 1,
-                ..id
-            }
-            .owner_is_alive(),
-            "a reused pid is another owner"
-        );
+        assert!(!Id { started: id.started + 1, ..id }.owner_is_alive(), "a reused pid is another owner");
         for other in ["", "janitor.log", "1-2", "1-2-3-4", "x-1-1"] {
             assert_eq!(Id::parse(other), None, "{other}");
         }

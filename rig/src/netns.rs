@@ -24,15 +24,8 @@ impl NetNs {
         tool::run("ip", &["netns", "add", name], "")?;
         let path = format!("/run/netns/{name}");
         let handle = File::open(&path).context(|| format!("cannot open {path}"))?;
-        let inode = handle
-            .metadata()
-            .context(|| format!("cannot look at {path}"))?
-            .ino();
-        let namespace = Self {
-            name: name.to_owned(),
-            handle,
-            inode,
-        };
+        let inode = handle.metadata().context(|| format!("cannot look at {path}"))?.ino();
+        let namespace = Self { name: name.to_owned(), handle, inode };
         namespace.quieten()?;
         tool::ip_batch(name, "link set lo up")?;
         Ok(namespace)
@@ -55,10 +48,7 @@ impl NetNs {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<JoinHandle<Result<T>>> {
         let name = self.name.clone();
-        let handle = self
-            .handle
-            .try_clone()
-            .context(|| format!("cannot duplicate the handle of {name}"))?;
+        let handle = self.handle.try_clone().context(|| format!("cannot duplicate the handle of {name}"))?;
         Ok(std::thread::spawn(move || {
             enter(handle.as_fd(), &name)?;
             Ok(work())
@@ -75,21 +65,16 @@ impl NetNs {
                 enter(self.handle.as_fd(), &self.name)?;
                 Ok(work())
             });
-            inside
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
     /// The processes that live in the namespace, each with its start time, which makes it unique.
     pub(crate) fn live(&self) -> Result<Vec<(u32, u64)>> {
         let entries = fs::read_dir("/proc").context(|| "cannot read /proc".to_owned())?;
-        let pids =
-            entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
         let inside = pids.filter(|&pid| self.contains(pid));
-        Ok(inside
-            .filter_map(|pid| Some((pid, start_time(pid)?)))
-            .collect())
+        Ok(inside.filter_map(|pid| Some((pid, start_time(pid)?))).collect())
     }
 
     /// Whether the process lives in the namespace. One that has just ended lives nowhere.
@@ -102,10 +87,7 @@ impl NetNs {
         let written = self.run(|| {
             // These exist only with the bridge netfilter module; bridged frames are not this host's to filter.
             for family in ["iptables", "ip6tables", "arptables"] {
-                drop(fs::write(
-                    format!("/proc/sys/net/bridge/bridge-nf-call-{family}"),
-                    "0",
-                ));
+                drop(fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{family}"), "0"));
             }
             let switch = "/proc/sys/net/ipv6/conf";
             if !fs::exists(switch)? {

@@ -32,12 +32,7 @@ pub struct Spawn {
 impl Spawn {
     /// `name` is used for the log file and in messages; unique on its host.
     pub fn new(name: impl Into<String>, command: Command) -> Self {
-        Self {
-            name: name.into(),
-            command,
-            restart_after: None,
-            cores: Vec::new(),
-        }
+        Self { name: name.into(), command, restart_after: None, cores: Vec::new() }
     }
 
     /// Starts the process again this long after it ended, as a service manager would.
@@ -83,43 +78,18 @@ struct State {
 impl Process {
     /// Starts `spawn` in the network namespace `namespace`; its output goes to `directory/NAME.log`.
     pub(crate) fn start(spawn: Spawn, namespace: RawFd, directory: &Path) -> Result<Self> {
-        let Spawn {
-            name,
-            mut command,
-            restart_after,
-            cores,
-        } = spawn;
+        let Spawn { name, mut command, restart_after, cores } = spawn;
         let log = directory.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log);
         let output = output.context(|| format!("cannot open {}", log.display()))?;
-        let errors = output
-            .try_clone()
-            .context(|| "cannot duplicate a file handle".to_owned())?;
-        command
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors)
-            .process_group(0);
+        let errors = output.try_clone().context(|| "cannot duplicate a file handle".to_owned())?;
+        command.stdin(Stdio::null()).stdout(output).stderr(errors).process_group(0);
         confine(&mut command, namespace, &cores);
         let (command, child) = start_now(command);
-        let child =
-            child.context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
-        let state = State {
-            command,
-            pid: child.id(),
-            ended: None,
-            starts: 1,
-            suspended: 0,
-            finished: false,
-            monitor: None,
-        };
-        let shared = Arc::new(Shared {
-            name,
-            log,
-            restart_after,
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-        });
+        let child = child.context(|| format!("cannot start {name} ({:?})", command.get_program()))?;
+        let state =
+            State { command, pid: child.id(), ended: None, starts: 1, suspended: 0, finished: false, monitor: None };
+        let shared = Arc::new(Shared { name, log, restart_after, state: Mutex::new(state), changed: Condvar::new() });
         let watched = shared.clone();
         let monitor = std::thread::spawn(move || watched.monitor(child));
         shared.lock().monitor = Some(monitor);
@@ -163,9 +133,7 @@ impl Process {
         let starts = self.starts();
         self.signal(Signal::KILL)?;
         let deadline = Deadline::after_secs(10);
-        self.shared.wait(deadline, "its end", |state| {
-            state.ended.is_some() || state.starts > starts
-        })
+        self.shared.wait(deadline, "its end", |state| state.ended.is_some() || state.starts > starts)
     }
 
     /// SIGTERM.
@@ -192,16 +160,13 @@ impl Process {
 
     /// Waits until it has ended by itself.
     pub fn wait_exit(&self, deadline: Deadline) -> Result<ExitStatus> {
-        self.shared
-            .wait(deadline, "its end", |state| state.ended.is_some())?;
+        self.shared.wait(deadline, "its end", |state| state.ended.is_some())?;
         Ok(self.shared.lock().ended.unwrap_or_default())
     }
 
     /// Waits until it runs for at least the `starts`th time.
     pub fn wait_started(&self, starts: u32, deadline: Deadline) -> Result<()> {
-        self.shared.wait(deadline, "its restart", |state| {
-            state.starts >= starts && state.ended.is_none()
-        })
+        self.shared.wait(deadline, "its restart", |state| state.starts >= starts && state.ended.is_none())
     }
 
     /// No restarts until [`Process::resume_restarts`] was called as often.
@@ -232,34 +197,21 @@ impl Process {
     /// # Errors
     /// When the deadline passes, or at once when the process has ended for good without it.
     pub fn wait_for_line(&self, text: &str, deadline: Deadline) -> Result<String> {
-        self.wait_for(&format!("«{text}» in its log"), deadline, || {
-            find_line(&self.log(), text)
-        })
+        self.wait_for(&format!("«{text}» in its log"), deadline, || find_line(&self.log(), text))
     }
 
     /// Waits until `file`, which the process writes, has a line that contains `text`.
     pub fn wait_for_line_in(&self, file: &Path, text: &str, deadline: Deadline) -> Result<String> {
         let read = || String::from_utf8_lossy(&fs::read(file).unwrap_or_default()).into_owned();
-        self.wait_for(
-            &format!("«{text}» in {}", file.display()),
-            deadline,
-            || find_line(&read(), text),
-        )
+        self.wait_for(&format!("«{text}» in {}", file.display()), deadline, || find_line(&read(), text))
     }
 
     /// Waits for anything that the process brings about; its end ends the wait.
-    pub fn wait_for<T>(
-        &self,
-        what: &str,
-        deadline: Deadline,
-        mut ready: impl FnMut() -> Option<T>,
-    ) -> Result<T> {
+    pub fn wait_for<T>(&self, what: &str, deadline: Deadline, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
         wait_until(deadline, what, || {
             let ended = self.shared.lock().ended_for_good();
             // Asked after the look at the state: what it did last still counts.
-            ready()
-                .map(Ok)
-                .or_else(|| ended.map(|status| Err(self.shared.ended(status, what))))
+            ready().map(Ok).or_else(|| ended.map(|status| Err(self.shared.ended(status, what))))
         })
         .map_err(|error| self.shared.explain(error))?
     }
@@ -292,11 +244,7 @@ impl Shared {
             .changed
             .wait_timeout_while(state, deadline.remaining(), |state| !ready(state))
             .expect("no holder of this lock panics");
-        if timeout.timed_out() {
-            Err(self.explain(deadline.missed(what)))
-        } else {
-            Ok(())
-        }
+        if timeout.timed_out() { Err(self.explain(deadline.missed(what))) } else { Ok(()) }
     }
 
     /// Follows the process through its runs.
@@ -312,10 +260,7 @@ impl Shared {
         let pid = Pid::from_child(child);
         // Waits without reaping, so that nobody signals a reused id: the reaping below holds the lock.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-        while matches!(
-            rustix::process::waitid(WaitId::Pid(pid), options),
-            Err(rustix::io::Errno::INTR)
-        ) {}
+        while matches!(rustix::process::waitid(WaitId::Pid(pid), options), Err(rustix::io::Errno::INTR)) {}
         let mut state = self.lock();
         state.ended = Some(child.wait().unwrap_or_default());
         state.finished |= self.restart_after.is_none();
@@ -371,24 +316,14 @@ impl Shared {
 
     fn ended(&self, status: ExitStatus, what: &str) -> RigError {
         let (name, log) = (self.name.clone(), self.log.clone());
-        RigError::Ended {
-            name,
-            status: status.to_string(),
-            what: what.to_owned(),
-            log,
-            tail: self.tail(),
-        }
+        RigError::Ended { name, status: status.to_string(), what: what.to_owned(), log, tail: self.tail() }
     }
 
     fn explain(&self, error: RigError) -> RigError {
         match error {
             RigError::Deadline { what, waited, .. } => {
                 let hint = format!("; log {} ends with:\n{}", self.log.display(), self.tail());
-                RigError::Deadline {
-                    what: format!("{} ({what})", self.name),
-                    waited,
-                    hint,
-                }
+                RigError::Deadline { what: format!("{} ({what})", self.name), waited, hint }
             }
             other => other,
         }
@@ -396,9 +331,7 @@ impl Shared {
 }
 
 fn find_line(log: &str, text: &str) -> Option<String> {
-    log.lines()
-        .find(|line| line.contains(text))
-        .map(str::to_owned)
+    log.lines().find(|line| line.contains(text)).map(str::to_owned)
 }
 
 /// Makes the child enter the namespace and die with this process.
@@ -444,9 +377,7 @@ fn start_now(command: Command) -> (Command, io::Result<Child>) {
         sender
     });
     let (answer, child) = channel();
-    spawner
-        .send((command, answer))
-        .expect("the spawner never ends");
+    spawner.send((command, answer)).expect("the spawner never ends");
     child.recv().expect("the spawner answers")
 }
 

@@ -30,7 +30,5 @@ fn find(name: &str, place: impl Fn(PathBuf) -> PathBuf) -> Result<PathBuf> {
         Some(directory)
     };
     let found = profile().map(place).filter(|path| path.is_file());
-    found.ok_or_else(|| RigError::NotBuilt {
-        name: name.to_owned(),
-    })
+    found.ok_or_else(|| RigError::NotBuilt { name: name.to_owned() })
 }

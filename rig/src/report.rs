@@ -178,9 +178,7 @@ impl DemoReport {
             promises.push(Promise {
                 kept: failure.protected_again_ms.is_some(),
                 name: format!("{}: protected again", failure.kind),
-                figure: failure
-                    .protected_again_ms
-                    .map_or("never".into(), |ms| format!("after {}", table::seconds(ms))),
+                figure: failure.protected_again_ms.map_or("never".into(), |ms| format!("after {}", table::seconds(ms))),
             });
         }
         promises
@@ -190,9 +188,7 @@ impl DemoReport {
         let lost = self.acknowledged_writes_lost;
         let written = table::grouped(self.acknowledged_writes as f64);
         Promise {
-            kept: lost == 0
-                && self.verification_incomplete.is_none()
-                && self.acknowledged_writes > 0,
+            kept: lost == 0 && self.verification_incomplete.is_none() && self.acknowledged_writes > 0,
             name: "no acknowledged write lost".into(),
             figure: match &self.verification_incomplete {
                 Some(why) => format!("not proven: {why}"),
@@ -218,10 +214,7 @@ impl DemoReport {
             kept: self.linearizable == Some(true) && self.checked_operations > 0,
             name: "shared keys linearizable".into(),
             figure: match self.linearizable {
-                Some(_) => format!(
-                    "{} operations checked",
-                    table::grouped(self.checked_operations as f64)
-                ),
+                Some(_) => format!("{} operations checked", table::grouped(self.checked_operations as f64)),
                 None => "not checked".into(),
             },
         }
@@ -231,11 +224,7 @@ impl DemoReport {
         Promise {
             kept: self.connections_lost == 0 && self.connections > 0,
             name: "no connection lost".into(),
-            figure: format!(
-                "{} of {}",
-                self.connections_lost,
-                self.connections + self.history_connections
-            ),
+            figure: format!("{} of {}", self.connections_lost, self.connections + self.history_connections),
         }
     }
 

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::client::ClientProcess;
-use crate::client::protocol::{
-    Job, LoadParameters, LoadReport, RegisterParameters, RegisterReport, Report,
-};
+use crate::client::protocol::{Job, LoadParameters, LoadReport, RegisterParameters, RegisterReport, Report};
 use crate::error::Context;
 use crate::guest::BOOT_LIMIT_SECS;
 use crate::wait::wait_until_every;
@@ -40,14 +38,8 @@ impl Checker {
     /// When it is not built or cannot be started.
     pub fn start(host: &Host, job: &Job) -> Result<Self> {
         let mut command = std::process::Command::new(program("rig-client")?);
-        command
-            .args(job.arguments())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
-        let mut child = host
-            .namespace()
-            .run(|| command.spawn())?
-            .context(|| "cannot start rig-client".into())?;
+        command.args(job.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = host.namespace().run(|| command.spawn())?.context(|| "cannot start rig-client".into())?;
         let client = ClientProcess::from_child(&mut child);
         Ok(Self { child, client })
     }
@@ -161,21 +153,12 @@ impl<'a> Scenario<'a> {
             deadline_ms: CLIENT_LIFE_MS,
             ..RegisterParameters::default()
         });
-        let (mut load, mut registers) = (
-            Checker::start(host, &load)?,
-            Checker::start(host, &registers)?,
-        );
+        let (mut load, mut registers) = (Checker::start(host, &load)?, Checker::start(host, &registers)?);
         for checker in [&mut load, &mut registers] {
             said(checker.client().wait_started(Duration::from_secs(30)))?;
         }
         let (start, survived) = (Instant::now(), Vec::new());
-        Ok(Self {
-            cluster,
-            load,
-            registers,
-            start,
-            survived,
-        })
+        Ok(Self { cluster, load, registers, start, survived })
     }
 
     /// The cluster.
@@ -218,12 +201,7 @@ impl<'a> Scenario<'a> {
         let whole_again = repaired.elapsed();
         self.wait_served(Deadline::after_secs(10)).map_err(wrong)?;
         check_leader(expect, &before, &after).map_err(wrong)?;
-        let survived = Survived {
-            name: name.to_owned(),
-            at,
-            served_again,
-            whole_again,
-        };
+        let survived = Survived { name: name.to_owned(), at, served_again, whole_again };
         println!(
             "{:7.1} s  {name}: {} led, {} leads; served {:.2} s after the fault, whole {:.2} s after the repair",
             at.as_secs_f64(),
@@ -244,15 +222,9 @@ impl<'a> Scenario<'a> {
         let answers = |checker: &mut Checker| checker.client().progress().map_or(0, |p| p.ops);
         let before = answers(&mut self.load);
         let served = said(
-            self.load
-                .client()
-                .wait_progress(deadline.remaining(), |progress| {
-                    progress.ops >= before + SERVED_ANSWERS
-                }),
+            self.load.client().wait_progress(deadline.remaining(), |progress| progress.ops >= before + SERVED_ANSWERS),
         );
-        served
-            .map(drop)
-            .map_err(|error| self.cluster.explain(error))
+        served.map(drop).map_err(|error| self.cluster.explain(error))
     }
 
     /// Stops the clients and returns what they saw.
@@ -267,21 +239,14 @@ impl<'a> Scenario<'a> {
         let Report::RedisLoad(load) = self.load.finish()? else {
             return Err(RigError::Explained("no report of the load".into()));
         };
-        Ok(Verdict {
-            load,
-            registers,
-            survived: self.survived,
-        })
+        Ok(Verdict { load, registers, survived: self.survived })
     }
 }
 
 impl Verdict {
     /// A table of the faults with what clients noticed of each.
     pub fn table(&self) -> String {
-        let mut text = format!(
-            "{:>8}  {:<58} {:>9} {:>9} {:>9}\n",
-            "at", "fault", "gap", "served", "whole"
-        );
+        let mut text = format!("{:>8}  {:<58} {:>9} {:>9} {:>9}\n", "at", "fault", "gap", "served", "whole");
         for row in &self.survived {
             let window = self.load.windows.iter().find(|w| w.label == row.name);
             text += &format!(
@@ -314,11 +279,7 @@ impl Verdict {
     /// When it is not.
     pub fn assert_flawless(&self) {
         let load = &self.load;
-        assert_eq!(
-            load.acknowledged_writes_lost, 0,
-            "{:?} {:?}",
-            load.wrong_read_samples, load.verification
-        );
+        assert_eq!(load.acknowledged_writes_lost, 0, "{:?} {:?}", load.wrong_read_samples, load.verification);
         assert_eq!(load.wrong_reads, 0, "{:?}", load.wrong_read_samples);
         assert_eq!(load.errors, 0, "{:?}", load.error_samples);
         let verification = load.verification.as_ref().expect("it was asked for");
@@ -353,10 +314,7 @@ fn check_leader(expect: Expect, before: &Roles, after: &Roles) -> Result<()> {
 /// # Errors
 /// When the deadline passes, with what each host says.
 pub fn wait_whole(cluster: &Cluster, deadline: Deadline) -> Result<Roles> {
-    wait_until_every(LOOK_INTERVAL, deadline, "a whole group", || {
-        whole(cluster).ok()
-    })
-    .map_err(|error| {
+    wait_until_every(LOOK_INTERVAL, deadline, "a whole group", || whole(cluster).ok()).map_err(|error| {
         let why = whole(cluster).err().unwrap_or_default();
         cluster.explain(RigError::Explained(format!("{error} ({why})")))
     })
@@ -370,9 +328,7 @@ fn whole(cluster: &Cluster) -> std::result::Result<Roles, String> {
         let status = cluster.status(host);
         statuses.push(status.ok_or_else(|| format!("{} does not answer", host.name()))?);
     }
-    let led: Vec<usize> = (0..hosts.len())
-        .filter(|&at| statuses[at]["role"] == "leader")
-        .collect();
+    let led: Vec<usize> = (0..hosts.len()).filter(|&at| statuses[at]["role"] == "leader").collect();
     let &[leader] = led.as_slice() else {
         return Err(format!("{} say that they lead", led.len()));
     };
@@ -388,11 +344,7 @@ fn whole(cluster: &Cluster) -> std::result::Result<Roles, String> {
         }
         let peers = status["peers"].as_array().map_or(&[][..], Vec::as_slice);
         if let Some(away) = peers.iter().find(|peer| peer["connected"] != true) {
-            return Err(format!(
-                "{} is not connected with {}",
-                host.name(),
-                away["node"]
-            ));
+            return Err(format!("{} is not connected with {}", host.name(), away["node"]));
         }
     }
     let at = |wanted: &Value| hosts.iter().position(|host| *wanted == *host.name());
@@ -403,16 +355,10 @@ fn whole(cluster: &Cluster) -> std::result::Result<Roles, String> {
     for (at, whole) in [(leader, true), (secondary, true), (witness, false)] {
         let guest = statuses[at]["guest"].as_str().unwrap_or_default();
         // A witness's guest must be there to be brought in, in whatever state.
-        if !["running", "stopped", "prepared"].contains(&guest)
-            || whole && statuses[at]["guest_intact"] != true
-        {
+        if !["running", "stopped", "prepared"].contains(&guest) || whole && statuses[at]["guest_intact"] != true {
             return Err(format!("{}: guest {guest}", hosts[at].name()));
         }
     }
     let role = |at: usize| hosts[at].clone();
-    Ok(Roles {
-        leader: role(leader),
-        secondary: role(secondary),
-        witness: role(witness),
-    })
+    Ok(Roles { leader: role(leader), secondary: role(secondary), witness: role(witness) })
 }

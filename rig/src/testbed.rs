@@ -61,8 +61,7 @@ impl Testbed {
 
     fn build(id: &Id) -> Result<(NetNs, Vec<Host>, Host)> {
         let switch = NetNs::create(&format!("plover-{id}-switch"))?;
-        let commands =
-            format!("link add {SWITCH_BRIDGE} {QUIET_BRIDGE}\nlink set {SWITCH_BRIDGE} up\n");
+        let commands = format!("link add {SWITCH_BRIDGE} {QUIET_BRIDGE}\nlink set {SWITCH_BRIDGE} up\n");
         tool::ip_batch(switch.name(), &commands)?;
         let host = |name: &str, ip: Ipv4Addr| {
             Host::create(Plan {
@@ -128,9 +127,7 @@ impl Testbed {
         janitor.finish(leave)?;
         for monitor in monitors {
             let deadline = Deadline::after_secs(MONITOR_LIMIT_SECS);
-            wait_until(deadline, "a process to be reaped", || {
-                monitor.is_finished().then_some(())
-            })?;
+            wait_until(deadline, "a process to be reaped", || monitor.is_finished().then_some(()))?;
             // A monitor that panicked has printed why; the clean-up goes on.
             drop(monitor.join());
         }
@@ -144,10 +141,7 @@ impl Drop for Testbed {
             || self.keep_logs.load(Ordering::Relaxed)
             || std::env::var_os("PLOVER_RIG_KEEP_LOGS").is_some();
         if failing && self.janitor.is_some() {
-            eprintln!(
-                "rig: the logs of this run stay in {}",
-                self.directory().display()
-            );
+            eprintln!("rig: the logs of this run stay in {}", self.directory().display());
         }
         let leave = if failing { Leave::Logs } else { Leave::Nothing };
         if let Err(error) = self.finish(leave) {

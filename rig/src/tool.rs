@@ -8,27 +8,15 @@ use crate::{Result, RigError};
 
 /// Runs a command, optionally with text on its standard input, and returns what it printed.
 pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<String> {
-    let line = || {
-        format!("{program} {} {}", arguments.join(" "), input.trim())
-            .trim()
-            .to_owned()
-    };
+    let line = || format!("{program} {} {}", arguments.join(" "), input.trim()).trim().to_owned();
     let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command
-        .spawn()
-        .context(|| format!("cannot start «{program}»; run «cargo xtask setup»"))?;
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context(|| format!("cannot start «{program}»; run «cargo xtask setup»"))?;
     // A tool that ends early closes its input; its exit status tells the story better than the broken pipe.
     let mut stdin = child.stdin.take().expect("stdin was piped");
     drop(stdin.write_all(input.as_bytes()));
     drop(stdin);
-    let output = child
-        .wait_with_output()
-        .context(|| format!("cannot wait for «{}»", line()))?;
+    let output = child.wait_with_output().context(|| format!("cannot wait for «{}»", line()))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }

@@ -17,10 +17,7 @@ pub struct Deadline {
 impl Deadline {
     /// That long from now.
     pub fn after(total: Duration) -> Self {
-        Self {
-            start: Instant::now(),
-            total,
-        }
+        Self { start: Instant::now(), total }
     }
 
     /// That many seconds from now.
@@ -40,11 +37,7 @@ impl Deadline {
 
     /// The error for somebody who waited for `what` until now.
     pub fn missed(&self, what: &str) -> RigError {
-        RigError::Deadline {
-            what: what.to_owned(),
-            waited: self.start.elapsed(),
-            hint: String::new(),
-        }
+        RigError::Deadline { what: what.to_owned(), waited: self.start.elapsed(), hint: String::new() }
     }
 }
 
@@ -52,11 +45,7 @@ impl Deadline {
 ///
 /// # Errors
 /// [`RigError::Deadline`] naming `what`.
-pub fn wait_until<T>(
-    deadline: Deadline,
-    what: &str,
-    ready: impl FnMut() -> Option<T>,
-) -> Result<T> {
+pub fn wait_until<T>(deadline: Deadline, what: &str, ready: impl FnMut() -> Option<T>) -> Result<T> {
     wait_until_every(POLL_INTERVAL, deadline, what, ready)
 }
 
@@ -98,8 +87,7 @@ mod tests {
 
     #[test]
     fn a_missed_deadline_says_for_what() {
-        let error =
-            wait_until(Deadline::after(Duration::ZERO), "a miracle", || None::<()>).unwrap_err();
+        let error = wait_until(Deadline::after(Duration::ZERO), "a miracle", || None::<()>).unwrap_err();
         assert!(error.to_string().contains("a miracle"), "{error}");
     }
 }

@@ -11,10 +11,7 @@ use rig::cluster::VM;
 use rig::fault::Cut;
 use rig::guest::BOOT_LIMIT_SECS;
 use rig::scenario::{Expect, Roles, Scenario, wait_whole};
-use rig::{
-    Cluster, ClusterOptions, Deadline, Fault, Host, Result, Service, Testbed, program,
-    wait_until_every,
-};
+use rig::{Cluster, ClusterOptions, Deadline, Fault, Host, Result, Service, Testbed, program, wait_until_every};
 
 fn cluster(bed: &Testbed, change: impl FnOnce(&mut ClusterOptions)) -> Cluster<'_> {
     let programs = program("plover").unwrap().parent().unwrap().to_owned();
@@ -50,50 +47,26 @@ fn run(cases: impl FnOnce(&mut Scenario)) {
     let verdict = scenario.finish().unwrap();
     println!("{}", verdict.table());
     verdict.assert_flawless();
-    assert!(
-        verdict.load.gap_ms < LONGEST_GAP_MS,
-        "clients had no answer for {} ms",
-        verdict.load.gap_ms
-    );
+    assert!(verdict.load.gap_ms < LONGEST_GAP_MS, "clients had no answer for {} ms", verdict.load.gap_ms);
 }
 
-fn survive(
-    scenario: &mut Scenario,
-    name: &str,
-    expect: Expect,
-    strike: impl FnOnce(&Roles) -> Result<Vec<Fault>>,
-) {
+fn survive(scenario: &mut Scenario, name: &str, expect: Expect, strike: impl FnOnce(&Roles) -> Result<Vec<Fault>>) {
     let strike = |_: &Cluster, roles: &Roles| strike(roles);
-    scenario
-        .survive(name, expect, BRIEF, strike)
-        .unwrap_or_else(|error| panic!("{error}"));
+    scenario.survive(name, expect, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn the_leader_may_fail_in_any_way() {
     run(|scenario| {
-        survive(scenario, "leader: host killed", Expect::Moves, |roles| {
-            Ok(vec![roles.leader.crash()?])
-        });
-        survive(scenario, "leader: link silent", Expect::Moves, |roles| {
-            Ok(vec![roles.leader.cut_link(Cut::Silent)?])
-        });
+        survive(scenario, "leader: host killed", Expect::Moves, |roles| Ok(vec![roles.leader.crash()?]));
+        survive(scenario, "leader: link silent", Expect::Moves, |roles| Ok(vec![roles.leader.cut_link(Cut::Silent)?]));
         survive(scenario, "leader: cable pulled", Expect::Moves, |roles| {
             Ok(vec![roles.leader.cut_link(Cut::CarrierLoss)?])
         });
-        survive(scenario, "leader: daemon killed", Expect::Moves, |roles| {
-            kill(&roles.leader, rig::cluster::DAEMON)
-        });
-        survive(scenario, "leader: QEMU killed", Expect::Moves, |roles| {
-            kill(&roles.leader, rig::cluster::QEMU)
-        });
-        survive(
-            scenario,
-            "leader: frozen, thawed later",
-            Expect::Moves,
-            |roles| Ok(vec![roles.leader.freeze()?]),
-        );
+        survive(scenario, "leader: daemon killed", Expect::Moves, |roles| kill(&roles.leader, rig::cluster::DAEMON));
+        survive(scenario, "leader: QEMU killed", Expect::Moves, |roles| kill(&roles.leader, rig::cluster::QEMU));
+        survive(scenario, "leader: frozen, thawed later", Expect::Moves, |roles| Ok(vec![roles.leader.freeze()?]));
     });
 }
 
@@ -102,31 +75,15 @@ fn the_leader_may_fail_in_any_way() {
 fn the_others_may_fail_in_any_way() {
     run(|scenario| {
         for (role, host) in [("secondary", SECONDARY), ("witness", WITNESS)] {
-            survive(
-                scenario,
-                &format!("{role}: host killed"),
-                Expect::Stays,
-                |roles| Ok(vec![host(roles).crash()?]),
-            );
-            survive(
-                scenario,
-                &format!("{role}: link silent"),
-                Expect::Stays,
-                |roles| Ok(vec![host(roles).cut_link(Cut::Silent)?]),
-            );
-            survive(
-                scenario,
-                &format!("{role}: frozen, thawed later"),
-                Expect::Stays,
-                |roles| Ok(vec![host(roles).freeze()?]),
-            );
+            survive(scenario, &format!("{role}: host killed"), Expect::Stays, |roles| Ok(vec![host(roles).crash()?]));
+            survive(scenario, &format!("{role}: link silent"), Expect::Stays, |roles| {
+                Ok(vec![host(roles).cut_link(Cut::Silent)?])
+            });
+            survive(scenario, &format!("{role}: frozen, thawed later"), Expect::Stays, |roles| {
+                Ok(vec![host(roles).freeze()?])
+            });
             for name in [rig::cluster::DAEMON, rig::cluster::QEMU] {
-                survive(
-                    scenario,
-                    &format!("{role}: {name} killed"),
-                    Expect::Stays,
-                    |roles| kill(host(roles), name),
-                );
+                survive(scenario, &format!("{role}: {name} killed"), Expect::Stays, |roles| kill(host(roles), name));
             }
         }
     });
@@ -145,29 +102,18 @@ fn links_may_be_bad_and_disks_full() {
             ("witness hears nothing from secondary", WITNESS, SECONDARY),
         ];
         for (name, to, from) in deaf {
-            survive(scenario, name, Expect::Either, |roles| {
-                Ok(vec![to(roles).drop_from(from(roles))?])
-            });
+            survive(scenario, name, Expect::Either, |roles| Ok(vec![to(roles).drop_from(from(roles))?]));
         }
-        survive(
-            scenario,
-            "leader: link at 20 Mbit/s",
-            Expect::Either,
-            |roles| Ok(vec![roles.leader.slow_link(20, 50)?]),
-        );
-        for (role, host) in [
-            ("leader", LEADER),
-            ("secondary", SECONDARY),
-            ("witness", WITNESS),
-        ] {
+        survive(scenario, "leader: link at 20 Mbit/s", Expect::Either, |roles| {
+            Ok(vec![roles.leader.slow_link(20, 50)?])
+        });
+        for (role, host) in [("leader", LEADER), ("secondary", SECONDARY), ("witness", WITNESS)] {
             let name = format!("{role}: disk full");
             let strike = |cluster: &Cluster, roles: &Roles| {
                 let disk = cluster.data_disk(host(roles)).expect("each host has one");
                 Ok(vec![disk.fill()?])
             };
-            scenario
-                .survive(&name, Expect::Either, BRIEF, strike)
-                .unwrap_or_else(|error| panic!("{error}"));
+            scenario.survive(&name, Expect::Either, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
         }
     });
 }
@@ -182,18 +128,12 @@ fn a_person_may_sync_and_hand_over_at_any_time() {
                 println!("plover {command}: {}", said.trim());
                 Ok(Vec::new())
             };
-            scenario
-                .survive(name, expect, BRIEF, strike)
-                .unwrap_or_else(|error| panic!("{error}"));
+            scenario.survive(name, expect, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
         };
         ask("plover sync", "sync", Expect::Stays);
         // To and fro: the place in a slot where a hand-over finds the group is another each time.
         for number in 1..=HAND_OVERS {
-            ask(
-                &format!("plover failover {number}"),
-                "failover",
-                Expect::Moves,
-            );
+            ask(&format!("plover failover {number}"), "failover", Expect::Moves);
         }
     });
 }
@@ -203,22 +143,14 @@ fn a_person_may_sync_and_hand_over_at_any_time() {
 fn a_joiner_may_die_while_it_is_brought_in() {
     run(|scenario| {
         for (number, action) in ["kill-daemon", "kill-qemu", "kill-both"].iter().enumerate() {
-            let name = format!(
-                "{}. secondary killed, then {action} of its successor",
-                number + 1
-            );
+            let name = format!("{}. secondary killed, then {action} of its successor", number + 1);
             // The second fault hits a replica that is not part of the protection yet, so the guest's whole copy stays.
             let strike = |cluster: &Cluster, roles: &Roles| {
-                cluster.ask(
-                    &roles.witness,
-                    &["crash-point", VM, "follower-round", action],
-                )?;
+                cluster.ask(&roles.witness, &["crash-point", VM, "follower-round", action])?;
                 roles.secondary.kill_everything()?;
                 Ok(Vec::new())
             };
-            scenario
-                .survive(&name, Expect::Stays, BRIEF, strike)
-                .unwrap_or_else(|error| panic!("{error}"));
+            scenario.survive(&name, Expect::Stays, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
         }
     });
 }
@@ -249,26 +181,15 @@ fn a_guest_that_switches_itself_off_stays_off_until_a_cold_start() {
     println!("{said}");
     // The other guest ends in the same way, so nobody takes over, and no restarted QEMU begins to run by itself.
     let served = client.wait_for_port(address, Deadline::after(NOBODY_FOR));
-    assert!(
-        served.is_err(),
-        "somebody serves a guest that has switched itself off"
-    );
+    assert!(served.is_err(), "somebody serves a guest that has switched itself off");
     for host in bed.hosts() {
         let status = cluster.status(host).expect("its daemon runs");
-        assert!(
-            status["guest"] != "running" && status["protected"] != true,
-            "{status}"
-        );
+        assert!(status["guest"] != "running" && status["protected"] != true, "{status}");
     }
 
     let cold = || cluster.ask(&before.leader, &["cold-start", VM]).ok();
-    let said = wait_until_every(
-        LOOK,
-        Deadline::after_secs(30),
-        "a cold start to be accepted",
-        cold,
-    )
-    .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
+    let said = wait_until_every(LOOK, Deadline::after_secs(30), "a cold start to be accepted", cold)
+        .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
     println!("{said}");
     wait_whole(&cluster, Deadline::after_secs(60)).unwrap();
     let boot = Deadline::after_secs(BOOT_LIMIT_SECS);

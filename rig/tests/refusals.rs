@@ -10,9 +10,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use rig::cluster::{DAEMON, VM};
-use rig::{
-    Cluster, ClusterOptions, Deadline, Host, Process, Service, Testbed, program, wait_until_every,
-};
+use rig::{Cluster, ClusterOptions, Deadline, Host, Process, Service, Testbed, program, wait_until_every};
 
 const LOOK: Duration = Duration::from_millis(50);
 const LIMIT_SECS: u64 = 20;
@@ -30,10 +28,7 @@ fn cluster(bed: &Testbed) -> Cluster<'_> {
 fn start_qemu(cluster: &Cluster, host: &Host, from: &str, to: &str, more: &[&str]) -> Process {
     let printed = cluster.plover(host, &["qemu-args", VM]).output().unwrap();
     let printed = String::from_utf8(printed.stdout).unwrap();
-    assert!(
-        from.is_empty() || printed.contains(from),
-        "no {from:?} in:\n{printed}"
-    );
+    assert!(from.is_empty() || printed.contains(from), "no {from:?} in:\n{printed}");
     let mut line = format!("exec env {}", printed.replace(from, to).trim());
     let user = cluster.guest().user_args(&cluster.console(host)).unwrap();
     for argument in user.iter().map(String::as_str).chain(more.iter().copied()) {
@@ -72,13 +67,7 @@ const REFUSED: [Refused; 7] = [
         more: &[],
         said: &["pc-q35", "-machine pc"],
     },
-    Refused {
-        what: "memory not shared",
-        from: ",share=on",
-        to: ",share=off",
-        more: &[],
-        said: &["share=on"],
-    },
+    Refused { what: "memory not shared", from: ",share=on", to: ",share=off", more: &[], said: &["share=on"] },
     Refused {
         what: "a writable RAM block outside the memory backend",
         from: "-vga none",
@@ -123,14 +112,7 @@ fn a_qemu_that_cannot_be_protected_is_refused_with_the_remedy() {
     let cluster = cluster(&bed);
     let host = bed.host(0);
     cluster.start_daemon(host).unwrap();
-    for Refused {
-        what,
-        from,
-        to,
-        more,
-        said,
-    } in REFUSED
-    {
+    for Refused { what, from, to, more, said } in REFUSED {
         let qemu = start_qemu(&cluster, host, from, to, more);
         let text = wait_said(&cluster, host, said);
         println!("{what}:\n{text}");
@@ -154,16 +136,11 @@ fn different_guests_are_never_protected(change: impl FnOnce(&Cluster, &Host), sa
     }
     cluster.start_qemu(one).unwrap();
     change(&cluster, two);
-    let leader = cluster
-        .wait_leader(Deadline::after_secs(LIMIT_SECS))
-        .unwrap();
+    let leader = cluster.wait_leader(Deadline::after_secs(LIMIT_SECS)).unwrap();
     let text = wait_said(&cluster, leader, said);
     println!("{text}");
     let protected = cluster.wait_protected(Deadline::after(NEVER));
-    assert!(
-        protected.is_err(),
-        "two different guests, and yet «protected»"
-    );
+    assert!(protected.is_err(), "two different guests, and yet «protected»");
 }
 
 #[test]
@@ -177,12 +154,7 @@ fn replicas_with_different_ram_are_never_protected() {
             host.process(DAEMON).unwrap().kill().unwrap();
             start_qemu(cluster, host, "", "", &["-m", "128M"]);
         },
-        &[
-            "different RAM size",
-            "h1 has 256 MiB",
-            "h2 has 128 MiB",
-            "the same -m",
-        ],
+        &["different RAM size", "h1 has 256 MiB", "h2 has 128 MiB", "the same -m"],
     );
 }
 
@@ -193,22 +165,13 @@ fn replicas_with_different_devices_are_never_protected() {
         |cluster, host| {
             start_qemu(cluster, host, "", "", &["-device", "virtio-rng-pci"]);
         },
-        &[
-            "different device set",
-            "only h2 has",
-            "virtio-rng",
-            "plover qemu-args",
-        ],
+        &["different device set", "only h2 has", "virtio-rng", "plover qemu-args"],
     );
 }
 
 /// Runs `plover` in a host's namespace to its end.
 fn run(host: &Host, mut command: Command) -> (Option<i32>, String) {
-    let output: Output = host
-        .namespace()
-        .run(move || command.output())
-        .unwrap()
-        .unwrap();
+    let output: Output = host.namespace().run(move || command.output()).unwrap().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     println!("{}: {said}", output.status);
     (output.status.code(), said)
@@ -230,17 +193,11 @@ fn unknown_keys_are_refused_with_file_and_line() {
             let (code, said) = run(host, cluster.plover(host, command));
             assert_eq!(code, Some(3));
             let name = file.display().to_string();
-            assert!(
-                said.contains(&name) && said.contains(key) && said.contains("line"),
-                "{said}"
-            );
+            assert!(said.contains(&name) && said.contains(key) && said.contains("line"), "{said}");
         }
         std::fs::write(file, right).unwrap();
     }
-    assert_eq!(
-        run(host, cluster.plover(host, &["qemu-args", VM])).0,
-        Some(0)
-    );
+    assert_eq!(run(host, cluster.plover(host, &["qemu-args", VM])).0, Some(0));
 }
 
 #[test]
@@ -258,50 +215,32 @@ fn sockets_and_ports_in_use_are_refused() {
         })
         .unwrap();
     first
-        .wait_for(
-            "its vhost-user socket",
-            Deadline::after_secs(LIMIT_SECS),
-            || socket.exists().then_some(()),
-        )
+        .wait_for("its vhost-user socket", Deadline::after_secs(LIMIT_SECS), || socket.exists().then_some(()))
         .unwrap();
 
     let (code, said) = run(host, cluster.plover(host, &["run"]));
     assert_eq!(code, Some(1));
-    assert!(
-        said.contains("another daemon listens there") && said.contains("run_dir"),
-        "{said}"
-    );
+    assert!(said.contains("another daemon listens there") && said.contains("run_dir"), "{said}");
 
     // Folders of its own, but the same port.
     let config = second_config(&cluster, host);
     let (code, said) = run(host, plover(&config, &["run"]));
     assert_eq!(code, Some(1));
-    assert!(
-        said.contains("listen = ") && said.contains("in use"),
-        "{said}"
-    );
+    assert!(said.contains("listen = ") && said.contains("in use"), "{said}");
 
     // A daemon of its own in every respect but the socket for QEMU.
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace(":7400\"", ":7499\"")).unwrap();
     let vm = host.directory().join("vms").join(format!("{VM}.toml"));
     let text = std::fs::read_to_string(&vm).unwrap();
-    let text = text.replace(
-        &format!("{}:7400", host.ip()),
-        &format!("{}:7499", host.ip()),
-    );
+    let text = text.replace(&format!("{}:7400", host.ip()), &format!("{}:7499", host.ip()));
     std::fs::write(&vm, text.replace("plv0", "plv1")).unwrap();
     let mut command = plover(&config, &["run"]);
     command.arg("--socket-path").arg(&socket);
     let second = host.spawn("second", command).unwrap();
-    let line = second
-        .wait_for_line("is in use by process", Deadline::after_secs(LIMIT_SECS))
-        .unwrap();
+    let line = second.wait_for_line("is in use by process", Deadline::after_secs(LIMIT_SECS)).unwrap();
     println!("{line}");
-    assert!(
-        line.contains(&first.pid().to_string()) && line.contains("another path"),
-        "{line}"
-    );
+    assert!(line.contains(&first.pid().to_string()) && line.contains("another path"), "{line}");
 }
 
 fn plover(config: &Path, arguments: &[&str]) -> Command {
@@ -368,10 +307,7 @@ fn another_user_than_root_is_refused() {
     let files: [(PathBuf, &str); 3] = [
         (program("plover").unwrap(), "plover"),
         (cluster.config_path(host), "node.toml"),
-        (
-            host.directory().join("vms").join(format!("{VM}.toml")),
-            "vms/guest.toml",
-        ),
+        (host.directory().join("vms").join(format!("{VM}.toml")), "vms/guest.toml"),
     ];
     for (from, to) in files {
         std::fs::copy(from, folder.0.join(to)).unwrap();
@@ -380,15 +316,9 @@ fn another_user_than_root_is_refused() {
     open(&folder.0);
     open(&folder.0.join("vms"));
     let mut command = Command::new(folder.0.join("plover"));
-    command
-        .arg("--config")
-        .arg(folder.0.join("node.toml"))
-        .arg("run");
+    command.arg("--config").arg(folder.0.join("node.toml")).arg("run");
     command.uid(ANOTHER_USER).gid(ANOTHER_USER);
     let (code, said) = run(host, command);
     assert_eq!(code, Some(1));
-    assert!(
-        said.contains("must run as root") && said.contains("sudo"),
-        "{said}"
-    );
+    assert!(said.contains("must run as root") && said.contains("sudo"), "{said}");
 }

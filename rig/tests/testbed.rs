@@ -19,11 +19,7 @@ const ANSWER: Duration = Duration::from_millis(250);
 /// Answers every datagram that reaches it with the same bytes, until the test bed goes.
 fn start_echo(host: &Host) {
     let address = SocketAddr::from((host.ip(), PORT));
-    let socket = host
-        .namespace()
-        .run(move || UdpSocket::bind(address))
-        .unwrap()
-        .unwrap();
+    let socket = host.namespace().run(move || UdpSocket::bind(address)).unwrap().unwrap();
     std::thread::spawn(move || {
         let mut bytes = [0; 64];
         while let Ok((length, from)) = socket.recv_from(&mut bytes) {
@@ -42,11 +38,7 @@ struct Pinger {
 impl Pinger {
     fn new(from: &Host) -> Self {
         let address = SocketAddr::from((from.ip(), 0));
-        let socket = from
-            .namespace()
-            .run(move || UdpSocket::bind(address))
-            .unwrap()
-            .unwrap();
+        let socket = from.namespace().run(move || UdpSocket::bind(address)).unwrap().unwrap();
         socket.set_read_timeout(Some(ANSWER)).unwrap();
         Self { socket, sent: 0 }
     }
@@ -69,14 +61,8 @@ impl Pinger {
 }
 
 fn namespaces_of(id: &str) -> usize {
-    let names = std::fs::read_dir("/run/netns")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name());
-    names
-        .filter(|name| name.to_str().is_some_and(|name| name.contains(id)))
-        .count()
+    let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.to_str().is_some_and(|name| name.contains(id))).count()
 }
 
 fn sleeper() -> Command {
@@ -91,25 +77,15 @@ fn everything_is_removed_when_the_test_bed_is_dropped() {
     let bed = Testbed::new().unwrap();
     let (id, directory) = (bed.id(), bed.directory());
     let sockets = bed.host(0).socket_directory().to_owned();
-    let process = bed
-        .host(1)
-        .start(Spawn::new("sleep", sleeper()).restart_after(Duration::ZERO))
-        .unwrap();
+    let process = bed.host(1).start(Spawn::new("sleep", sleeper()).restart_after(Duration::ZERO)).unwrap();
     let disk = bed.host(2).mount_data_disk(1).unwrap();
     let pid = process.pid();
     assert_eq!(namespaces_of(&id), 5);
     drop(bed);
     assert_eq!(namespaces_of(&id), 0);
-    assert!(
-        !process.is_running() && !Path::new(&format!("/proc/{pid}")).exists(),
-        "{pid} still runs"
-    );
+    assert!(!process.is_running() && !Path::new(&format!("/proc/{pid}")).exists(), "{pid} still runs");
     assert!(!directory.exists() && !sockets.exists() && !disk.path().exists());
-    assert!(
-        !std::fs::read_to_string("/proc/mounts")
-            .unwrap()
-            .contains(&id)
-    );
+    assert!(!std::fs::read_to_string("/proc/mounts").unwrap().contains(&id));
 }
 
 /// Not a test of its own: the owner that the next test kills. It prints what it made and waits.
@@ -141,9 +117,7 @@ fn an_owner_that_is_killed_leaves_nothing_behind() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines();
-    let made = lines
-        .find_map(|line| line.unwrap().strip_prefix("made ").map(str::to_owned))
-        .unwrap();
+    let made = lines.find_map(|line| line.unwrap().strip_prefix("made ").map(str::to_owned)).unwrap();
     let (id, directory) = made.split_once(' ').unwrap();
     assert_eq!(namespaces_of(id), 5);
     owner.kill().unwrap();
@@ -162,10 +136,7 @@ fn two_test_beds_do_not_disturb_each_other() {
     let (one, two) = (Testbed::new().unwrap(), Testbed::new().unwrap());
     start_echo(one.host(0));
     assert!(Pinger::new(one.client()).reaches(one.host(0)));
-    assert!(
-        !Pinger::new(two.client()).reaches(two.host(0)),
-        "the same address, but another network"
-    );
+    assert!(!Pinger::new(two.client()).reaches(two.host(0)), "the same address, but another network");
     let id = one.id();
     drop(two);
     assert_eq!(namespaces_of(&id), 5);
@@ -178,12 +149,7 @@ fn a_cut_link_is_silent_or_loses_the_carrier() {
     let bed = Testbed::new().unwrap();
     bed.hosts().iter().for_each(start_echo);
     let mut pinger = Pinger::new(bed.client());
-    let carrier = || {
-        bed.host(0)
-            .output("ip", &["-o", "link", "show", "eth0"])
-            .unwrap()
-            .contains("LOWER_UP")
-    };
+    let carrier = || bed.host(0).output("ip", &["-o", "link", "show", "eth0"]).unwrap().contains("LOWER_UP");
     assert!(pinger.reaches(bed.host(0)));
 
     let silent = bed.host(0).cut_link(Cut::Silent).unwrap();
@@ -193,10 +159,7 @@ fn a_cut_link_is_silent_or_loses_the_carrier() {
     let pulled = bed.host(0).cut_link(Cut::CarrierLoss).unwrap();
     assert!(!carrier());
     pulled.undo().unwrap();
-    assert!(
-        carrier() && !pinger.reaches(bed.host(0)),
-        "the silent cut is still on"
-    );
+    assert!(carrier() && !pinger.reaches(bed.host(0)), "the silent cut is still on");
 
     drop(silent);
     assert!(pinger.reaches(bed.host(0)));
@@ -210,11 +173,7 @@ fn a_one_way_partition_works_in_one_direction() {
     bed.hosts().iter().for_each(start_echo);
     let bind = |host: &Host| {
         let address = SocketAddr::from((host.ip(), 5000));
-        let socket = host
-            .namespace()
-            .run(move || UdpSocket::bind(address))
-            .unwrap()
-            .unwrap();
+        let socket = host.namespace().run(move || UdpSocket::bind(address)).unwrap().unwrap();
         socket.set_read_timeout(Some(ANSWER)).unwrap();
         socket
     };
@@ -239,17 +198,9 @@ fn a_one_way_partition_works_in_one_direction() {
 /// Sends that many bytes from one host to another and says how long it took.
 fn transfer(from: &Host, to: &Host, bytes: usize) -> Duration {
     let address = SocketAddr::from((to.ip(), PORT));
-    let listener = to
-        .namespace()
-        .run(move || TcpListener::bind(address))
-        .unwrap()
-        .unwrap();
+    let listener = to.namespace().run(move || TcpListener::bind(address)).unwrap().unwrap();
     let start = std::time::Instant::now();
-    let mut stream = from
-        .namespace()
-        .run(move || TcpStream::connect(address))
-        .unwrap()
-        .unwrap();
+    let mut stream = from.namespace().run(move || TcpStream::connect(address)).unwrap().unwrap();
     let sender = std::thread::spawn(move || stream.write_all(&vec![7; bytes]).unwrap());
     let received = std::io::copy(&mut listener.accept().unwrap().0, &mut std::io::sink()).unwrap();
     sender.join().unwrap();
@@ -292,9 +243,7 @@ fn a_full_disk_has_room_again_when_undone() {
 fn supervised_processes_restart_except_while_a_fault_is_on() {
     let bed = Testbed::new().unwrap();
     let host = bed.host(0);
-    let service = host
-        .start(Spawn::new("service", sleeper()).restart_after(Duration::from_millis(20)))
-        .unwrap();
+    let service = host.start(Spawn::new("service", sleeper()).restart_after(Duration::from_millis(20))).unwrap();
     let alone = host.spawn("alone", sleeper()).unwrap();
     service.kill().unwrap();
     service.wait_started(2, Deadline::after_secs(5)).unwrap();
@@ -302,16 +251,9 @@ fn supervised_processes_restart_except_while_a_fault_is_on() {
     let dead = host.crash().unwrap();
     assert!(!service.is_running() && !alone.is_running());
     let starts = service.starts();
-    assert!(
-        service
-            .wait_started(starts + 1, Deadline::after(ANSWER))
-            .is_err(),
-        "no restart on a dead host"
-    );
+    assert!(service.wait_started(starts + 1, Deadline::after(ANSWER)).is_err(), "no restart on a dead host");
     dead.undo().unwrap();
-    service
-        .wait_started(starts + 1, Deadline::after_secs(5))
-        .unwrap();
+    service.wait_started(starts + 1, Deadline::after_secs(5)).unwrap();
     assert!(!alone.is_running());
 
     service.finish().unwrap();
@@ -323,20 +265,12 @@ fn supervised_processes_restart_except_while_a_fault_is_on() {
 fn a_frozen_process_does_nothing_until_thawed() {
     let bed = Testbed::new().unwrap();
     let mut ticker = Command::new("sh");
-    ticker.args([
-        "-c",
-        "n=0; while :; do n=$((n + 1)); echo tick $n; sleep 0.01; done",
-    ]);
+    ticker.args(["-c", "n=0; while :; do n=$((n + 1)); echo tick $n; sleep 0.01; done"]);
     let ticker = bed.host(0).spawn("ticker", ticker).unwrap();
-    ticker
-        .wait_for_line("tick 3", Deadline::after_secs(5))
-        .unwrap();
+    ticker.wait_for_line("tick 3", Deadline::after_secs(5)).unwrap();
     let frozen = bed.host(0).freeze().unwrap();
     let state = || std::fs::read_to_string(format!("/proc/{}/stat", ticker.pid())).unwrap();
-    wait_until(Deadline::after_secs(5), "the stop", || {
-        state().contains(") T ").then_some(())
-    })
-    .unwrap();
+    wait_until(Deadline::after_secs(5), "the stop", || state().contains(") T ").then_some(())).unwrap();
     let before = ticker.log().lines().count();
     let more = |_: ()| ticker.log().lines().count() > before;
     let ticked = wait_until(Deadline::after(ANSWER), "a tick", || more(()).then_some(()));
@@ -352,27 +286,14 @@ fn waiting_for_a_process_that_ended_fails_at_once_and_shows_its_log() {
     let mut command = Command::new("sh");
     command.args(["-c", "echo cannot find the moon >&2; exit 3"]);
     let process = bed.host(0).spawn("astronomer", command).unwrap();
-    let error = process
-        .wait_for_line("found", Deadline::after_secs(60))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("cannot find the moon") && error.contains("astronomer"),
-        "{error}"
-    );
+    let error = process.wait_for_line("found", Deadline::after_secs(60)).unwrap_err().to_string();
+    assert!(error.contains("cannot find the moon") && error.contains("astronomer"), "{error}");
 }
 
 fn ask(bed: &Testbed, guest: &Guest, question: &'static [u8]) -> String {
     let address = SocketAddr::from((guest.ip, guest.service.port()));
-    let mut stream = bed
-        .client()
-        .namespace()
-        .run(move || TcpStream::connect(address))
-        .unwrap()
-        .unwrap();
-    stream
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    let mut stream = bed.client().namespace().run(move || TcpStream::connect(address)).unwrap().unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     stream.write_all(question).unwrap();
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();
@@ -383,10 +304,7 @@ fn ask(bed: &Testbed, guest: &Guest, question: &'static [u8]) -> String {
 #[ignore = "e2e: run by cargo xtask test"]
 fn every_guest_boots_and_answers() {
     let bed = Testbed::new().unwrap();
-    let racey = Service::Racey {
-        threads: 4,
-        rounds: 3,
-    };
+    let racey = Service::Racey { threads: 4, rounds: 3 };
     let questions: [(Service, &[u8], &str); 4] = [
         (Service::Redis, b"PING\r\n", "+PONG"),
         (Service::Memcached, b"version\r\n", "VERSION"),
@@ -397,16 +315,12 @@ fn every_guest_boots_and_answers() {
         let guest = Guest::new(service);
         let qemu = guest.boot_plain(bed.host(0), &[]).unwrap();
         let address = SocketAddr::from((guest.ip, service.port()));
-        bed.client()
-            .wait_for_port(address, Deadline::after_secs(5))
-            .unwrap();
+        bed.client().wait_for_port(address, Deadline::after_secs(5)).unwrap();
         let said = ask(&bed, &guest, question);
         assert!(said.starts_with(answer), "{service:?} said «{said}»");
         if service == racey {
             wait_until(Deadline::after_secs(30), "three rounds", || {
-                ask(&bed, &guest, b"status\n")
-                    .starts_with("rounds 3 bytes 51 ")
-                    .then_some(())
+                ask(&bed, &guest, b"status\n").starts_with("rounds 3 bytes 51 ").then_some(())
             })
             .unwrap();
         }
@@ -422,34 +336,19 @@ fn a_ready_guest_is_silent_and_takes_a_jump_of_its_clock() {
     let host = bed.host(0);
     let guest = Guest::new(Service::Redis);
     let qemu = guest.boot_plain(host, &[]).unwrap();
-    let traffic = || {
-        host.output("ip", &["-s", "-o", "link", "show", "tap0"])
-            .unwrap()
-    };
+    let traffic = || host.output("ip", &["-s", "-o", "link", "show", "tap0"]).unwrap();
     let before = traffic();
     assert!(before.contains("RX:"), "{before}");
-    let frame = wait_until(Deadline::after_secs(2), "a frame", || {
-        (traffic() != before).then_some(())
-    });
-    assert!(
-        frame.is_err(),
-        "the guest sent something by itself:\n{before}\n{}",
-        traffic()
-    );
+    let frame = wait_until(Deadline::after_secs(2), "a frame", || (traffic() != before).then_some(()));
+    assert!(frame.is_err(), "the guest sent something by itself:\n{before}\n{}", traffic());
 
     assert_eq!(ask(&bed, &guest, b"PING\r\n"), "+PONG");
     let console = host.directory().join("console-tap0.log");
     let said_before = std::fs::read_to_string(&console).unwrap();
     let frozen = qemu.frozen().unwrap();
-    let answer = wait_until(Deadline::after_secs(3), "an end", || {
-        (!qemu.is_running()).then_some(())
-    });
+    let answer = wait_until(Deadline::after_secs(3), "an end", || (!qemu.is_running()).then_some(()));
     assert!(answer.is_err(), "QEMU ended while frozen");
     frozen.undo().unwrap();
     assert_eq!(ask(&bed, &guest, b"PING\r\n"), "+PONG");
-    assert_eq!(
-        std::fs::read_to_string(&console).unwrap(),
-        said_before,
-        "the kernel complained"
-    );
+    assert_eq!(std::fs::read_to_string(&console).unwrap(), said_before, "the kernel complained");
 }

@@ -21,10 +21,7 @@ const SYNCVMS: u64 = 200;
 const FEW_SYNCVMS: u64 = 15;
 /// Hashing all of RAM twice per syncvm takes its time when other programs want the cores, and must not look like a failure.
 const VERIFY: &str = "verify = true\nsync_timeout_ms = 20000\nfailure_timeout_ms = 400\n";
-const RACEY: Service = Service::Racey {
-    threads: 4,
-    rounds: 0,
-};
+const RACEY: Service = Service::Racey { threads: 4, rounds: 0 };
 const PAGE_BYTES: usize = 4096;
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -38,9 +35,7 @@ fn cluster<'a>(bed: &'a Testbed, service: Service, policy: &str) -> Cluster<'a> 
 }
 
 fn status(cluster: &Cluster, host: &Host) -> Value {
-    cluster
-        .status(host)
-        .unwrap_or_else(|| panic!("{} does not answer", host.name()))
+    cluster.status(host).unwrap_or_else(|| panic!("{} does not answer", host.name()))
 }
 
 fn total(cluster: &Cluster, host: &Host, name: &str) -> u64 {
@@ -56,25 +51,17 @@ fn wait_verified(cluster: &Cluster, leader: &Host, count: u64, limit_secs: u64) 
     })
     .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
     let totals = &status(cluster, leader)["totals"];
-    println!(
-        "{what} after {:.1} s: {totals}",
-        start.elapsed().as_secs_f64()
-    );
+    println!("{what} after {:.1} s: {totals}", start.elapsed().as_secs_f64());
     assert_eq!(totals["diverged"], 0, "{totals}");
     assert_eq!(totals["failed"], 0, "{totals}");
-    assert!(
-        totals["dirty_pages"].as_u64() > Some(0),
-        "nothing was ever dirty: {totals}"
-    );
+    assert!(totals["dirty_pages"].as_u64() > Some(0), "nothing was ever dirty: {totals}");
 }
 
 fn redis_load_verifies(policy: &str, count: u64) {
     let bed = Testbed::new().unwrap();
     let cluster = cluster(&bed, Service::Redis, policy);
     let scenario = Scenario::start(&cluster, 3).unwrap();
-    let leader = wait_whole(&cluster, Deadline::after_secs(30))
-        .unwrap()
-        .leader;
+    let leader = wait_whole(&cluster, Deadline::after_secs(30)).unwrap().leader;
     println!("tracker: {}", status(&cluster, &leader)["tracker"]);
     wait_verified(&cluster, &leader, count, 240);
     let verdict = scenario.finish().unwrap();
@@ -111,9 +98,7 @@ fn kernel_has_soft_dirty() -> bool {
     let bit = || {
         let mut entry = [0; 8];
         let pagemap = File::open("/proc/self/pagemap").unwrap();
-        pagemap
-            .read_exact_at(&mut entry, address as u64 * 8)
-            .unwrap();
+        pagemap.read_exact_at(&mut entry, address as u64 * 8).unwrap();
         u64::from_ne_bytes(entry) >> 55 & 1
     };
     if std::fs::write("/proc/self/clear_refs", "4").is_err() {
@@ -132,17 +117,9 @@ impl Racey {
     fn connect(cluster: &Cluster) -> Self {
         let address = cluster.address();
         let client = cluster.bed().client();
-        client
-            .wait_for_port(address, Deadline::after_secs(BOOT_LIMIT_SECS))
-            .unwrap();
-        let stream = client
-            .namespace()
-            .run(move || TcpStream::connect(address))
-            .unwrap()
-            .unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .unwrap();
+        client.wait_for_port(address, Deadline::after_secs(BOOT_LIMIT_SECS)).unwrap();
+        let stream = client.namespace().run(move || TcpStream::connect(address)).unwrap().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         Self(BufReader::new(stream))
     }
 
@@ -156,9 +133,7 @@ impl Racey {
     /// The whole output file.
     fn file(&mut self) -> Vec<u8> {
         let head = self.ask("file 0");
-        let length = head
-            .strip_prefix("bytes ")
-            .and_then(|text| text.parse().ok());
+        let length = head.strip_prefix("bytes ").and_then(|text| text.parse().ok());
         let mut bytes = vec![0; length.unwrap_or_else(|| panic!("racey said {head:?}"))];
         self.0.read_exact(&mut bytes).unwrap();
         bytes
@@ -174,10 +149,7 @@ fn racing_threads_stay_equal_and_go_on_where_they_were() {
     let mut racey = Racey::connect(&cluster);
     let start = Instant::now();
     while total(&cluster, &roles.leader, "verified") < SYNCVMS {
-        assert!(
-            start.elapsed() < Duration::from_secs(300),
-            "200 syncvms take too long"
-        );
+        assert!(start.elapsed() < Duration::from_secs(300), "200 syncvms take too long");
         cluster.ask(&roles.leader, &["sync", VM]).unwrap();
         racey.ask("status");
     }
@@ -185,11 +157,7 @@ fn racing_threads_stay_equal_and_go_on_where_they_were() {
 
     // What a client has read was covered by a syncvm, so whoever leads next has the same and goes on from there.
     let mut known = racey.file();
-    assert!(
-        known.len() > 100,
-        "racey has hardly begun: {} bytes",
-        known.len()
-    );
+    assert!(known.len() > 100, "racey has hardly begun: {} bytes", known.len());
     let mut goes_on = |how: &str| {
         let now = racey.file();
         let equal = known.iter().zip(&now).take_while(|(a, b)| a == b).count();
@@ -199,11 +167,7 @@ fn racing_threads_stay_equal_and_go_on_where_they_were() {
             known.len(),
             now.len()
         );
-        println!(
-            "{how}: {} bytes were known, {} are there now",
-            known.len(),
-            now.len()
-        );
+        println!("{how}: {} bytes were known, {} are there now", known.len(), now.len());
         known = now;
     };
     cluster.ask(&roles.leader, &["failover", VM]).unwrap();
@@ -223,11 +187,8 @@ fn ram_of(host: &Host) -> File {
     let ram = fds
         .map(|entry| entry.unwrap().path())
         .find(|path| {
-            std::fs::read_link(path).is_ok_and(|target| {
-                target
-                    .to_string_lossy()
-                    .starts_with("/memfd:memory-backend-memfd")
-            })
+            std::fs::read_link(path)
+                .is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:memory-backend-memfd"))
         })
         .expect("QEMU holds the guest's memory");
     File::options().read(true).write(true).open(ram).unwrap()
@@ -268,12 +229,9 @@ fn a_write_that_the_tracker_misses_is_found_and_repaired() {
     // It is refused, or answered by a later syncvm that has repaired the damage; the count tells.
     let answer = cluster.ask(&roles.leader, &["sync", VM]);
     println!("sync after the change: {answer:?}");
-    wait_until_every(
-        LOOK,
-        Deadline::after_secs(30),
-        "the difference to be found",
-        || (total(&cluster, &roles.leader, "diverged") > 0).then_some(()),
-    )
+    wait_until_every(LOOK, Deadline::after_secs(30), "the difference to be found", || {
+        (total(&cluster, &roles.leader, "diverged") > 0).then_some(())
+    })
     .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
 
     // A guest that is not what it should be is brought in again, all pages compared.
@@ -289,21 +247,15 @@ fn a_write_that_the_tracker_misses_is_found_and_repaired() {
 
 /// Waits until a syncvm is acknowledged: the leader may have said «protected» just before it lost its secondary.
 fn wait_synced(cluster: &Cluster, leader: &Host) {
-    wait_until_every(LOOK, Deadline::after_secs(60), "a syncvm", || {
-        cluster.ask(leader, &["sync", VM]).ok()
-    })
-    .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
+    wait_until_every(LOOK, Deadline::after_secs(60), "a syncvm", || cluster.ask(leader, &["sync", VM]).ok())
+        .unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
 }
 
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn without_a_tracker_the_same_change_is_simply_repaired() {
     let bed = Testbed::new().unwrap();
-    let cluster = cluster(
-        &bed,
-        Service::Redis,
-        &format!("{VERIFY}tracker = \"full\"\n"),
-    );
+    let cluster = cluster(&bed, Service::Redis, &format!("{VERIFY}tracker = \"full\"\n"));
     let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
     change_behind_the_trackers_back(&roles.secondary);
     let before = total(&cluster, &roles.leader, "verified");

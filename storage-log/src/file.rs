@@ -34,11 +34,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options {
-            segment_bytes: 64 << 20,
-            max_bytes: 4 << 30,
-            queue_bytes: 64 << 20,
-        }
+        Options { segment_bytes: 64 << 20, max_bytes: 4 << 30, queue_bytes: 64 << 20 }
     }
 }
 
@@ -67,22 +63,16 @@ impl FileLog {
         std::fs::create_dir_all(dir).map_err(|error| LogError::io("creating", dir, error))?;
         let dir_fd = File::open(dir).map_err(|error| LogError::io("opening", dir, error))?;
         // The lock lives as long as the writer, which owns this fd.
-        rustix::fs::flock(&dir_fd, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
-            match errno {
-                rustix::io::Errno::WOULDBLOCK => LogError::Locked {
-                    dir: dir.to_owned(),
-                },
-                other => LogError::io("locking", dir, other),
-            }
+        rustix::fs::flock(&dir_fd, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+            rustix::io::Errno::WOULDBLOCK => LogError::Locked { dir: dir.to_owned() },
+            other => LogError::io("locking", dir, other),
         })?;
         let scan = recovery::scan(dir)?;
         if scan.recovered.torn_bytes > 0 {
             let torn_bytes = scan.recovered.torn_bytes;
             tracing::info!(torn_bytes, dir = %dir.display(), "cut an unfinished write off the log");
         }
-        let shared = Arc::new(
-            Shared::new().map_err(|error| LogError::io("making an eventfd for", dir, error))?,
-        );
+        let shared = Arc::new(Shared::new().map_err(|error| LogError::io("making an eventfd for", dir, error))?);
         let writer = Writer::new(
             dir,
             dir_fd,
@@ -141,24 +131,15 @@ impl FileLog {
         }
         let mut bytes = self.kept.pop().unwrap_or_default();
         record::encode(&mut bytes, kind, index, view, parts);
-        self.shared
-            .queued_bytes
-            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.collected.push(Item {
-            bytes,
-            kind,
-            index,
-            ticket,
-        });
+        self.shared.queued_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.collected.push(Item { bytes, kind, index, ticket });
     }
 
     /// Collects buffers that the writer is done with.
     fn take_back(&mut self) {
         for mut batch in self.returns.try_iter() {
             for item in batch.drain(..) {
-                if self.kept.len() < MAX_KEPT_BUFFERS
-                    && item.bytes.capacity() <= MAX_KEPT_BUFFER_BYTES
-                {
+                if self.kept.len() < MAX_KEPT_BUFFERS && item.bytes.capacity() <= MAX_KEPT_BUFFER_BYTES {
                     self.kept.push(item.bytes);
                 }
             }
@@ -187,15 +168,9 @@ impl LogStore for FileLog {
         match record {
             Record::State(state) => self.collect(Kind::State, 0, 0, &[state], ticket),
             Record::Entry { index, view, parts } => {
-                assert!(
-                    self.range.accepts(index),
-                    "entry {index} would leave a gap, next is {:?}",
-                    self.range.next()
-                );
+                assert!(self.range.accepts(index), "entry {index} would leave a gap, next is {:?}", self.range.next());
                 if self.disk_bytes() + queued + need > self.options.max_bytes {
-                    return Err(LogError::LogFull {
-                        max_bytes: self.options.max_bytes,
-                    });
+                    return Err(LogError::LogFull { max_bytes: self.options.max_bytes });
                 }
                 self.collect(Kind::Entry, index, view, &parts, ticket);
                 self.range.set(index);
@@ -212,9 +187,7 @@ impl LogStore for FileLog {
         let items = std::mem::take(&mut self.collected);
         self.take_back();
         let commands = self.commands.as_ref().expect("only drop takes it");
-        commands
-            .send(items)
-            .expect("the writer lives until the log is dropped");
+        commands.send(items).expect("the writer lives until the log is dropped");
     }
 
     fn durable(&self) -> Ticket {

@@ -133,9 +133,7 @@ pub enum LogError {
     #[error("the log's write queue is full")]
     QueueFull,
     /// The log has its maximum size.
-    #[error(
-        "the log has reached its limit of {max_bytes} bytes: raise it, or see why entries are not released"
-    )]
+    #[error("the log has reached its limit of {max_bytes} bytes: raise it, or see why entries are not released")]
     LogFull {
         /// The limit.
         max_bytes: u64,
@@ -148,16 +146,8 @@ impl LogError {
         matches!(self, LogError::QueueFull | LogError::LogFull { .. })
     }
 
-    pub(crate) fn io(
-        action: &'static str,
-        path: impl Into<PathBuf>,
-        source: impl Into<io::Error>,
-    ) -> LogError {
-        LogError::Io {
-            action,
-            path: path.into(),
-            source: Arc::new(source.into()),
-        }
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>, source: impl Into<io::Error>) -> LogError {
+        LogError::Io { action, path: path.into(), source: Arc::new(source.into()) }
     }
 }
 
@@ -171,8 +161,7 @@ pub(crate) struct IndexRange {
 impl IndexRange {
     /// Whether an entry at `index` leaves no gap.
     pub fn accepts(self, index: u64) -> bool {
-        self.range
-            .is_none_or(|(_, last)| index <= last.saturating_add(1))
+        self.range.is_none_or(|(_, last)| index <= last.saturating_add(1))
     }
 
     /// Notes an entry that was accepted.
@@ -184,9 +173,7 @@ impl IndexRange {
     /// Notes a truncation.
     pub fn truncate(&mut self, through: u64) {
         self.range = self.range.filter(|&(_, last)| last > through);
-        self.range = self
-            .range
-            .map(|(first, last)| (first.max(through + 1), last));
+        self.range = self.range.map(|(first, last)| (first.max(through + 1), last));
     }
 
     /// The index behind the last entry, if there is an entry.

@@ -28,30 +28,15 @@ impl LogStore for MemoryLog {
     fn append(&mut self, record: Record<'_>) -> Result<Ticket, LogError> {
         match record {
             Record::State(state) => {
-                assert!(
-                    state.len() <= MAX_RECORD_BYTES,
-                    "a state of {} bytes",
-                    state.len()
-                );
+                assert!(state.len() <= MAX_RECORD_BYTES, "a state of {} bytes", state.len());
                 self.content.state = Some(state.to_vec());
             }
             Record::Entry { index, view, parts } => {
-                assert!(
-                    self.range.accepts(index),
-                    "entry {index} would leave a gap behind {:?}",
-                    self.range
-                );
+                assert!(self.range.accepts(index), "entry {index} would leave a gap behind {:?}", self.range);
                 let bytes = parts.concat();
-                assert!(
-                    bytes.len() <= MAX_RECORD_BYTES,
-                    "an entry of {} bytes",
-                    bytes.len()
-                );
+                assert!(bytes.len() <= MAX_RECORD_BYTES, "an entry of {} bytes", bytes.len());
                 self.range.set(index);
-                set_entry(
-                    &mut self.content.entries,
-                    StoredEntry { index, view, bytes },
-                );
+                set_entry(&mut self.content.entries, StoredEntry { index, view, bytes });
             }
         }
         self.appended += 1;

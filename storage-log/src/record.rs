@@ -50,10 +50,7 @@ impl SegmentId {
     /// The identity in a segment's first bytes, if they are whole and right.
     pub fn decode_header(bytes: &[u8]) -> Option<SegmentId> {
         let header = bytes.first_chunk::<SEGMENT_HEADER_BYTES>()?;
-        let id = SegmentId {
-            number: long(header, 8),
-            salt: long(header, 16),
-        };
+        let id = SegmentId { number: long(header, 8), salt: long(header, 16) };
         (id.encode_header() == *header).then_some(id)
     }
 
@@ -69,8 +66,7 @@ impl SegmentId {
 /// The number in a segment's file name.
 pub(crate) fn segment_number(file_name: &str) -> Option<u64> {
     let digits = file_name.strip_suffix(".log")?;
-    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit()))
-        .then(|| digits.parse().ok())?
+    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
 /// A record found in a segment.
@@ -93,10 +89,7 @@ impl Found<'_> {
 /// Writes a record whose place is not known yet into `buffer`, replacing its contents.
 pub(crate) fn encode(buffer: &mut Vec<u8>, kind: Kind, index: u64, view: u64, parts: &[&[u8]]) {
     let payload_bytes: usize = parts.iter().map(|part| part.len()).sum();
-    assert!(
-        payload_bytes <= MAX_RECORD_BYTES,
-        "a record of {payload_bytes} bytes"
-    );
+    assert!(payload_bytes <= MAX_RECORD_BYTES, "a record of {payload_bytes} bytes");
     buffer.clear();
     buffer.reserve(RECORD_HEADER_BYTES + payload_bytes);
     buffer.extend(RECORD_MAGIC);
@@ -123,15 +116,9 @@ pub(crate) fn place(record: &mut [u8], segment: SegmentId, offset: u64, commit: 
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub(crate) fn find(
-    bytes: &[u8],
-    segment: SegmentId,
-    offset: usize,
-) -> Result<Found<'_>, &'static str> {
+pub(crate) fn find(bytes: &[u8], segment: SegmentId, offset: usize) -> Result<Found<'_>, &'static str> {
     let rest = &bytes[offset..];
-    let header = rest
-        .first_chunk::<RECORD_HEADER_BYTES>()
-        .ok_or("the record's header is cut off")?;
+    let header = rest.first_chunk::<RECORD_HEADER_BYTES>().ok_or("the record's header is cut off")?;
     if header[0..4] != RECORD_MAGIC {
         return Err("no record begins here");
     }
@@ -139,9 +126,7 @@ pub(crate) fn find(
     if len > MAX_RECORD_BYTES {
         return Err("the record's length is impossible");
     }
-    let record = rest
-        .get(..RECORD_HEADER_BYTES + len)
-        .ok_or("the record is cut off")?;
+    let record = rest.get(..RECORD_HEADER_BYTES + len).ok_or("the record is cut off")?;
     if word(header, 8) != checksum(record, segment, offset as u64) {
         return Err("the record's checksum is wrong");
     }
@@ -182,10 +167,7 @@ fn long(bytes: &[u8], at: usize) -> u64 {
 mod tests {
     use super::*;
 
-    const SEGMENT: SegmentId = SegmentId {
-        number: 3,
-        salt: 99,
-    };
+    const SEGMENT: SegmentId = SegmentId { number: 3, salt: 99 };
 
     #[test]
     fn a_record_is_valid_only_in_its_place() {
@@ -195,47 +177,17 @@ mod tests {
         let mut bytes = vec![0; 5];
         bytes.extend(&record);
         let found = find(&bytes, SEGMENT, 5).unwrap();
-        assert_eq!(
-            (found.kind, found.index, found.view, found.commit),
-            (Kind::Entry, 7, 2, 1)
-        );
+        assert_eq!((found.kind, found.index, found.view, found.commit), (Kind::Entry, 7, 2, 1));
         assert_eq!((found.payload, found.size()), (&b"abc"[..], record.len()));
         assert!(find(&record, SEGMENT, 0).is_err(), "at another offset");
-        assert!(
-            find(
-                &bytes,
-                SegmentId {
-                    salt: 98,
-                    ..SEGMENT
-                },
-                5
-            )
-            .is_err(),
-            "in another log"
-        );
-        assert!(
-            find(
-                &bytes,
-                SegmentId {
-                    number: 4,
-                    ..SEGMENT
-                },
-                5
-            )
-            .is_err(),
-            "in another segment"
-        );
+        assert!(find(&bytes, SegmentId { salt: 98, ..SEGMENT }, 5).is_err(), "in another log");
+        assert!(find(&bytes, SegmentId { number: 4, ..SEGMENT }, 5).is_err(), "in another segment");
     }
 
     #[test]
     fn names_and_headers_come_back() {
         assert_eq!(segment_number(&SEGMENT.file_name()), Some(3));
-        for other in [
-            "lock",
-            "1.log",
-            "0000000000000000000x.log",
-            "99999999999999999999.log",
-        ] {
+        for other in ["lock", "1.log", "0000000000000000000x.log", "99999999999999999999.log"] {
             assert_eq!(segment_number(other), None, "{other}");
         }
         let header = SEGMENT.encode_header();

@@ -30,19 +30,9 @@ pub(crate) fn scan(dir: &Path) -> Result<Scan, LogError> {
     let numbers = list(dir)?;
     for pair in numbers.windows(2) {
         if pair[1] != pair[0] + 1 {
-            let file = dir.join(
-                SegmentId {
-                    number: pair[0] + 1,
-                    salt: 0,
-                }
-                .file_name(),
-            );
+            let file = dir.join(SegmentId { number: pair[0] + 1, salt: 0 }.file_name());
             let problem = "the file is missing while older and newer ones are there".to_owned();
-            return Err(LogError::Damaged {
-                file,
-                offset: 0,
-                problem,
-            });
+            return Err(LogError::Damaged { file, offset: 0, problem });
         }
     }
     for &number in &numbers {
@@ -69,20 +59,11 @@ fn scan_segment(dir: &Path, number: u64, is_last: bool, scan: &mut Scan) -> Resu
         // The header is synced before the first record is written.
         if is_last && bytes.len() <= SEGMENT_HEADER_BYTES {
             scan.recovered.torn_bytes += bytes.len() as u64;
-            return std::fs::remove_file(&path)
-                .map_err(|error| LogError::io("removing", &path, error));
+            return std::fs::remove_file(&path).map_err(|error| LogError::io("removing", &path, error));
         }
-        return Err(LogError::Damaged {
-            file: path,
-            offset: 0,
-            problem: "its header is wrong".to_owned(),
-        });
+        return Err(LogError::Damaged { file: path, offset: 0, problem: "its header is wrong".to_owned() });
     };
-    let mut info = SegmentInfo {
-        number,
-        bytes: 0,
-        last_index: None,
-    };
+    let mut info = SegmentInfo { number, bytes: 0, last_index: None };
     let mut offset = SEGMENT_HEADER_BYTES;
     while offset < bytes.len() {
         match record::find(&bytes, id, offset) {
@@ -96,11 +77,7 @@ fn scan_segment(dir: &Path, number: u64, is_last: bool, scan: &mut Scan) -> Resu
                 break;
             }
             Err(problem) => {
-                return Err(LogError::Damaged {
-                    file: path,
-                    offset: offset as u64,
-                    problem: problem.to_owned(),
-                });
+                return Err(LogError::Damaged { file: path, offset: offset as u64, problem: problem.to_owned() });
             }
         }
     }
@@ -127,19 +104,11 @@ fn apply(
             let index = found.index;
             if !scan.range.accepts(index) {
                 let problem = format!("entry {index} follows entry {:?}", scan.range);
-                return Err(LogError::Damaged {
-                    file: PathBuf::from(path),
-                    offset,
-                    problem,
-                });
+                return Err(LogError::Damaged { file: PathBuf::from(path), offset, problem });
             }
             scan.range.set(index);
             SegmentInfo::note_entry(&mut scan.segments, info, index);
-            let entry = StoredEntry {
-                index,
-                view: found.view,
-                bytes: found.payload.to_vec(),
-            };
+            let entry = StoredEntry { index, view: found.view, bytes: found.payload.to_vec() };
             set_entry(&mut scan.recovered.entries, entry);
         }
     }
@@ -149,8 +118,7 @@ fn apply(
 /// Whether a record behind the bad one at `bad` proves that the bad one had been synced.
 fn later_commit_follows(bytes: &[u8], id: SegmentId, bad: usize) -> bool {
     (bad + 1..bytes.len()).any(|at| {
-        record::may_begin(&bytes[at..])
-            && record::find(bytes, id, at).is_ok_and(|found| found.commit > bad as u64)
+        record::may_begin(&bytes[at..]) && record::find(bytes, id, at).is_ok_and(|found| found.commit > bad as u64)
     })
 }
 

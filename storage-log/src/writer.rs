@@ -32,17 +32,11 @@ pub(crate) struct SegmentInfo {
 
 impl SegmentInfo {
     /// Notes that an entry was written to `present`, which follows `older`.
-    pub fn note_entry<'a>(
-        older: impl IntoIterator<Item = &'a mut SegmentInfo>,
-        present: &mut SegmentInfo,
-        index: u64,
-    ) {
+    pub fn note_entry<'a>(older: impl IntoIterator<Item = &'a mut SegmentInfo>, present: &mut SegmentInfo, index: u64) {
         present.last_index = Some(index);
         for segment in older {
             // `None` for index 0: nothing in the older segments lives on.
-            segment.last_index = segment
-                .last_index
-                .and_then(|last| index.checked_sub(1).map(|i| last.min(i)));
+            segment.last_index = segment.last_index.and_then(|last| index.checked_sub(1).map(|i| last.min(i)));
         }
     }
 }
@@ -117,29 +111,13 @@ impl Writer {
             Some((present, id)) => {
                 let path = dir.join(id.file_name());
                 let file = File::options().write(true).open(&path);
-                (
-                    present,
-                    id,
-                    file.map_err(|error| LogError::io("opening", path, error))?,
-                )
+                (present, id, file.map_err(|error| LogError::io("opening", path, error))?)
             }
             None => create_segment(dir, &dir_fd, 1)?,
         };
         let bytes: u64 = older.iter().map(|segment| segment.bytes).sum();
-        shared
-            .disk_bytes
-            .store(bytes + present.bytes, Ordering::Relaxed);
-        Ok(Writer {
-            dir: dir.to_owned(),
-            dir_fd,
-            options,
-            shared,
-            older,
-            present,
-            id,
-            file,
-            state,
-        })
+        shared.disk_bytes.store(bytes + present.bytes, Ordering::Relaxed);
+        Ok(Writer { dir: dir.to_owned(), dir_fd, options, shared, older, present, id, file, state })
     }
 
     /// Works until the log is dropped. Batches go back through `returns` to be reused.
@@ -155,16 +133,11 @@ impl Writer {
             if self.shared.failed.get().is_none()
                 && let Err(error) = self.commit(&mut items)
             {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "the log has failed"
-                );
+                tracing::error!(error = &error as &dyn std::error::Error, "the log has failed");
                 let _ = self.shared.failed.set(error);
                 self.shared.signal();
             }
-            self.shared
-                .queued_bytes
-                .fetch_sub(bytes as u64, Ordering::Relaxed);
+            self.shared.queued_bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
             // The log is being dropped if nobody takes them back.
             let _ = returns.send(items);
         }
@@ -191,10 +164,7 @@ impl Writer {
         let mut offset = commit;
         for (i, item) in items.iter_mut().enumerate() {
             let end = offset + item.bytes.len() as u64;
-            if end > self.options.segment_bytes
-                && offset > SEGMENT_HEADER_BYTES as u64
-                && !self.is_fresh(offset)
-            {
+            if end > self.options.segment_bytes && offset > SEGMENT_HEADER_BYTES as u64 && !self.is_fresh(offset) {
                 return i;
             }
             record::place(&mut item.bytes, self.id, offset, commit);
@@ -205,10 +175,7 @@ impl Writer {
 
     /// Whether only the repeated state stands before `offset`; then rolling again would not help.
     fn is_fresh(&self, offset: u64) -> bool {
-        let state_bytes = self
-            .state
-            .as_ref()
-            .map_or(0, |state| record::RECORD_HEADER_BYTES + state.len());
+        let state_bytes = self.state.as_ref().map_or(0, |state| record::RECORD_HEADER_BYTES + state.len());
         offset <= (SEGMENT_HEADER_BYTES + state_bytes) as u64
     }
 
@@ -224,9 +191,7 @@ impl Writer {
                     state.clear();
                     state.extend_from_slice(&item.bytes[record::RECORD_HEADER_BYTES..]);
                 }
-                Kind::Entry => {
-                    SegmentInfo::note_entry(&mut self.older, &mut self.present, item.index)
-                }
+                Kind::Entry => SegmentInfo::note_entry(&mut self.older, &mut self.present, item.index),
                 Kind::Truncate => truncate_through = truncate_through.max(Some(item.index)),
             }
         }
@@ -244,42 +209,31 @@ impl Writer {
 
     fn write_and_sync(&mut self, buffers: &[&[u8]]) -> Result<(), LogError> {
         let path = || self.dir.join(self.id.file_name());
-        let mut slices: Vec<IoSlice<'_>> =
-            buffers.iter().map(|buffer| IoSlice::new(buffer)).collect();
+        let mut slices: Vec<IoSlice<'_>> = buffers.iter().map(|buffer| IoSlice::new(buffer)).collect();
         let mut rest = slices.as_mut_slice();
         while !rest.is_empty() {
             let batch = &rest[..rest.len().min(MAX_SLICES)];
             match rustix::io::pwritev(&self.file, batch, self.present.bytes) {
                 Ok(0) => {
-                    return Err(LogError::io(
-                        "writing",
-                        path(),
-                        std::io::ErrorKind::WriteZero,
-                    ));
+                    return Err(LogError::io("writing", path(), std::io::ErrorKind::WriteZero));
                 }
                 Ok(written) => {
                     self.present.bytes += written as u64;
-                    self.shared
-                        .disk_bytes
-                        .fetch_add(written as u64, Ordering::Relaxed);
+                    self.shared.disk_bytes.fetch_add(written as u64, Ordering::Relaxed);
                     IoSlice::advance_slices(&mut rest, written);
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(LogError::io("writing", path(), error)),
             }
         }
-        rustix::fs::fdatasync(self.file.as_fd())
-            .map_err(|error| LogError::io("syncing", path(), error))
+        rustix::fs::fdatasync(self.file.as_fd()).map_err(|error| LogError::io("syncing", path(), error))
     }
 
     /// Starts the next segment. The present one is synced, as each write is.
     fn roll(&mut self) -> Result<(), LogError> {
         let (present, id, file) = create_segment(&self.dir, &self.dir_fd, self.present.number + 1)?;
-        self.shared
-            .disk_bytes
-            .fetch_add(present.bytes, Ordering::Relaxed);
-        self.older
-            .push_back(std::mem::replace(&mut self.present, present));
+        self.shared.disk_bytes.fetch_add(present.bytes, Ordering::Relaxed);
+        self.older.push_back(std::mem::replace(&mut self.present, present));
         self.id = id;
         self.file = file;
         if let Some(state) = self.state.take() {
@@ -297,21 +251,11 @@ impl Writer {
         while let Some(oldest) = self.older.front()
             && oldest.last_index.is_none_or(|last| last <= through)
         {
-            let path = self.dir.join(
-                SegmentId {
-                    number: oldest.number,
-                    salt: 0,
-                }
-                .file_name(),
-            );
+            let path = self.dir.join(SegmentId { number: oldest.number, salt: 0 }.file_name());
             std::fs::remove_file(&path).map_err(|error| LogError::io("removing", &path, error))?;
             // One by one: a crash must not leave an older segment without its successor.
-            self.dir_fd
-                .sync_all()
-                .map_err(|error| LogError::io("syncing", &self.dir, error))?;
-            self.shared
-                .disk_bytes
-                .fetch_sub(oldest.bytes, Ordering::Relaxed);
+            self.dir_fd.sync_all().map_err(|error| LogError::io("syncing", &self.dir, error))?;
+            self.shared.disk_bytes.fetch_sub(oldest.bytes, Ordering::Relaxed);
             self.older.pop_front();
         }
         Ok(())
@@ -319,18 +263,11 @@ impl Writer {
 }
 
 /// Makes an empty segment; it and its name are durable before a record goes in.
-fn create_segment(
-    dir: &Path,
-    dir_fd: &File,
-    number: u64,
-) -> Result<(SegmentInfo, SegmentId, File), LogError> {
+fn create_segment(dir: &Path, dir_fd: &File, number: u64) -> Result<(SegmentInfo, SegmentId, File), LogError> {
     let create = |path: &Path| -> std::io::Result<(SegmentId, File)> {
         let mut salt = [0; 8];
         std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut salt)?;
-        let id = SegmentId {
-            number,
-            salt: u64::from_le_bytes(salt),
-        };
+        let id = SegmentId { number, salt: u64::from_le_bytes(salt) };
         let file = File::options().write(true).create_new(true).open(path)?;
         std::os::unix::fs::FileExt::write_all_at(&file, &id.encode_header(), 0)?;
         file.sync_all()?;
@@ -339,13 +276,5 @@ fn create_segment(
     };
     let path = dir.join(SegmentId { number, salt: 0 }.file_name());
     let (id, file) = create(&path).map_err(|error| LogError::io("creating", path, error))?;
-    Ok((
-        SegmentInfo {
-            number,
-            bytes: SEGMENT_HEADER_BYTES as u64,
-            last_index: None,
-        },
-        id,
-        file,
-    ))
+    Ok((SegmentInfo { number, bytes: SEGMENT_HEADER_BYTES as u64, last_index: None }, id, file))
 }

@@ -24,14 +24,8 @@ impl DirtySet {
     /// When `pages` does not fit a [`PageNumber`].
     #[must_use]
     pub fn new(pages: usize) -> Self {
-        assert!(
-            pages <= u32::MAX as usize,
-            "{pages} pages exceed a PageNumber"
-        );
-        Self {
-            pages,
-            words: vec![0; pages.div_ceil(WORD_BITS)],
-        }
+        assert!(pages <= u32::MAX as usize, "{pages} pages exceed a PageNumber");
+        Self { pages, words: vec![0; pages.div_ceil(WORD_BITS)] }
     }
 
     /// The set of all `pages` pages.
@@ -53,11 +47,7 @@ impl DirtySet {
     /// # Panics
     /// When the page lies beyond the RAM file.
     pub fn insert(&mut self, page: PageNumber) {
-        assert!(
-            page.index() < self.pages,
-            "{page} is beyond {} pages",
-            self.pages
-        );
+        assert!(page.index() < self.pages, "{page} is beyond {} pages", self.pages);
         self.words[page.index() / WORD_BITS] |= 1 << (page.index() % WORD_BITS);
     }
 
@@ -67,11 +57,7 @@ impl DirtySet {
     /// When the range leaves the RAM file.
     pub fn insert_range(&mut self, first: usize, count: usize) {
         let end = first.checked_add(count).expect("page range overflows");
-        assert!(
-            end <= self.pages,
-            "pages {first}..{end} are beyond {}",
-            self.pages
-        );
+        assert!(end <= self.pages, "pages {first}..{end} are beyond {}", self.pages);
         let mut at = first;
         while at < end {
             let bit = at % WORD_BITS;
@@ -86,10 +72,7 @@ impl DirtySet {
     /// # Panics
     /// When the sizes differ.
     pub fn union_with(&mut self, other: &Self) {
-        assert_eq!(
-            self.pages, other.pages,
-            "dirty sets of different guests meet"
-        );
+        assert_eq!(self.pages, other.pages, "dirty sets of different guests meet");
         for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
             *mine |= theirs;
         }
@@ -100,10 +83,7 @@ impl DirtySet {
     /// # Panics
     /// When the sizes differ.
     pub fn copy_from(&mut self, other: &Self) {
-        assert_eq!(
-            self.pages, other.pages,
-            "dirty sets of different guests meet"
-        );
+        assert_eq!(self.pages, other.pages, "dirty sets of different guests meet");
         self.words.copy_from_slice(&other.words);
     }
 
@@ -120,17 +100,13 @@ impl DirtySet {
     /// Whether `page` is in the set; `false` beyond the RAM file.
     #[must_use]
     pub fn contains(&self, page: PageNumber) -> bool {
-        page.index() < self.pages
-            && self.words[page.index() / WORD_BITS] >> (page.index() % WORD_BITS) & 1 == 1
+        page.index() < self.pages && self.words[page.index() / WORD_BITS] >> (page.index() % WORD_BITS) & 1 == 1
     }
 
     /// How many pages are in the set.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.words
-            .iter()
-            .map(|word| word.count_ones() as usize)
-            .sum()
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
     /// Whether no page is in the set.
@@ -267,9 +243,7 @@ mod tests {
         DirtySet::all(1 << 20).encode(&mut wire);
         assert!(wire.len() < 20, "{}", wire.len());
         let mut dense = DirtySet::new(4096);
-        (0..4096)
-            .step_by(2)
-            .for_each(|page| dense.insert(PageNumber(page)));
+        (0..4096).step_by(2).for_each(|page| dense.insert(PageNumber(page)));
         wire.clear();
         dense.encode(&mut wire);
         assert_eq!(wire.len(), 9 + 512, "raw words win");

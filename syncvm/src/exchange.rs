@@ -41,12 +41,7 @@ pub trait Channel {
     /// # Errors
     /// When it could not be handed over completely by `deadline`, or the peer is gone. The message may or
     /// may not have arrived then.
-    fn send(
-        &mut self,
-        kind: u16,
-        parts: &[IoSlice<'_>],
-        deadline: Instant,
-    ) -> Result<(), ChannelError>;
+    fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], deadline: Instant) -> Result<(), ChannelError>;
 
     /// Receives the next message into `buf` (replacing its content) and returns its kind.
     ///
@@ -140,12 +135,7 @@ pub trait Observer {
 }
 
 impl<T: Channel + ?Sized> Channel for &mut T {
-    fn send(
-        &mut self,
-        kind: u16,
-        parts: &[IoSlice<'_>],
-        deadline: Instant,
-    ) -> Result<(), ChannelError> {
+    fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], deadline: Instant) -> Result<(), ChannelError> {
         (**self).send(kind, parts, deadline)
     }
     fn recv(&mut self, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, ChannelError> {
@@ -189,10 +179,7 @@ impl ExchangeConfig {
     }
 
     pub(crate) fn deadlines(&self) -> Deadlines {
-        Deadlines {
-            end: Instant::now() + self.total_timeout,
-            silence: self.silence_timeout,
-        }
+        Deadlines { end: Instant::now() + self.total_timeout, silence: self.silence_timeout }
     }
 }
 

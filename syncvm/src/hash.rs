@@ -95,9 +95,7 @@ impl FromStr for HashKind {
         match name {
             "city128" => Ok(Self::City128),
             "xxh3-128" => Ok(Self::Xxh3_128),
-            _ => Err(format!(
-                "no page hash named {name:?}; use city128 or xxh3-128"
-            )),
+            _ => Err(format!("no page hash named {name:?}; use city128 or xxh3-128")),
         }
     }
 }

@@ -16,10 +16,7 @@ pub struct IdleConfig {
 
 impl Default for IdleConfig {
     fn default() -> Self {
-        Self {
-            threshold_us: 100,
-            max_busy_fraction: 0.05,
-        }
+        Self { threshold_us: 100, max_busy_fraction: 0.05 }
     }
 }
 
@@ -47,11 +44,7 @@ impl IdleDetector {
     /// A detector that knows nothing yet.
     #[must_use]
     pub fn new(config: IdleConfig) -> Self {
-        Self {
-            config,
-            window: None,
-            verdict: Activity::Unknown,
-        }
+        Self { config, window: None, verdict: Activity::Unknown }
     }
 
     /// Forgets all samples, for example after the guest was stopped and resumed.

@@ -37,8 +37,7 @@ impl fmt::Display for PageNumber {
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {
     // Blocks without an early exit inside vectorise; the exit between blocks makes the usual page cheap.
-    page.chunks(256)
-        .all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
+    page.chunks(256).all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
 }
 
 #[cfg(test)]

@@ -38,11 +38,7 @@ impl Pairing {
     /// A pairing with a peer of which nothing is known: every page may differ.
     #[must_use]
     pub fn fresh(pages: usize) -> Self {
-        Self {
-            basis: None,
-            pending: DirtySet::all(pages),
-            in_flight: DirtySet::new(pages),
-        }
+        Self { basis: None, pending: DirtySet::all(pages), in_flight: DirtySet::new(pages) }
     }
 
     /// How many pages the RAM file has.
@@ -124,11 +120,7 @@ mod tests {
     use crate::page::PageNumber;
 
     fn basis(number: u64) -> Basis {
-        Basis {
-            view: 1,
-            number,
-            round: 0,
-        }
+        Basis { view: 1, number, round: 0 }
     }
 
     #[test]
@@ -145,11 +137,7 @@ mod tests {
         pairing.pending().insert(PageNumber(3));
         pairing.commit();
         assert_eq!(pairing.pending_count(), 1, "written after the harvest");
-        assert_eq!(
-            pairing.basis(),
-            Some(basis(1)),
-            "only full coverage moves it"
-        );
+        assert_eq!(pairing.basis(), Some(basis(1)), "only full coverage moves it");
         pairing.forget_peer();
         assert!(pairing.basis().is_none() && pairing.pending().is_all());
     }

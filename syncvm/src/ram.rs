@@ -25,9 +25,7 @@ pub enum RamError {
     #[error("cannot read the size of the guest's RAM file")]
     Stat(#[source] io::Error),
     /// Not a whole number of pages, empty, or beyond 16 TiB.
-    #[error(
-        "the guest's RAM file has {bytes} bytes; it must be a positive multiple of {PAGE_BYTES} below 16 TiB"
-    )]
+    #[error("the guest's RAM file has {bytes} bytes; it must be a positive multiple of {PAGE_BYTES} below 16 TiB")]
     Size {
         /// The file's size.
         bytes: u64,
@@ -109,8 +107,7 @@ impl GuestRam {
         if bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES as u64) || pages > u64::from(u32::MAX) {
             return Err(RamError::Size { bytes });
         }
-        let sparse =
-            rustix::fs::fstatfs(&fd).is_ok_and(|file_system| file_system.f_type == TMPFS_MAGIC);
+        let sparse = rustix::fs::fstatfs(&fd).is_ok_and(|file_system| file_system.f_type == TMPFS_MAGIC);
         // SAFETY: a new mapping at an address of the kernel's choice; fd is open and the length is the file's.
         let base = unsafe {
             libc::mmap(
@@ -123,22 +120,10 @@ impl GuestRam {
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(RamError::Map {
-                bytes,
-                source: io::Error::last_os_error(),
-            });
+            return Err(RamError::Map { bytes, source: io::Error::last_os_error() });
         }
-        let base =
-            NonNull::new(base.cast::<u8>()).expect("mmap never returns null without MAP_FIXED");
-        Ok(Self {
-            mapping: Arc::new(Mapping {
-                base,
-                bytes: bytes as usize,
-                fd,
-            }),
-            pages: pages as usize,
-            sparse,
-        })
+        let base = NonNull::new(base.cast::<u8>()).expect("mmap never returns null without MAP_FIXED");
+        Ok(Self { mapping: Arc::new(Mapping { base, bytes: bytes as usize, fd }), pages: pages as usize, sparse })
     }
 
     /// The first page at or after `from` that has memory behind it (`pages()` if none has). The pages before it
@@ -210,11 +195,7 @@ impl GuestRam {
     }
 
     fn page_pointer(&self, page: PageNumber) -> *mut u8 {
-        assert!(
-            page.index() < self.pages,
-            "{page} is beyond {} pages",
-            self.pages
-        );
+        assert!(page.index() < self.pages, "{page} is beyond {} pages", self.pages);
         // SAFETY: the offset is below pages * PAGE_BYTES, which is the length of the mapping.
         unsafe { self.mapping.base.as_ptr().add(page.file_offset()) }
     }
@@ -251,25 +232,14 @@ mod tests {
 
     #[test]
     fn wrong_sizes_are_refused() {
-        assert!(matches!(
-            GuestRam::new(memfd(0), None),
-            Err(RamError::Size { bytes: 0 })
-        ));
-        assert!(matches!(
-            GuestRam::new(memfd(5000), None),
-            Err(RamError::Size { .. })
-        ));
-        assert!(matches!(
-            GuestRam::new(memfd(8192), Some(4096)),
-            Err(RamError::Length { .. })
-        ));
+        assert!(matches!(GuestRam::new(memfd(0), None), Err(RamError::Size { bytes: 0 })));
+        assert!(matches!(GuestRam::new(memfd(5000), None), Err(RamError::Size { .. })));
+        assert!(matches!(GuestRam::new(memfd(8192), Some(4096)), Err(RamError::Length { .. })));
     }
 
     #[test]
     #[should_panic(expected = "beyond 1 pages")]
     fn a_page_beyond_the_file_is_a_bug() {
-        GuestRam::new(memfd(4096), None)
-            .unwrap()
-            .zero_page(PageNumber(1));
+        GuestRam::new(memfd(4096), None).unwrap().zero_page(PageNumber(1));
     }
 }

@@ -12,8 +12,7 @@
 use std::time::{Duration, Instant};
 
 use crate::exchange::{
-    BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Link, Observer, Phase,
-    Standing, SyncError,
+    BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Link, Observer, Phase, Standing, SyncError,
 };
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::ram::GuestRam;
@@ -69,13 +68,7 @@ pub enum RoundsEnd {
 impl RejoinPolicy {
     /// Whether to end after `rounds` rounds, with `left` pages to do and `before` pages done in the last one.
     #[must_use]
-    pub fn decide(
-        &self,
-        rounds: u32,
-        elapsed: Duration,
-        left: usize,
-        before: usize,
-    ) -> Option<RoundsEnd> {
+    pub fn decide(&self, rounds: u32, elapsed: Duration, left: usize, before: usize) -> Option<RoundsEnd> {
         if rounds == 0 {
             // A joiner is only worth a stop after it has been given every page once.
             None
@@ -148,10 +141,7 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
     policy: &RejoinPolicy,
 ) -> Result<RejoinReport, SyncError> {
     let start = Instant::now();
-    let deadlines = Deadlines {
-        end: start + policy.give_up_after,
-        silence: ctx.config.silence_timeout,
-    };
+    let deadlines = Deadlines { end: start + policy.give_up_after, silence: ctx.config.silence_timeout };
     let mut report = RejoinReport::default();
     let mut before = usize::MAX;
     loop {
@@ -162,8 +152,7 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
                 let target = policy.target_pages;
                 return Err(SyncError::NotConverging { left, target });
             }
-            ctx.link
-                .send(header, Kind::RoundsDone, &[], deadlines.next())?;
+            ctx.link.send(header, Kind::RoundsDone, &[], deadlines.next())?;
             report.left_pages = left;
             report.end = Some(end);
             break;
@@ -181,9 +170,7 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
 }
 
 /// Harvests a running guest; with a tracker that cannot, the guest is stopped for the moment it takes.
-fn live_harvest<G: Guest, C: Channel, O: Observer>(
-    ctx: &mut LeaderContext<G, C, O>,
-) -> Result<(), SyncError> {
+fn live_harvest<G: Guest, C: Channel, O: Observer>(ctx: &mut LeaderContext<G, C, O>) -> Result<(), SyncError> {
     if !ctx.guest.harvest_needs_stop() {
         return ctx.harvest();
     }
@@ -205,28 +192,22 @@ fn lead_round<G: Guest, C: Channel, O: Observer>(
     let pages: Vec<PageNumber> = ctx.pairing.open(header.basis()).iter().collect();
     let terms = ctx.terms();
     let set = ctx.pairing.in_flight();
-    ctx.link
-        .send_set(header, Kind::RoundSet, &terms, set, deadlines)?;
+    ctx.link.send_set(header, Kind::RoundSet, &terms, set, deadlines)?;
     for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
         let mut divergent = Vec::new();
         ctx.compare_batch(header, deadlines, batch, Kind::Hashes, &mut divergent)?;
         ctx.outgoing.copy_pages(ctx.guest.ram(), &divergent);
         let mut checksum = Checksum::default();
         let link = &mut ctx.link;
-        ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| {
-            link.send(header, kind, parts, deadlines.next())
-        })?;
+        ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| link.send(header, kind, parts, deadlines.next()))?;
         let value = checksum.value().to_le_bytes();
-        ctx.link
-            .send(header, Kind::BatchEnd, &[&value], deadlines.next())?;
+        ctx.link.send(header, Kind::BatchEnd, &[&value], deadlines.next())?;
         report.sent_pages += divergent.len() as u64;
         report.compared_pages += batch.len() as u64;
         let done = index * BATCH_PAGES + batch.len();
-        ctx.observer
-            .progress(header.round & 0xffff, done, pages.len());
+        ctx.observer.progress(header.round & 0xffff, done, pages.len());
     }
-    ctx.link
-        .expect(header, Kind::RoundAck, "the end of the round", deadlines)?;
+    ctx.link.expect(header, Kind::RoundAck, "the end of the round", deadlines)?;
     ctx.pairing.commit();
     Ok(())
 }
@@ -242,17 +223,13 @@ pub fn follow_rejoin<G: Guest, C: Channel, O: Observer>(
 ) -> Result<RejoinReport, SyncError> {
     ctx.link.reset_counts();
     let start = Instant::now();
-    let deadlines = Deadlines {
-        end: start + give_up_after,
-        silence: ctx.config.silence_timeout,
-    };
+    let deadlines = Deadlines { end: start + give_up_after, silence: ctx.config.silence_timeout };
     let mut report = loop {
         let mut header = first_round(ctx, &deadlines)?;
         match follow_rounds(ctx, &mut header, &deadlines) {
             Ok(report) => break report,
             // That was an attempt which the leader has given up already.
-            Err(SyncError::Superseded { view, .. })
-                if view == ctx.view && ctx.link.kept(is_first_round) => {}
+            Err(SyncError::Superseded { view, .. }) if view == ctx.view && ctx.link.kept(is_first_round) => {}
             Err(error) => {
                 ctx.link.send_abort(&header, &error);
                 return Err(error);
@@ -293,10 +270,7 @@ fn first_round<G: Guest, C: Channel, O: Observer>(
         let (kind, header) = ctx.link.recv_any(ctx.config.group, deadline)?;
         if header.view > ctx.view {
             ctx.link.put_back(kind);
-            return Err(SyncError::Superseded {
-                view: header.view,
-                number: header.number,
-            });
+            return Err(SyncError::Superseded { view: header.view, number: header.number });
         }
         if header.view == ctx.view && is_first_round(kind, &header) {
             ctx.link.put_back(kind);
@@ -321,9 +295,7 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
     }
     ctx.link.put_back(kind);
     let terms = ctx.terms();
-    let (leader, set) = ctx
-        .link
-        .recv_set(header, Kind::RoundSet, &terms, deadlines)?;
+    let (leader, set) = ctx.link.recv_set(header, Kind::RoundSet, &terms, deadlines)?;
     if header.round & 0xffff == 0 {
         begin_joining(ctx, &leader, set.is_all())?;
     } else if set.is_all() {
@@ -337,11 +309,9 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
         report.sent_pages += take_batch(&mut ctx.link, header, deadlines, &ram, batch)?;
         report.compared_pages += batch.len() as u64;
         let done = index * BATCH_PAGES + batch.len();
-        ctx.observer
-            .progress(header.round & 0xffff, done, pages.len());
+        ctx.observer.progress(header.round & 0xffff, done, pages.len());
     }
-    ctx.link
-        .send(header, Kind::RoundAck, &[], deadlines.next())?;
+    ctx.link.send(header, Kind::RoundAck, &[], deadlines.next())?;
     Ok(true)
 }
 
@@ -352,11 +322,7 @@ fn begin_joining<G: Guest, C: Channel, O: Observer>(
     covers_all: bool,
 ) -> Result<(), SyncError> {
     if !covers_all {
-        return Err(WireError::Value {
-            field: "first round (it does not cover every page)",
-            value: 0,
-        }
-        .into());
+        return Err(WireError::Value { field: "first round (it does not cover every page)", value: 0 }.into());
     }
     ctx.guest.stop()?;
     ctx.lose_guest();
@@ -392,17 +358,10 @@ fn take_batch<C: Channel>(
                     return Ok(written);
                 }
                 let announced = crate::wire::Reader(body).u64("checksum")?;
-                return Err(TransferError::Checksum {
-                    announced,
-                    received,
-                }
-                .into());
+                return Err(TransferError::Checksum { announced, received }.into());
             }
             got => {
-                return Err(SyncError::Unexpected {
-                    got,
-                    wanted: "pages of the round",
-                });
+                return Err(SyncError::Unexpected { got, wanted: "pages of the round" });
             }
         }
     }

@@ -24,12 +24,7 @@ pub struct SlotConfig {
 
 impl Default for SlotConfig {
     fn default() -> Self {
-        Self {
-            guard_pressure_fraction: 0.75,
-            max_hold_us: 50_000,
-            max_slot_us: 100_000,
-            idle_max_slot_us: 1_000_000,
-        }
+        Self { guard_pressure_fraction: 0.75, max_hold_us: 50_000, max_slot_us: 100_000, idle_max_slot_us: 1_000_000 }
     }
 }
 
@@ -101,10 +96,7 @@ impl SlotPolicy {
         // The frame leaves only after the syncvm, so start early by what the last one took; but never
         // promise more than half the bound, or a costly syncvm would make slots of no length.
         let lead_us = now.last_sync_cost_us.min(self.config.max_hold_us / 2);
-        if now
-            .oldest_frame_age_us
-            .is_some_and(|age| age.saturating_add(lead_us) >= self.config.max_hold_us)
-        {
+        if now.oldest_frame_age_us.is_some_and(|age| age.saturating_add(lead_us) >= self.config.max_hold_us) {
             return Some(SlotEnd::OldestFrame);
         }
         let idle = now.activity == Activity::Idle && now.pending_inputs == 0;
@@ -141,42 +133,19 @@ mod tests {
     #[test]
     fn an_untouched_idle_guest_rests_until_the_long_limit() {
         assert_eq!(decide(QUIET), None);
-        assert_eq!(
-            decide(SlotSnapshot {
-                slot_age_us: 999_999,
-                ..QUIET
-            }),
-            None
-        );
-        let end = decide(SlotSnapshot {
-            slot_age_us: 1_000_000,
-            ..QUIET
-        });
+        assert_eq!(decide(SlotSnapshot { slot_age_us: 999_999, ..QUIET }), None);
+        let end = decide(SlotSnapshot { slot_age_us: 1_000_000, ..QUIET });
         assert_eq!(end, Some(SlotEnd::MaxLength));
     }
 
     #[test]
     fn idle_ends_the_slot_when_there_is_something_to_gain() {
-        let held = SlotSnapshot {
-            oldest_frame_age_us: Some(5),
-            guard_bytes: 60,
-            ..QUIET
-        };
+        let held = SlotSnapshot { oldest_frame_age_us: Some(5), guard_bytes: 60, ..QUIET };
         assert_eq!(decide(held), Some(SlotEnd::Idle));
-        let consumed = SlotSnapshot {
-            consumed_inputs: 1,
-            ..QUIET
-        };
+        let consumed = SlotSnapshot { consumed_inputs: 1, ..QUIET };
         assert_eq!(decide(consumed), Some(SlotEnd::Idle));
-        let more_to_come = SlotSnapshot {
-            pending_inputs: 1,
-            ..held
-        };
-        assert_eq!(
-            decide(more_to_come),
-            None,
-            "not idle with inputs on the way"
-        );
+        let more_to_come = SlotSnapshot { pending_inputs: 1, ..held };
+        assert_eq!(decide(more_to_come), None, "not idle with inputs on the way");
         for activity in [Activity::Busy, Activity::Unknown] {
             assert_eq!(decide(SlotSnapshot { activity, ..held }), None);
         }
@@ -184,48 +153,17 @@ mod tests {
 
     #[test]
     fn a_busy_guest_cannot_postpone_the_end() {
-        let busy = SlotSnapshot {
-            activity: Activity::Busy,
-            pending_inputs: 9,
-            ..QUIET
-        };
-        assert_eq!(
-            decide(SlotSnapshot {
-                slot_age_us: 100_000,
-                ..busy
-            }),
-            Some(SlotEnd::MaxLength)
-        );
-        let aged = SlotSnapshot {
-            oldest_frame_age_us: Some(45_000),
-            guard_bytes: 1,
-            ..busy
-        };
-        assert_eq!(
-            decide(aged),
-            Some(SlotEnd::OldestFrame),
-            "45 ms + 5 ms of syncvm"
-        );
-        let younger = SlotSnapshot {
-            oldest_frame_age_us: Some(44_999),
-            ..aged
-        };
+        let busy = SlotSnapshot { activity: Activity::Busy, pending_inputs: 9, ..QUIET };
+        assert_eq!(decide(SlotSnapshot { slot_age_us: 100_000, ..busy }), Some(SlotEnd::MaxLength));
+        let aged = SlotSnapshot { oldest_frame_age_us: Some(45_000), guard_bytes: 1, ..busy };
+        assert_eq!(decide(aged), Some(SlotEnd::OldestFrame), "45 ms + 5 ms of syncvm");
+        let younger = SlotSnapshot { oldest_frame_age_us: Some(44_999), ..aged };
         assert_eq!(decide(younger), None);
-        let costly = SlotSnapshot {
-            last_sync_cost_us: 1_000_000,
-            ..younger
-        };
+        let costly = SlotSnapshot { last_sync_cost_us: 1_000_000, ..younger };
         assert_eq!(decide(costly), Some(SlotEnd::OldestFrame));
-        let fresh = SlotSnapshot {
-            oldest_frame_age_us: Some(24_999),
-            ..costly
-        };
+        let fresh = SlotSnapshot { oldest_frame_age_us: Some(24_999), ..costly };
         assert_eq!(decide(fresh), None, "half the bound is always left");
-        let full = SlotSnapshot {
-            guard_bytes: 750,
-            oldest_frame_age_us: Some(0),
-            ..busy
-        };
+        let full = SlotSnapshot { guard_bytes: 750, oldest_frame_age_us: Some(0), ..busy };
         assert_eq!(decide(full), Some(SlotEnd::GuardPressure));
     }
 }

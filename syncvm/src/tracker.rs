@@ -131,9 +131,7 @@ impl FromStr for TrackerKind {
             "uffd" => Ok(Self::Uffd),
             "soft-dirty" => Ok(Self::SoftDirty),
             "full" => Ok(Self::Full),
-            _ => Err(format!(
-                "no dirty tracker named {name:?}; use uffd, soft-dirty or full"
-            )),
+            _ => Err(format!("no dirty tracker named {name:?}; use uffd, soft-dirty or full")),
         }
     }
 }
@@ -145,11 +143,7 @@ pub struct FullTracker;
 impl DirtyTracker for FullTracker {
     fn harvest(&mut self, into: &mut DirtySet) -> Result<HarvestStats, TrackerError> {
         into.fill();
-        Ok(HarvestStats {
-            pages: into.pages(),
-            ranges: 1,
-            calls: 0,
-        })
+        Ok(HarvestStats { pages: into.pages(), ranges: 1, calls: 0 })
     }
 
     fn kind(&self) -> TrackerKind {
@@ -190,13 +184,7 @@ pub struct Choice {
 /// # Errors
 /// When the forced tracker does not work; without `force` the full tracker always does.
 pub fn choose(candidates: Candidates<'_>) -> Result<(Box<dyn DirtyTracker>, Choice), TrackerError> {
-    let Candidates {
-        pid,
-        ram,
-        pages,
-        uffd,
-        force,
-    } = candidates;
+    let Candidates { pid, ram, pages, uffd, force } = candidates;
     let mut missing = Vec::new();
     let wanted = |kind| force.is_none_or(|forced| forced == kind);
     if wanted(TrackerKind::Uffd) {
@@ -218,12 +206,7 @@ pub fn choose(candidates: Candidates<'_>) -> Result<(Box<dyn DirtyTracker>, Choi
     Err(TrackerError::Unavailable { kind, why })
 }
 
-fn try_uffd(
-    pid: u32,
-    ram: BorrowedFd<'_>,
-    pages: usize,
-    uffd: Option<OwnedFd>,
-) -> Result<UffdTracker, TrackerError> {
+fn try_uffd(pid: u32, ram: BorrowedFd<'_>, pages: usize, uffd: Option<OwnedFd>) -> Result<UffdTracker, TrackerError> {
     let uffd = uffd.ok_or_else(|| TrackerError::Unavailable {
         kind: TrackerKind::Uffd,
         why: "the agent handed over no userfaultfd".into(),
@@ -231,11 +214,7 @@ fn try_uffd(
     UffdTracker::new(uffd, pid, &find_mappings(pid, ram)?, pages)
 }
 
-fn try_soft_dirty(
-    pid: u32,
-    ram: BorrowedFd<'_>,
-    pages: usize,
-) -> Result<SoftDirtyTracker, TrackerError> {
+fn try_soft_dirty(pid: u32, ram: BorrowedFd<'_>, pages: usize) -> Result<SoftDirtyTracker, TrackerError> {
     if !soft_dirty::supported() {
         return Err(TrackerError::Unavailable {
             kind: TrackerKind::SoftDirty,
@@ -253,13 +232,9 @@ fn chosen(
     let kind = tracker.kind();
     let mut reason = match (force, kind) {
         (Some(_), _) => "asked for by the configuration".to_string(),
-        (None, TrackerKind::Uffd) => {
-            "the kernel has asynchronous write protection and PAGEMAP_SCAN".into()
-        }
+        (None, TrackerKind::Uffd) => "the kernel has asynchronous write protection and PAGEMAP_SCAN".into(),
         (None, TrackerKind::SoftDirty) => "the kernel has soft-dirty bits".into(),
-        (None, TrackerKind::Full) => {
-            "nothing else works, so all of RAM is hashed every time".into()
-        }
+        (None, TrackerKind::Full) => "nothing else works, so all of RAM is hashed every time".into(),
     };
     for (kind, why) in missing {
         reason.push_str(&format!("; not {kind}: {why}"));

@@ -136,20 +136,11 @@ impl Header {
             0 => Scope::Rejoin,
             1 => Scope::Sync,
             other => {
-                return Err(WireError::Value {
-                    field: "scope",
-                    value: other.into(),
-                });
+                return Err(WireError::Value { field: "scope", value: other.into() });
             }
         };
         let round = reader.u32("round")?;
-        let header = Self {
-            group,
-            view,
-            number,
-            scope,
-            round,
-        };
+        let header = Self { group, view, number, scope, round };
         Ok((header, reader.0))
     }
 
@@ -162,11 +153,7 @@ impl Header {
     /// This exchange as the beginning of a pairing.
     #[must_use]
     pub fn basis(&self) -> Basis {
-        Basis {
-            view: self.view,
-            number: self.number,
-            round: self.round,
-        }
+        Basis { view: self.view, number: self.number, round: self.round }
     }
 }
 
@@ -220,11 +207,7 @@ impl Piece<'_> {
 
     pub(crate) fn decode(body: &[u8]) -> Result<Piece<'_>, WireError> {
         let mut reader = Reader(body);
-        Ok(Piece {
-            total_bytes: reader.u64("total")?,
-            offset_bytes: reader.u64("offset")?,
-            bytes: reader.0,
-        })
+        Ok(Piece { total_bytes: reader.u64("total")?, offset_bytes: reader.u64("offset")?, bytes: reader.0 })
     }
 
     /// Appends the piece to `whole` and says whether that completed it.
@@ -258,11 +241,7 @@ impl Terms {
         let mut out = Vec::with_capacity(Self::BYTES);
         out.extend_from_slice(&self.ram_pages.to_le_bytes());
         out.extend_from_slice(&[self.hash, self.verify.into(), self.basis.is_some().into()]);
-        let basis = self.basis.unwrap_or(Basis {
-            view: 0,
-            number: 0,
-            round: 0,
-        });
+        let basis = self.basis.unwrap_or(Basis { view: 0, number: 0, round: 0 });
         out.extend_from_slice(&basis.view.to_le_bytes());
         out.extend_from_slice(&basis.number.to_le_bytes());
         out.extend_from_slice(&basis.round.to_le_bytes());
@@ -284,12 +263,7 @@ impl Terms {
             number: reader.u64("basis number")?,
             round: reader.u32("basis round")?,
         };
-        let terms = Self {
-            ram_pages,
-            hash,
-            verify,
-            basis: has_basis.then_some(basis),
-        };
+        let terms = Self { ram_pages, hash, verify, basis: has_basis.then_some(basis) };
         Ok((terms, Piece::decode(reader.0)?))
     }
 }
@@ -312,12 +286,7 @@ impl End {
     #[must_use]
     pub fn encode(&self) -> [u8; 32] {
         let mut out = [0; 32];
-        let fields = [
-            self.pages,
-            self.zero_pages,
-            self.device_bytes,
-            self.checksum,
-        ];
+        let fields = [self.pages, self.zero_pages, self.device_bytes, self.checksum];
         for (at, field) in out.chunks_exact_mut(8).zip(fields) {
             at.copy_from_slice(&field.to_le_bytes());
         }
@@ -369,10 +338,7 @@ impl Abort {
         let mut reader = Reader(body);
         let needs_rejoin = reader.u8("abort code")? != 0;
         let text = &reader.0[..reader.0.len().min(Self::MAX_REASON_BYTES)];
-        Ok(Self {
-            needs_rejoin,
-            reason: String::from_utf8_lossy(text).into_owned(),
-        })
+        Ok(Self { needs_rejoin, reason: String::from_utf8_lossy(text).into_owned() })
     }
 }
 
@@ -401,10 +367,7 @@ impl<'a> PagesChunk<'a> {
                 0 => data_pages += 1,
                 FLAG_ZERO => {}
                 flags => {
-                    return Err(WireError::Value {
-                        field: "page flags",
-                        value: flags.into(),
-                    });
+                    return Err(WireError::Value { field: "page flags", value: flags.into() });
                 }
             }
         }
@@ -418,11 +381,7 @@ impl<'a> PagesChunk<'a> {
         let mut data = self.data.chunks_exact(PAGE_BYTES);
         self.table.chunks_exact(ENTRY_BYTES).map(move |entry| {
             let number = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
-            let bytes = if entry[4] == FLAG_ZERO {
-                None
-            } else {
-                data.next()
-            };
+            let bytes = if entry[4] == FLAG_ZERO { None } else { data.next() };
             (PageNumber(number), bytes)
         })
     }

@@ -70,11 +70,7 @@ impl<'a> Reader<'a> {
     }
 
     pub fn end(&self) -> Result<(), WireError> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(WireError::Trailing(self.0.len()))
-        }
+        if self.0.is_empty() { Ok(()) } else { Err(WireError::Trailing(self.0.len())) }
     }
 }
 

@@ -64,11 +64,7 @@ impl Cores {
     fn of_this_machine() -> Self {
         let count = std::thread::available_parallelism().map_or(1, usize::from);
         let last = count - 1;
-        Self {
-            leader: 0,
-            secondary: last.min(1),
-            client: if count > 3 { 2 } else { last.min(1) },
-        }
+        Self { leader: 0, secondary: last.min(1), client: if count > 3 { 2 } else { last.min(1) } }
     }
 }
 
@@ -84,9 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     setup::run(false)?;
     loud_step("programs", test::build_programs)?;
     println!("== demo");
-    let bed = step("three hosts and a client on one switch", || {
-        Ok(Testbed::new()?)
-    })?;
+    let bed = step("three hosts and a client on one switch", || Ok(Testbed::new()?))?;
     let mut report = DemoReport {
         seed: arguments.seed,
         connections: clients::CONNECTIONS.into(),
@@ -98,10 +92,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let outcome = perform(&bed, arguments, &mut report);
     report.duration_ms = start.elapsed().as_secs_f64() * 1000.0;
     print!("\n{}", report.render(Style::detect()));
-    let written = arguments
-        .json
-        .as_deref()
-        .map_or(Ok(()), |path| write_json(path, &report));
+    let written = arguments.json.as_deref().map_or(Ok(()), |path| write_json(path, &report));
     let verdict = outcome.and(written).and_then(|()| judge(&report));
     if verdict.is_err() {
         bed.keep_logs()?;
@@ -134,30 +125,24 @@ fn programs_directory(bed: &Testbed) -> PathBuf {
 
 fn own_programs(bed: &Testbed) -> Result<PathBuf> {
     let directory = programs_directory(bed);
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot make {}", directory.display()))?;
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
     for name in ["plover", "libplover_agent.so", clients::PROGRAM] {
         let built = rig::release_program(name)?;
-        fs::copy(&built, directory.join(name))
-            .with_context(|| format!("cannot copy {}", built.display()))?;
+        fs::copy(&built, directory.join(name)).with_context(|| format!("cannot copy {}", built.display()))?;
     }
     Ok(directory)
 }
 
 fn write_json(path: &Path, report: &DemoReport) -> Result<()> {
-    let mut text =
-        serde_json::to_string_pretty(report).context("cannot write the report as JSON")?;
+    let mut text = serde_json::to_string_pretty(report).context("cannot write the report as JSON")?;
     text.push('\n');
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn judge(report: &DemoReport) -> Result<()> {
     let promises = report.promises();
-    let broken: Vec<&str> = promises
-        .iter()
-        .filter(|promise| !promise.kept)
-        .map(|promise| promise.name.as_str())
-        .collect();
+    let broken: Vec<&str> =
+        promises.iter().filter(|promise| !promise.kept).map(|promise| promise.name.as_str()).collect();
     if broken.is_empty() {
         return Ok(());
     }
@@ -169,10 +154,7 @@ fn leave_running(bed: &Testbed, verdict: &Result<()>) -> Result<()> {
     let programs = programs_directory(bed);
     let client = bed.client().namespace().name();
     println!("\nStill running, until Ctrl-C. The guest's Redis, as the client sees it:");
-    println!(
-        "  ip netns exec {client} redis-cli -h {}",
-        rig::testbed::GUEST_IP
-    );
+    println!("  ip netns exec {client} redis-cli -h {}", rig::testbed::GUEST_IP);
     println!(
         "  ip netns exec {client} {} redis-load '{{\"address\":\"{}:6379\",\"duration_ms\":5000}}'",
         programs.join(clients::PROGRAM).display(),

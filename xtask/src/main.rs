@@ -12,10 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(
-    name = "cargo xtask",
-    about = "Set-up, tests, demo and measurements of Plover"
-)]
+#[command(name = "cargo xtask", about = "Set-up, tests, demo and measurements of Plover")]
 struct Arguments {
     #[command(subcommand)]
     command: Task,

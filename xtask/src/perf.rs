@@ -22,9 +22,7 @@ pub struct Arguments {
 /// # Errors
 /// When the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
-    loud_step(format!("perf {}", arguments.group), || {
-        run(&mut harness(&arguments.group, arguments.smoke))
-    })
+    loud_step(format!("perf {}", arguments.group), || run(&mut harness(&arguments.group, arguments.smoke)))
 }
 
 /// The command that measures `group`. The groups that exist need no test bed, so none is set up. A smoke run takes

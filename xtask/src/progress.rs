@@ -30,20 +30,14 @@ pub fn loud_step<T>(what: impl Display, work: impl FnOnce() -> Result<T>) -> Res
     let start = Instant::now();
     let result = work();
     let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-    println!(
-        "== {what}: {verdict}, {:.1} s",
-        start.elapsed().as_secs_f32()
-    );
+    println!("== {what}: {verdict}, {:.1} s", start.elapsed().as_secs_f32());
     result
 }
 
 /// The command as a person would type it.
 pub fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words
-        .map(|word| word.to_string_lossy())
-        .collect::<Vec<_>>()
-        .join(" ")
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
 /// Runs a command silently and returns its standard output.
@@ -52,10 +46,7 @@ pub fn shown(command: &Command) -> String {
 /// When it cannot be started or fails: with the command and the last lines of what it said.
 pub fn output(command: &mut Command) -> Result<String> {
     let line = shown(command);
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot start «{line}»"))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start «{line}»"))?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
         let said = format!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
@@ -73,9 +64,7 @@ pub fn output(command: &mut Command) -> Result<String> {
 pub fn run(command: &mut Command) -> Result<()> {
     let line = shown(command);
     println!("   $ {line}");
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start «{line}»"))?;
+    let status = command.status().with_context(|| format!("cannot start «{line}»"))?;
     if !status.success() {
         bail!("«{line}» failed ({status})");
     }
@@ -85,6 +74,5 @@ pub fn run(command: &mut Command) -> Result<()> {
 /// Is there an executable of this name on the PATH (or in the places that root's PATH may lack)?
 pub fn on_path(program: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/bin:/bin";
-    path.split(':')
-        .any(|directory| Path::new(directory).join(program).is_file())
+    path.split(':').any(|directory| Path::new(directory).join(program).is_file())
 }

@@ -32,9 +32,7 @@ pub fn test(arguments: &Arguments) -> Result<()> {
     std::env::set_current_dir(setup::workspace())?;
     let nextest = has_nextest();
     if !nextest {
-        println!(
-            "cargo-nextest is not installed: using cargo test, which is slower and has no time limits"
-        );
+        println!("cargo-nextest is not installed: using cargo test, which is slower and has no time limits");
         println!("  (to install it: cargo install --locked cargo-nextest)");
     }
     if !arguments.e2e {
@@ -50,14 +48,7 @@ pub fn test(arguments: &Arguments) -> Result<()> {
 
 fn checks() -> Result<()> {
     loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
-    let clippy = [
-        "clippy",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ];
+    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     loud_step("lints", || run(cargo().args(clippy)))?;
     loud_step("tidiness", tidy::tidy)
 }
@@ -67,24 +58,15 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--workspace"];
-            run(command
-                .args(["nextest", "run", "--no-tests", "pass"])
-                .args(config)
-                .args(filters))
+            run(command.args(["nextest", "run", "--no-tests", "pass"]).args(config).args(filters))
         } else {
             one_filter(filters)?;
-            run(command
-                .args(["test", "--workspace", "--lib", "--bins", "--tests"])
-                .args(filters))
+            run(command.args(["test", "--workspace", "--lib", "--bins", "--tests"]).args(filters))
         }
     })?;
     if filters.is_empty() {
-        loud_step("examples in the documentation", || {
-            run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))
-        })?;
-        loud_step("measurements work", || {
-            run(&mut perf::harness("core", true))
-        })?;
+        loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
+        loud_step("measurements work", || run(&mut perf::harness("core", true)))?;
     }
     Ok(())
 }
@@ -102,28 +84,12 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            let which = [
-                "--release",
-                "-p",
-                "rig",
-                "-p",
-                "qemu-vhost-user",
-                "--run-ignored",
-                "only",
-            ];
-            run(command
-                .args(["nextest", "run"])
-                .args(config)
-                .args(which)
-                .args(filters))
+            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--run-ignored", "only"];
+            run(command.args(["nextest", "run"]).args(config).args(which).args(filters))
         } else {
             one_filter(filters)?;
             let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--tests"];
-            run(command.arg("test").args(which).args(filters).args([
-                "--",
-                "--ignored",
-                "--test-threads=1",
-            ]))
+            run(command.arg("test").args(which).args(filters).args(["--", "--ignored", "--test-threads=1"]))
         }
     })
 }

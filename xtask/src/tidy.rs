@@ -43,9 +43,7 @@ const TOP_LEVEL: [&str; 15] = [
     "rust-toolchain.toml",
     "rustfmt.toml",
 ];
-const STRAY_ENDINGS: [&str; 9] = [
-    "~", ".orig", ".rej", ".swp", ".bak", ".tmp", ".log", ".o", ".pyc",
-];
+const STRAY_ENDINGS: [&str; 9] = ["~", ".orig", ".rej", ".swp", ".bak", ".tmp", ".log", ".o", ".pyc"];
 
 /// Checks every file that git tracks or would track.
 ///
@@ -56,17 +54,12 @@ pub fn tidy() -> Result<()> {
     let listing = ["ls-files", "--cached", "--others", "--exclude-standard"];
     let listed = output(Command::new("git").current_dir(&root).args(listing))?;
     // Deleted but not yet committed files are listed too.
-    let files: Vec<&str> = listed
-        .lines()
-        .filter(|file| root.join(file).exists())
-        .collect();
+    let files: Vec<&str> = listed.lines().filter(|file| root.join(file).exists()).collect();
     let mut findings = Vec::new();
     for &file in &files {
         stray(&root, file, &mut findings);
         let path = root.join(file);
-        let text = |path: &Path| {
-            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-        };
+        let text = |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         if file.ends_with(".rs") {
             rust_text(file, &text(&path)?, &mut findings);
             if !is_included(&root, file) {
@@ -82,19 +75,13 @@ pub fn tidy() -> Result<()> {
         return Ok(());
     }
     findings.sort();
-    bail!(
-        "{} untidy places:\n  {}",
-        findings.len(),
-        findings.join("\n  ")
-    )
+    bail!("{} untidy places:\n  {}", findings.len(), findings.join("\n  "))
 }
 
 fn stray(root: &Path, file: &str, findings: &mut Vec<String>) {
     let top = file.split('/').next().unwrap_or(file);
     if !TOP_LEVEL.contains(&top) && !root.join(top).join("Cargo.toml").exists() {
-        findings.push(format!(
-            "{file}: «{top}» does not belong at the top (list: xtask/src/tidy.rs)"
-        ));
+        findings.push(format!("{file}: «{top}» does not belong at the top (list: xtask/src/tidy.rs)"));
     }
     if STRAY_ENDINGS.iter().any(|ending| file.ends_with(ending)) {
         findings.push(format!("{file}: looks like a left-over"));
@@ -104,18 +91,14 @@ fn stray(root: &Path, file: &str, findings: &mut Vec<String>) {
         findings.push(format!("{file}: is empty"));
     }
     if length_bytes > MAX_FILE_BYTES {
-        findings.push(format!(
-            "{file}: {length_bytes} bytes; generate it or make it smaller"
-        ));
+        findings.push(format!("{file}: {length_bytes} bytes; generate it or make it smaller"));
     }
 }
 
 fn rust_text(file: &str, text: &str, findings: &mut Vec<String>) {
     let lines = text.lines().count();
     if lines > MAX_FILE_LINES {
-        findings.push(format!(
-            "{file}: {lines} lines, at most {MAX_FILE_LINES}; split it"
-        ));
+        findings.push(format!("{file}: {lines} lines, at most {MAX_FILE_LINES}; split it"));
     }
     let code = blank_comments_and_strings(text);
     for (number, line) in (1..).zip(code.lines()) {
@@ -128,9 +111,7 @@ fn rust_text(file: &str, text: &str, findings: &mut Vec<String>) {
     for function in functions(&code) {
         if function.lines >= FUNCTION_LINES {
             let Function { name, line, lines } = function;
-            findings.push(format!(
-                "{file}:{line}: fn {name} has {lines} lines, must be below {FUNCTION_LINES}"
-            ));
+            findings.push(format!("{file}:{line}: fn {name} has {lines} lines, must be below {FUNCTION_LINES}"));
         }
     }
 }
@@ -149,20 +130,13 @@ fn functions(code: &str) -> Vec<Function<'_>> {
     for (at, _) in code.match_indices("fn ") {
         let starts_word = at == 0 || !is_word(bytes[at - 1]);
         let rest = &code[at + 3..];
-        let name = &rest[..rest
-            .bytes()
-            .position(|byte| !is_word(byte))
-            .unwrap_or(rest.len())];
+        let name = &rest[..rest.bytes().position(|byte| !is_word(byte)).unwrap_or(rest.len())];
         if !starts_word || name.is_empty() {
             continue;
         }
         if let Some(end) = body_end(rest) {
             let line = code[..at].matches('\n').count() + 1;
-            found.push(Function {
-                name,
-                line,
-                lines: rest[..end].matches('\n').count() + 1,
-            });
+            found.push(Function { name, line, lines: rest[..end].matches('\n').count() + 1 });
         }
     }
     found
@@ -199,11 +173,7 @@ fn blank_comments_and_strings(text: &str) -> String {
             code.push(first);
             rest = &rest[first.len_utf8()..];
         } else {
-            code.extend(
-                rest[..skipped]
-                    .chars()
-                    .map(|c| if c == '\n' { '\n' } else { ' ' }),
-            );
+            code.extend(rest[..skipped].chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
             rest = &rest[skipped..];
         }
     }
@@ -227,9 +197,7 @@ fn literal_or_comment(text: &str, before: Option<char>) -> usize {
         if text[1 + hashes..].starts_with('"') {
             let close = format!("\"{}", "#".repeat(hashes));
             let start = 2 + hashes;
-            return text[start..]
-                .find(&close)
-                .map_or(text.len(), |at| start + at + close.len());
+            return text[start..].find(&close).map_or(text.len(), |at| start + at + close.len());
         }
     }
     if let Some(literal) = text.strip_prefix('\'') {
@@ -278,20 +246,12 @@ fn block_comment(text: &str) -> usize {
 /// Whether a `mod` line of the file above includes this one. Roots of crates and programs count as included.
 fn is_included(root: &Path, file: &str) -> bool {
     let path = Path::new(file);
-    let stem = path
-        .file_stem()
-        .and_then(|stem| stem.to_str())
-        .unwrap_or_default();
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let Some(directory) = path.parent() else {
         return true;
     };
-    let directory_name = directory
-        .file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default();
-    let is_module = directory
-        .components()
-        .any(|part| part.as_os_str() == "src" || part.as_os_str() == "tests");
+    let directory_name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let is_module = directory.components().any(|part| part.as_os_str() == "src" || part.as_os_str() == "tests");
     let is_root = matches!(directory_name, "bin" | "tests" | "examples" | "benches")
         || (directory_name == "src" && matches!(stem, "main" | "lib"))
         // tests/NAME/main.rs is a test binary of its own.
@@ -300,32 +260,18 @@ fn is_included(root: &Path, file: &str) -> bool {
         return true;
     }
     // mod.rs stands for its directory.
-    let (module, above) = if stem == "mod" {
-        (directory_name, directory.parent().unwrap_or(directory))
-    } else {
-        (stem, directory)
-    };
+    let (module, above) =
+        if stem == "mod" { (directory_name, directory.parent().unwrap_or(directory)) } else { (stem, directory) };
     let beside = above.with_extension("rs");
-    let parents = [
-        above.join("lib.rs"),
-        above.join("main.rs"),
-        above.join("mod.rs"),
-        beside,
-    ];
+    let parents = [above.join("lib.rs"), above.join("main.rs"), above.join("mod.rs"), beside];
     let in_tests = above.file_name().is_some_and(|name| name == "tests");
     let includes = |parent: &Path| {
         let text = fs::read_to_string(root.join(parent)).unwrap_or_default();
-        text.lines()
-            .any(|line| line.trim_end().ends_with(&format!("mod {module};")))
+        text.lines().any(|line| line.trim_end().ends_with(&format!("mod {module};")))
     };
     let any_test_includes = || {
-        let tests = fs::read_dir(root.join(above))
-            .into_iter()
-            .flatten()
-            .flatten();
-        tests
-            .map(|entry| entry.path())
-            .any(|path| path.is_file() && includes(&path))
+        let tests = fs::read_dir(root.join(above)).into_iter().flatten().flatten();
+        tests.map(|entry| entry.path()).any(|path| path.is_file() && includes(&path))
     };
     parents.iter().any(|parent| includes(parent)) || (in_tests && any_test_includes())
 }
@@ -333,8 +279,7 @@ fn is_included(root: &Path, file: &str) -> bool {
 /// «# Changelog», then «## Unreleased» or «## 1.2.3 (2026-01-31)», under each only items «* » with indented
 /// continuation lines.
 fn changelog(text: &str, findings: &mut Vec<String>) {
-    let mut wrong =
-        |number: usize, what: &str| findings.push(format!("CHANGELOG.md:{number}: {what}"));
+    let mut wrong = |number: usize, what: &str| findings.push(format!("CHANGELOG.md:{number}: {what}"));
     if text.lines().next() != Some("# Changelog") {
         wrong(1, "must begin with «# Changelog»");
     }
@@ -343,20 +288,10 @@ fn changelog(text: &str, findings: &mut Vec<String>) {
         if let Some(title) = line.strip_prefix("## ") {
             in_section = true;
             if title != "Unreleased" && !is_release(title) {
-                wrong(
-                    number,
-                    "a section is «## Unreleased» or «## 1.2.3 (2026-01-31)»",
-                );
+                wrong(number, "a section is «## Unreleased» or «## 1.2.3 (2026-01-31)»");
             }
-        } else if in_section
-            && !line.is_empty()
-            && !line.starts_with("* ")
-            && !line.starts_with("  ")
-        {
-            wrong(
-                number,
-                "a section has items «* …» with indented continuation lines",
-            );
+        } else if in_section && !line.is_empty() && !line.starts_with("* ") && !line.starts_with("  ") {
+            wrong(number, "a section has items «* …» with indented continuation lines");
         }
     }
 }
@@ -392,22 +327,15 @@ mod tests {
         let fits = format!("fn fits(\n) {{\n{body}}}\n");
         assert_eq!(findings_in(&fits), Vec::<String>::new());
         let long = fits.replace("    step();\n}", "    step();\n    step();\n}");
-        assert_eq!(
-            findings_in(&long),
-            [format!(
-                "x.rs:1: fn fits has {FUNCTION_LINES} lines, must be below 70"
-            )]
-        );
-        assert_eq!(
-            findings_in(&"//\n".repeat(MAX_FILE_LINES)),
-            Vec::<String>::new()
-        );
+        assert_eq!(findings_in(&long), [format!("x.rs:1: fn fits has {FUNCTION_LINES} lines, must be below 70")]);
+        assert_eq!(findings_in(&"//\n".repeat(MAX_FILE_LINES)), Vec::<String>::new());
         assert_eq!(findings_in(&"//\n".repeat(MAX_FILE_LINES + 1)).len(), 1);
     }
 
     #[test]
     fn braces_in_strings_comments_and_characters_do_not_count() {
-        let text = "fn a() { let b = '{'; let c = \"}}{\\\"{\"; /* { /* { */ */ let d: &'static str = r#\"{\"{\"#; } // {\n";
+        let text =
+            "fn a() { let b = '{'; let c = \"}}{\\\"{\"; /* { /* { */ */ let d: &'static str = r#\"{\"{\"#; } // {\n";
         let code = blank_comments_and_strings(text);
         let found = functions(&code);
         assert_eq!(found.len(), 1, "{code}");
@@ -417,25 +345,15 @@ mod tests {
 
     #[test]
     fn declarations_and_array_types_do_not_confuse() {
-        let code =
-            "trait T { fn none(&self, a: [u8; 4]); }\nfn some(a: [u8; 4]) -> u8 {\n    a[0]\n}\n";
-        let found: Vec<_> = functions(code)
-            .into_iter()
-            .map(|f| (f.name, f.lines))
-            .collect();
+        let code = "trait T { fn none(&self, a: [u8; 4]); }\nfn some(a: [u8; 4]) -> u8 {\n    a[0]\n}\n";
+        let found: Vec<_> = functions(code).into_iter().map(|f| (f.name, f.lines)).collect();
         assert_eq!(found, [("some", 3)]);
     }
 
     #[test]
     fn placeholders_are_found_in_code_only() {
-        assert_eq!(
-            findings_in("// todo!\nconst A: &str = \"todo!\";\n"),
-            Vec::<String>::new()
-        );
-        assert_eq!(
-            findings_in("fn a() {\n    todo!()\n}\n"),
-            ["x.rs:2: «todo!»: write it, or leave it out"]
-        );
+        assert_eq!(findings_in("// todo!\nconst A: &str = \"todo!\";\n"), Vec::<String>::new());
+        assert_eq!(findings_in("fn a() {\n    todo!()\n}\n"), ["x.rs:2: «todo!»: write it, or leave it out"]);
         assert_eq!(findings_in("#[allow(dead_code)]\nstruct A;\n").len(), 1);
     }
 
@@ -447,9 +365,7 @@ mod tests {
             findings.len()
         };
         assert_eq!(
-            check(
-                "# Changelog\n\nWords.\n\n## Unreleased\n\n* one\n  more\n\n## 0.1.0 (2026-01-31)\n\n* two\n"
-            ),
+            check("# Changelog\n\nWords.\n\n## Unreleased\n\n* one\n  more\n\n## 0.1.0 (2026-01-31)\n\n* two\n"),
             0
         );
         assert_eq!(check("# Changes\n"), 1);

@@ -7,32 +7,20 @@ use crate::ids::{Index, ReplicaId, View, Viewstamp};
 use crate::message::Message;
 
 impl Replica {
-    pub(super) fn on_prepare(
-        &mut self,
-        from: ReplicaId,
-        view: View,
-        genesis_nonce: u64,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_prepare(&mut self, from: ReplicaId, view: View, genesis_nonce: u64, out: &mut Effects) {
         if view.owner(self.config.replicas) != from || view == View(0) {
             return;
         }
         self.seen = self.seen.max(view);
         if self.learner {
-            let forms =
-                self.blank && from == self.config.genesis_leader && genesis_nonce == self.nonce;
+            let forms = self.blank && from == self.config.genesis_leader && genesis_nonce == self.nonce;
             if !forms {
                 return;
             }
             self.learner = false;
         }
         if view < self.promised {
-            out.messages.push((
-                from,
-                Message::Nack {
-                    promised: self.promised,
-                },
-            ));
+            out.messages.push((from, Message::Nack { promised: self.promised }));
             return;
         }
         if view > self.promised {
@@ -63,11 +51,7 @@ impl Replica {
         if self.durability.is_bound()
             && let Some(to) = self.promise_due.take()
         {
-            let message = Message::Promise {
-                view: self.promised,
-                last: self.log.last(),
-                commit: self.commit,
-            };
+            let message = Message::Promise { view: self.promised, last: self.log.last(), commit: self.commit };
             out.messages.push((to, message));
         }
     }
@@ -78,12 +62,7 @@ impl Replica {
             return false;
         }
         if view < self.promised {
-            out.messages.push((
-                from,
-                Message::Nack {
-                    promised: self.promised,
-                },
-            ));
+            out.messages.push((from, Message::Nack { promised: self.promised }));
             return false;
         }
         if view > self.promised {
@@ -117,22 +96,12 @@ impl Replica {
         }
         if !self.log.holds(prev) {
             let index = prev.index.min(self.log.last().index);
-            let have = Viewstamp {
-                view: self.log.view_at(index).unwrap_or_default(),
-                index,
-            };
-            let message = Message::Reject {
-                view: self.promised,
-                prev: prev.index,
-                have,
-                commit: self.commit,
-            };
+            let have = Viewstamp { view: self.log.view_at(index).unwrap_or_default(), index };
+            let message = Message::Reject { view: self.promised, prev: prev.index, have, commit: self.commit };
             out.messages.push((from, message));
             return;
         }
-        self.matched = self
-            .matched
-            .max(self.take_entries(prev.index, entries, out));
+        self.matched = self.matched.max(self.take_entries(prev.index, entries, out));
         self.advance_commit(commit.min(self.matched), out);
         self.truncate(base, out);
         self.ack_due = true;
@@ -142,12 +111,7 @@ impl Replica {
 
     /// Takes the entries that follow `after`, which is known to match, and returns the last index that now does.
     /// Entries that are already here stay, so that a message that was overtaken never shortens the log.
-    pub(super) fn take_entries(
-        &mut self,
-        after: Index,
-        entries: Vec<(View, Entry)>,
-        out: &mut Effects,
-    ) -> Index {
+    pub(super) fn take_entries(&mut self, after: Index, entries: Vec<(View, Entry)>, out: &mut Effects) -> Index {
         let mut index = after;
         for (view, entry) in entries {
             index = index.next();
@@ -200,14 +164,7 @@ impl Replica {
         if self.ack_due || through > self.acked {
             self.ack_due = false;
             self.acked = through;
-            out.messages.push((
-                leader,
-                Message::AcceptOk {
-                    view: self.promised,
-                    through,
-                    voting: !self.learner,
-                },
-            ));
+            out.messages.push((leader, Message::AcceptOk { view: self.promised, through, voting: !self.learner }));
         }
     }
 }

@@ -15,11 +15,7 @@ impl Replica {
         };
         let noop = leading.noop;
         let mut held = [Index(0); MAX_REPLICAS];
-        for (slot, index) in held
-            .iter_mut()
-            .enumerate()
-            .take(usize::from(self.config.replicas))
-        {
+        for (slot, index) in held.iter_mut().enumerate().take(usize::from(self.config.replicas)) {
             let peer = &self.peers[slot];
             *index = if slot == self.config.me.slot() {
                 self.durability.index()
@@ -44,9 +40,7 @@ impl Replica {
         }
         if begins {
             self.cold_start = false;
-            out.notices.push(Notice::Leading {
-                view: self.promised,
-            });
+            out.notices.push(Notice::Leading { view: self.promised });
         }
         self.tell_commit(begins, out);
     }
@@ -56,10 +50,7 @@ impl Replica {
         let to = to.min(self.log.last().index);
         while self.commit < to {
             let index = self.commit.next();
-            let (view, entry) = self
-                .log
-                .get(index)
-                .expect("entries above the commit index are in the log");
+            let (view, entry) = self.log.get(index).expect("entries above the commit index are in the log");
             self.committed.advance(index, view, entry);
             out.committed.push((index, view, entry.clone()));
             self.commit = index;

@@ -25,14 +25,7 @@ pub(super) struct Durability {
 impl Durability {
     pub(super) fn new(index: Index, void_entries: bool) -> Durability {
         let none = PersistId(0);
-        Durability {
-            emitted: none,
-            durable: none,
-            binding: none,
-            pending: VecDeque::new(),
-            index,
-            void_entries,
-        }
+        Durability { emitted: none, durable: none, binding: none, pending: VecDeque::new(), index, void_entries }
     }
 
     /// Every entry of the log through here is durable.
@@ -97,11 +90,7 @@ impl Replica {
     /// Drops entries from `from` on: they conflict with the log of a leader that is elected, so that they are
     /// not committed and never will be (R5).
     pub(super) fn cut(&mut self, from: Index) {
-        assert!(
-            from > self.commit,
-            "cut at {from}: entries through {} are committed",
-            self.commit
-        );
+        assert!(from > self.commit, "cut at {from}: entries through {} are committed", self.commit);
         self.log.cut(from);
         self.durability.supersede(from);
     }

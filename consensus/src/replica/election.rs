@@ -33,8 +33,7 @@ impl Replica {
             Phase::Leader(_) => self.has_quorum_contact(self.now_us),
             _ => self.leader.is_some_and(|leader| {
                 !self.peers[leader.slot()].lost
-                    && self.now_us.saturating_sub(self.leader_heard_us)
-                        < self.config.failure_timeout_us
+                    && self.now_us.saturating_sub(self.leader_heard_us) < self.config.failure_timeout_us
             }),
         }
     }
@@ -53,8 +52,7 @@ impl Replica {
 
     /// A replica that does not lead has waited long enough.
     pub(super) fn on_deadline(&mut self, out: &mut Effects) {
-        let retry_us =
-            self.config.campaign_retry_us + self.rng.below(self.config.campaign_retry_us);
+        let retry_us = self.config.campaign_retry_us + self.rng.below(self.config.campaign_retry_us);
         if let Phase::Candidate(candidate) = &self.phase {
             if self.now_us >= candidate.give_up_us {
                 self.end_campaign(out);
@@ -86,38 +84,16 @@ impl Replica {
         let named = if self.log.is_pristine() {
             [Some(self.config.genesis_leader), None]
         } else {
-            [
-                roles.second,
-                roles.leader.filter(|leader| Some(*leader) != roles.second),
-            ]
+            [roles.second, roles.leader.filter(|leader| Some(*leader) != roles.second)]
         };
-        for to in named
-            .into_iter()
-            .flatten()
-            .filter(|to| *to != self.config.me)
-        {
-            out.messages.push((
-                to,
-                Message::TakeOver {
-                    view: self.promised,
-                    handover: false,
-                },
-            ));
+        for to in named.into_iter().flatten().filter(|to| *to != self.config.me) {
+            out.messages.push((to, Message::TakeOver { view: self.promised, handover: false }));
         }
     }
 
-    pub(super) fn on_take_over(
-        &mut self,
-        from: ReplicaId,
-        view: View,
-        handover: bool,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_take_over(&mut self, from: ReplicaId, view: View, handover: bool, out: &mut Effects) {
         self.seen = self.seen.max(view);
-        if !self.may_have_guest()
-            || self.learner
-            || !matches!(self.phase, Phase::Follower | Phase::PreVote { .. })
-        {
+        if !self.may_have_guest() || self.learner || !matches!(self.phase, Phase::Follower | Phase::PreVote { .. }) {
             return;
         }
         let from_leader = handover && view == self.promised && self.leader == Some(from);
@@ -131,9 +107,7 @@ impl Replica {
     }
 
     fn next_view(&self) -> Option<View> {
-        self.promised
-            .max(self.seen)
-            .next_owned_by(self.config.me, self.config.replicas)
+        self.promised.max(self.seen).next_owned_by(self.config.me, self.config.replicas)
     }
 
     fn start_pre_vote(&mut self, out: &mut Effects) {
@@ -154,14 +128,7 @@ impl Replica {
         }
         // The asker lost its leader; that it is itself the leader we knew says as much.
         let granted = !self.leader_lives() || self.leader == Some(from);
-        out.messages.push((
-            from,
-            Message::PreVoteReply {
-                view,
-                granted,
-                promised: self.promised,
-            },
-        ));
+        out.messages.push((from, Message::PreVoteReply { view, granted, promised: self.promised }));
     }
 
     pub(super) fn on_pre_vote_reply(
@@ -173,11 +140,7 @@ impl Replica {
         out: &mut Effects,
     ) {
         self.seen = self.seen.max(promised);
-        let Phase::PreVote {
-            view: asked,
-            granted: votes,
-        } = &mut self.phase
-        else {
+        let Phase::PreVote { view: asked, granted: votes } = &mut self.phase else {
             return;
         };
         if *asked != view || !granted {
@@ -204,11 +167,7 @@ impl Replica {
             votes: [None; MAX_REPLICAS],
             genesis,
             fetching: None,
-            give_up_us: self.now_us
-                + self
-                    .config
-                    .failure_timeout_us
-                    .max(4 * self.config.campaign_retry_us),
+            give_up_us: self.now_us + self.config.failure_timeout_us.max(4 * self.config.campaign_retry_us),
         }));
         self.repeat_question(out);
     }

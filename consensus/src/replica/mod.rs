@@ -38,9 +38,7 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
     /// Another replica leads, or nobody does, or this one is handing over.
-    #[error(
-        "replica does not lead; propose at {leader:?}, or wait for an election if that is None"
-    )]
+    #[error("replica does not lead; propose at {leader:?}, or wait for an election if that is None")]
     NotLeader {
         /// Who does, as far as known.
         leader: Option<ReplicaId>,
@@ -180,12 +178,8 @@ impl Replica {
         let mut rng = Rng::new(config.seed ^ now_us.rotate_left(32));
         let nonce = rng.next().max(1);
         let learner = (blank && config.replicas > 1) || recovered.learner;
-        let deadline_us = now_us
-            + if learner {
-                0
-            } else {
-                config.failure_timeout_us + rng.below(config.campaign_retry_us)
-            };
+        let deadline_us =
+            now_us + if learner { 0 } else { config.failure_timeout_us + rng.below(config.campaign_retry_us) };
         let durability = Durability::new(log.last().index, recovered.void_entries);
         Replica {
             rng,
@@ -211,10 +205,7 @@ impl Replica {
             nonce,
             learn_target: None,
             failed: false,
-            peers: std::array::from_fn(|_| Peer {
-                heard_us: now_us,
-                ..Peer::default()
-            }),
+            peers: std::array::from_fn(|_| Peer { heard_us: now_us, ..Peer::default() }),
             log,
             config,
         }
@@ -255,47 +246,21 @@ impl Replica {
         }
         match message {
             Message::PreVote { view } => self.on_pre_vote(from, view, out),
-            Message::PreVoteReply {
-                view,
-                granted,
-                promised,
-            } => self.on_pre_vote_reply(from, view, granted, promised, out),
-            Message::Prepare {
-                view,
-                genesis_nonce,
-            } => self.on_prepare(from, view, genesis_nonce, out),
-            Message::Promise { view, last, commit } => {
-                self.on_promise(from, view, Vote { last, commit }, out)
+            Message::PreVoteReply { view, granted, promised } => {
+                self.on_pre_vote_reply(from, view, granted, promised, out)
             }
+            Message::Prepare { view, genesis_nonce } => self.on_prepare(from, view, genesis_nonce, out),
+            Message::Promise { view, last, commit } => self.on_promise(from, view, Vote { last, commit }, out),
             Message::Fetch { view, from: index } => self.on_fetch(from, view, index, out),
-            Message::Fetched {
-                view,
-                prev,
-                entries,
-            } => self.on_fetched(from, view, prev, entries, out),
+            Message::Fetched { view, prev, entries } => self.on_fetched(from, view, prev, entries, out),
             Message::FetchedBase { view, base } => self.on_fetched_base(from, view, base, out),
-            Message::Accept {
-                view,
-                prev,
-                commit,
-                base,
-                entries,
-            } => {
+            Message::Accept { view, prev, commit, base, entries } => {
                 if self.follow(from, view, out) {
                     self.on_accept(from, prev, (commit, base), entries, out);
                 }
             }
-            Message::AcceptOk {
-                view,
-                through,
-                voting,
-            } => self.on_accept_ok(from, view, through, voting, out),
-            Message::Reject {
-                view,
-                prev,
-                have,
-                commit,
-            } => self.on_reject(from, view, (prev, have, commit), out),
+            Message::AcceptOk { view, through, voting } => self.on_accept_ok(from, view, through, voting, out),
+            Message::Reject { view, prev, have, commit } => self.on_reject(from, view, (prev, have, commit), out),
             Message::InstallBase { view, base } => {
                 if self.follow(from, view, out) {
                     self.on_install_base(base, out);
@@ -304,11 +269,7 @@ impl Replica {
             Message::Nack { promised } => self.on_nack(promised, out),
             Message::TakeOver { view, handover } => self.on_take_over(from, view, handover, out),
             Message::Hello { nonce, blank } => self.on_hello(from, nonce, blank, out),
-            Message::HelloReply {
-                nonce,
-                promised,
-                last,
-            } => self.on_hello_reply(from, nonce, (promised, last), out),
+            Message::HelloReply { nonce, promised, last } => self.on_hello_reply(from, nonce, (promised, last), out),
         }
     }
 
@@ -317,39 +278,22 @@ impl Replica {
     ///
     /// # Errors
     /// See [`ProposeError`].
-    pub fn propose(
-        &mut self,
-        now_us: u64,
-        entry: Entry,
-        out: &mut Effects,
-    ) -> Result<Index, ProposeError> {
+    pub fn propose(&mut self, now_us: u64, entry: Entry, out: &mut Effects) -> Result<Index, ProposeError> {
         self.now_us = self.now_us.max(now_us);
         if self.failed {
             return Err(ProposeError::StorageFailed);
         }
         match &self.phase {
-            Phase::Leader(Leading {
-                serving: true,
-                handover: None,
-                ..
-            }) => {}
-            Phase::Leader(Leading {
-                handover: Some(HandOver { to, .. }),
-                ..
-            }) => {
+            Phase::Leader(Leading { serving: true, handover: None, .. }) => {}
+            Phase::Leader(Leading { handover: Some(HandOver { to, .. }), .. }) => {
                 return Err(ProposeError::NotLeader { leader: Some(*to) });
             }
             _ => {
-                return Err(ProposeError::NotLeader {
-                    leader: self.leader.filter(|leader| *leader != self.config.me),
-                });
+                return Err(ProposeError::NotLeader { leader: self.leader.filter(|leader| *leader != self.config.me) });
             }
         }
         let last = self.log.last().index;
-        let (entries, bytes) = (
-            last.0 - self.commit.0,
-            self.log.bytes_between(self.commit, last),
-        );
+        let (entries, bytes) = (last.0 - self.commit.0, self.log.bytes_between(self.commit, last));
         if entries >= self.config.window_entries
             || (entries > 0 && bytes + entry.weight_bytes() > self.config.window_bytes)
         {
@@ -408,9 +352,7 @@ impl Replica {
         self.guest_intact = intact;
         if intact {
             self.campaign_if_leaderless(out);
-        } else if !self.may_have_guest()
-            && matches!(self.phase, Phase::PreVote { .. } | Phase::Candidate(_))
-        {
+        } else if !self.may_have_guest() && matches!(self.phase, Phase::PreVote { .. } | Phase::Candidate(_)) {
             self.become_follower(self.config.failure_timeout_us);
         }
     }
@@ -425,18 +367,8 @@ impl Replica {
     }
 
     fn send_take_over_to_second(&self, out: &mut Effects) {
-        if let Some(second) = self
-            .committed
-            .second
-            .filter(|second| *second != self.config.me)
-        {
-            out.messages.push((
-                second,
-                Message::TakeOver {
-                    view: self.promised,
-                    handover: true,
-                },
-            ));
+        if let Some(second) = self.committed.second.filter(|second| *second != self.config.me) {
+            out.messages.push((second, Message::TakeOver { view: self.promised, handover: true }));
         }
     }
 
@@ -448,17 +380,8 @@ impl Replica {
         if let Phase::Leader(leading) = &mut self.phase
             && leading.serving
         {
-            leading.handover = Some(HandOver {
-                to,
-                give_up_us: now_us + 2 * timeout_us,
-            });
-            out.messages.push((
-                to,
-                Message::TakeOver {
-                    view: self.promised,
-                    handover: true,
-                },
-            ));
+            leading.handover = Some(HandOver { to, give_up_us: now_us + 2 * timeout_us });
+            out.messages.push((to, Message::TakeOver { view: self.promised, handover: true }));
         }
     }
 
@@ -474,9 +397,7 @@ impl Replica {
     /// Stops leading, if it does; the next campaign may come soon.
     fn lose_lead(&mut self, out: &mut Effects) {
         if matches!(self.phase, Phase::Leader(_)) {
-            out.notices.push(Notice::LostLead {
-                view: self.promised,
-            });
+            out.notices.push(Notice::LostLead { view: self.promised });
         }
         self.become_follower(self.config.campaign_retry_us);
     }
@@ -502,8 +423,7 @@ impl Replica {
     /// The view that this replica leads: everything earlier and its `Noop` are committed, and it has promised
     /// nobody else.
     pub fn leading(&self) -> Option<View> {
-        matches!(self.phase, Phase::Leader(Leading { serving: true, .. }) if !self.failed)
-            .then_some(self.promised)
+        matches!(self.phase, Phase::Leader(Leading { serving: true, .. }) if !self.failed).then_some(self.promised)
     }
 
     /// The highest view that this replica has promised.
@@ -545,19 +465,14 @@ impl Replica {
     pub fn match_index(&self, peer: ReplicaId) -> Index {
         match &self.phase {
             Phase::Leader(_) if peer == self.config.me => self.durability.index(),
-            Phase::Leader(_) => self
-                .peers
-                .get(peer.slot())
-                .map_or(Index(0), |peer| peer.matched),
+            Phase::Leader(_) => self.peers.get(peer.slot()).map_or(Index(0), |peer| peer.matched),
             _ => Index(0),
         }
     }
 
     /// Time since a sign of life of `peer`: bulk traffic or a message; for a leader only an answer in its own view.
     pub fn peer_silent_us(&self, peer: ReplicaId, now_us: u64) -> u64 {
-        self.peers
-            .get(peer.slot())
-            .map_or(u64::MAX, |peer| now_us.saturating_sub(peer.heard_us))
+        self.peers.get(peer.slot()).map_or(u64::MAX, |peer| now_us.saturating_sub(peer.heard_us))
     }
 
     /// Whether a majority, this replica included, was heard within the failure timeout. A leader without it
@@ -592,9 +507,9 @@ impl Replica {
     pub fn next_deadline_us(&self) -> u64 {
         match &self.phase {
             _ if self.failed => u64::MAX,
-            Phase::Leader(leading) => leading.handover.map_or(leading.heartbeat_us, |handover| {
-                handover.give_up_us.min(leading.heartbeat_us)
-            }),
+            Phase::Leader(leading) => {
+                leading.handover.map_or(leading.heartbeat_us, |handover| handover.give_up_us.min(leading.heartbeat_us))
+            }
             _ => self.deadline_us,
         }
     }

@@ -15,40 +15,16 @@ impl Replica {
         };
         let view = candidate.view;
         if let Some((from, _)) = candidate.fetching {
-            out.messages.push((
-                from,
-                Message::Fetch {
-                    view,
-                    from: self.commit.next(),
-                },
-            ));
+            out.messages.push((from, Message::Fetch { view, from: self.commit.next() }));
             return;
         }
-        for peer in self
-            .config
-            .peers()
-            .filter(|peer| candidate.votes[peer.slot()].is_none())
-        {
-            let nonce = self.peers[peer.slot()]
-                .blank_nonce
-                .filter(|_| candidate.genesis);
-            out.messages.push((
-                peer,
-                Message::Prepare {
-                    view,
-                    genesis_nonce: nonce.unwrap_or(0),
-                },
-            ));
+        for peer in self.config.peers().filter(|peer| candidate.votes[peer.slot()].is_none()) {
+            let nonce = self.peers[peer.slot()].blank_nonce.filter(|_| candidate.genesis);
+            out.messages.push((peer, Message::Prepare { view, genesis_nonce: nonce.unwrap_or(0) }));
         }
     }
 
-    pub(super) fn on_promise(
-        &mut self,
-        from: ReplicaId,
-        view: View,
-        vote: Vote,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_promise(&mut self, from: ReplicaId, view: View, vote: Vote, out: &mut Effects) {
         if let Phase::Candidate(candidate) = &mut self.phase
             && candidate.view == view
         {
@@ -80,9 +56,7 @@ impl Replica {
             return;
         }
         let best = (0..self.config.replicas)
-            .filter_map(|id| {
-                candidate.votes[usize::from(id)].map(|vote| (ReplicaId(id), vote.last))
-            })
+            .filter_map(|id| candidate.votes[usize::from(id)].map(|vote| (ReplicaId(id), vote.last)))
             .max_by_key(|(_, last)| *last)
             .filter(|(_, last)| *last > self.log.last());
         if best.is_some() {
@@ -93,56 +67,28 @@ impl Replica {
         }
     }
 
-    pub(super) fn on_fetch(
-        &mut self,
-        from: ReplicaId,
-        view: View,
-        first: Index,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_fetch(&mut self, from: ReplicaId, view: View, first: Index, out: &mut Effects) {
         // A log stands still only for the view that was promised and has not begun.
         if view != self.promised || view.owner(self.config.replicas) != from || self.learner {
             return;
         }
         if first < self.log.first() {
-            out.messages.push((
-                from,
-                Message::FetchedBase {
-                    view,
-                    base: *self.log.base(),
-                },
-            ));
+            out.messages.push((from, Message::FetchedBase { view, base: *self.log.base() }));
             return;
         }
         let (index, last) = (first.prev(), self.log.last().index);
         if let Some(before) = self.log.view_at(index) {
-            let entries = self.log.batch(
-                first,
-                last,
-                self.config.batch_entries,
-                self.config.batch_bytes,
-            );
-            out.messages.push((
-                from,
-                Message::Fetched {
-                    view,
-                    prev: Viewstamp {
-                        view: before,
-                        index,
-                    },
-                    entries,
-                },
-            ));
+            let entries = self.log.batch(first, last, self.config.batch_entries, self.config.batch_bytes);
+            out.messages.push((from, Message::Fetched { view, prev: Viewstamp { view: before, index }, entries }));
         }
     }
 
     /// The entry up to which this campaign fetches from `from`.
     fn fetch_target(&self, from: ReplicaId, view: View) -> Option<Viewstamp> {
         match &self.phase {
-            Phase::Candidate(candidate) if candidate.view == view => candidate
-                .fetching
-                .filter(|(voter, _)| *voter == from)
-                .map(|(_, target)| target),
+            Phase::Candidate(candidate) if candidate.view == view => {
+                candidate.fetching.filter(|(voter, _)| *voter == from).map(|(_, target)| target)
+            }
             _ => None,
         }
     }
@@ -165,23 +111,11 @@ impl Replica {
         if self.log.holds(target) {
             self.finish_recovery(out);
         } else {
-            out.messages.push((
-                from,
-                Message::Fetch {
-                    view,
-                    from: through.next(),
-                },
-            ));
+            out.messages.push((from, Message::Fetch { view, from: through.next() }));
         }
     }
 
-    pub(super) fn on_fetched_base(
-        &mut self,
-        from: ReplicaId,
-        view: View,
-        base: Base,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_fetched_base(&mut self, from: ReplicaId, view: View, base: Base, out: &mut Effects) {
         let Some(target) = self.fetch_target(from, view) else {
             return;
         };
@@ -230,18 +164,8 @@ impl Replica {
         self.may_have_guest() && self.is_named_by(&self.log.tail_roles())
     }
 
-    fn begin_to_lead(
-        &mut self,
-        view: View,
-        votes: [Option<Vote>; MAX_REPLICAS],
-        out: &mut Effects,
-    ) {
-        let known = votes
-            .iter()
-            .flatten()
-            .map(|vote| vote.commit)
-            .max()
-            .unwrap_or_default();
+    fn begin_to_lead(&mut self, view: View, votes: [Option<Vote>; MAX_REPLICAS], out: &mut Effects) {
+        let known = votes.iter().flatten().map(|vote| vote.commit).max().unwrap_or_default();
         self.advance_commit(known, out);
         let last = self.log.last().index;
         for id in self.config.peers() {
@@ -262,13 +186,7 @@ impl Replica {
             handover: None,
         });
         self.leader = Some(self.config.me);
-        self.append(
-            view,
-            Entry::Noop {
-                leader: self.config.me,
-            },
-            out,
-        );
+        self.append(view, Entry::Noop { leader: self.config.me }, out);
         self.replicate(out);
     }
 }

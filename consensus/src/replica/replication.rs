@@ -26,13 +26,7 @@ impl Replica {
                 peer.next = base.index.next();
                 peer.in_flight.clear();
                 peer.in_flight.push_back(base.index);
-                out.messages.push((
-                    to,
-                    Message::InstallBase {
-                        view: self.promised,
-                        base,
-                    },
-                ));
+                out.messages.push((to, Message::InstallBase { view: self.promised, base }));
                 continue;
             }
             let sent = peer.next.prev();
@@ -42,12 +36,7 @@ impl Replica {
             {
                 return;
             }
-            let entries = self.log.batch(
-                peer.next,
-                self.log.last().index,
-                config.batch_entries,
-                config.batch_bytes,
-            );
+            let entries = self.log.batch(peer.next, self.log.last().index, config.batch_entries, config.batch_bytes);
             let through = Index(sent.0 + entries.len() as u64);
             peer.next = through.next();
             peer.in_flight.push_back(through);
@@ -55,10 +44,7 @@ impl Replica {
             let message = Message::Accept {
                 view: self.promised,
                 prev: Viewstamp {
-                    view: self
-                        .log
-                        .view_at(sent)
-                        .expect("the entry before a batch is here"),
+                    view: self.log.view_at(sent).expect("the entry before a batch is here"),
                     index: sent,
                 },
                 commit: self.commit,
@@ -106,10 +92,7 @@ impl Replica {
         let Phase::Leader(leading) = &mut self.phase else {
             return;
         };
-        if let Some(handover) = leading
-            .handover
-            .take_if(|handover| now_us >= handover.give_up_us)
-        {
+        if let Some(handover) = leading.handover.take_if(|handover| now_us >= handover.give_up_us) {
             out.notices.push(Notice::HandOverFailed { to: handover.to });
         }
         if now_us < leading.heartbeat_us {
@@ -117,13 +100,7 @@ impl Replica {
         }
         leading.heartbeat_us = now_us + self.config.heartbeat_interval_us;
         if let Some(handover) = leading.handover {
-            out.messages.push((
-                handover.to,
-                Message::TakeOver {
-                    view,
-                    handover: true,
-                },
-            ));
+            out.messages.push((handover.to, Message::TakeOver { view, handover: true }));
         }
         for peer in self.config.peers() {
             self.send_heartbeat(peer, out);
@@ -150,11 +127,7 @@ impl Replica {
         (peer.heard_us, peer.voting) = (self.now_us, voting);
         peer.matched = peer.matched.max(through);
         peer.next = peer.next.max(peer.matched.next());
-        while peer
-            .in_flight
-            .pop_front_if(|sent| *sent <= through)
-            .is_some()
-        {}
+        while peer.in_flight.pop_front_if(|sent| *sent <= through).is_some() {}
         self.commit_by_majority(out);
         self.send_entries(from, out);
     }
@@ -177,11 +150,7 @@ impl Replica {
         if have.index < peer.matched {
             peer.matched = Index(0); // Its disk was wiped. Counting less is always safe.
         }
-        let known = if self.log.holds(have) {
-            have.index
-        } else {
-            commit
-        };
+        let known = if self.log.holds(have) { have.index } else { commit };
         peer.next = known.max(peer.matched).next();
         peer.in_flight.clear();
         self.send_entries(from, out);

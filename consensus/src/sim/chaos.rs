@@ -53,10 +53,7 @@ pub(super) fn act(cluster: &mut Cluster, temper: &Temper) {
     cluster.drive_products();
     for _ in 0..cluster.rng.below(temper.proposals + 1) {
         let id = anybody(cluster);
-        if cluster
-            .replica(id)
-            .is_some_and(|replica| replica.leading().is_some())
-        {
+        if cluster.replica(id).is_some_and(|replica| replica.leading().is_some()) {
             propose_input(cluster, id);
         }
     }

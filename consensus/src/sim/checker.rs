@@ -22,12 +22,7 @@ pub(super) struct Checker {
 
 impl Checker {
     pub(super) fn new(genesis_leader: ReplicaId) -> Checker {
-        Checker {
-            genesis_leader,
-            committed: Vec::new(),
-            leaders: BTreeMap::new(),
-            reigns: 0,
-        }
+        Checker { genesis_leader, committed: Vec::new(), leaders: BTreeMap::new(), reigns: 0 }
     }
 
     pub(super) fn committed(&self) -> u64 {
@@ -47,15 +42,11 @@ impl Checker {
             return if (*old_view, old) == (view, entry) {
                 Ok(())
             } else {
-                Err(format!(
-                    "I1: {by} commits {entry} of {view} at {index}, where {old} of {old_view} was committed"
-                ))
+                Err(format!("I1: {by} commits {entry} of {view} at {index}, where {old} of {old_view} was committed"))
             };
         }
         if index.0 != known + 1 {
-            return Err(format!(
-                "I1: {by} commits {index} while only {known} entries were committed before"
-            ));
+            return Err(format!("I1: {by} commits {index} while only {known} entries were committed before"));
         }
         self.committed.push((view, entry.clone()));
         self.on_disks(index, nodes)
@@ -64,17 +55,11 @@ impl Checker {
     /// I2 for one entry. A wiped disk that has not caught up counts as a loss that the group may bear.
     fn on_disks(&self, index: Index, nodes: &[Node]) -> Result<(), String> {
         let (view, entry) = &self.committed[index.0 as usize - 1];
-        let held = nodes
-            .iter()
-            .filter(|node| node.wiped || node.disk.holds(index, *view))
-            .count();
+        let held = nodes.iter().filter(|node| node.wiped || node.disk.holds(index, *view)).count();
         if held * 2 > nodes.len() {
             Ok(())
         } else {
-            Err(format!(
-                "I2: {entry} of {view} at {index} is committed and on {held} of {} disks",
-                nodes.len()
-            ))
+            Err(format!("I2: {entry} of {view} at {index} is committed and on {held} of {} disks", nodes.len()))
         }
     }
 
@@ -85,69 +70,43 @@ impl Checker {
     }
 
     /// I1: one process per view.
-    pub(super) fn on_accept_sent(
-        &mut self,
-        by: (ReplicaId, u32),
-        view: View,
-    ) -> Result<(), String> {
+    pub(super) fn on_accept_sent(&mut self, by: (ReplicaId, u32), view: View) -> Result<(), String> {
         let leader = *self.leaders.entry(view).or_insert(by);
         if leader == by {
             Ok(())
         } else {
-            Err(format!(
-                "I1: {view} is led by {} (life {}) and {} (life {})",
-                leader.0, leader.1, by.0, by.1
-            ))
+            Err(format!("I1: {view} is led by {} (life {}) and {} (life {})", leader.0, leader.1, by.0, by.1))
         }
     }
 
     /// The roles by the committed entries below `index`.
     fn roles_before(&self, index: Index) -> Base {
         let mut roles = Base::default();
-        for (at, (view, entry)) in self
-            .committed
-            .iter()
-            .enumerate()
-            .take(index.prev().0 as usize)
-        {
+        for (at, (view, entry)) in self.committed.iter().enumerate().take(index.prev().0 as usize) {
             roles.advance(Index(at as u64 + 1), *view, entry);
         }
         roles
     }
 
     /// I2 and I6 for a replica that begins to lead.
-    pub(super) fn on_leading(
-        &mut self,
-        node: &Node,
-        replica: &Replica,
-        view: View,
-    ) -> Result<(), String> {
+    pub(super) fn on_leading(&mut self, node: &Node, replica: &Replica, view: View) -> Result<(), String> {
         self.reigns += 1;
         let me = node.id;
         for (at, (known_view, entry)) in self.committed.iter().enumerate() {
             let index = Index(at as u64 + 1);
             if index > replica.base().index && replica.entry(index) != Some((*known_view, entry)) {
-                return Err(format!(
-                    "I2: {me} leads {view} without the committed {entry} of {known_view} at {index}"
-                ));
+                return Err(format!("I2: {me} leads {view} without the committed {entry} of {known_view} at {index}"));
             }
         }
-        let noop = self
-            .committed
-            .iter()
-            .position(|entry| *entry == (view, Entry::Noop { leader: me }));
+        let noop = self.committed.iter().position(|entry| *entry == (view, Entry::Noop { leader: me }));
         let Some(noop) = noop else {
-            return Err(format!(
-                "I6: {me} leads {view} and its Noop is not committed"
-            ));
+            return Err(format!("I6: {me} leads {view} and its Noop is not committed"));
         };
         let roles = self.roles_before(Index(noop as u64 + 1));
         let first = noop == 0 && me == self.genesis_leader;
         if !first && roles.second != Some(me) && roles.leader != Some(me) {
             let (second, leader) = (roles.second, roles.leader);
-            return Err(format!(
-                "I6: {me} leads {view}; the log names second {second:?}, leader {leader:?}"
-            ));
+            return Err(format!("I6: {me} leads {view}; the log names second {second:?}, leader {leader:?}"));
         }
         if node.cold_start {
             return Ok(());
@@ -156,9 +115,7 @@ impl Checker {
             None => Err(format!("I6: {me} leads {view} and has no guest")),
             Some(whole) if roles.leader != Some(me) && !first && whole < roles.second_base => {
                 let base = roles.second_base;
-                Err(format!(
-                    "I6: {me} leads {view} with a guest of syncvm {whole}; the log says {base}"
-                ))
+                Err(format!("I6: {me} leads {view} with a guest of syncvm {whole}; the log says {base}"))
             }
             Some(_) => Ok(()),
         }

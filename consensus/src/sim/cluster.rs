@@ -38,24 +38,10 @@ pub(super) struct Node {
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Happening {
-    Deliver {
-        from: u8,
-        to: u8,
-        slot: usize,
-    },
-    DiskDone {
-        node: u8,
-        life: u32,
-        through: PersistId,
-    },
-    LinkLost {
-        at: u8,
-        peer: u8,
-    },
-    LinkUp {
-        at: u8,
-        peer: u8,
-    },
+    Deliver { from: u8, to: u8, slot: usize },
+    DiskDone { node: u8, life: u32, through: PersistId },
+    LinkLost { at: u8, peer: u8 },
+    LinkUp { at: u8, peer: u8 },
 }
 
 /// What the network and the disks do. Chances are per mille.
@@ -141,11 +127,7 @@ impl Cluster {
 
     pub(super) fn note(&mut self, text: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            trace.push(format!(
-                "{:>10.3} ms  {}",
-                self.now_us as f64 / 1000.0,
-                text()
-            ));
+            trace.push(format!("{:>10.3} ms  {}", self.now_us as f64 / 1000.0, text()));
         }
     }
 
@@ -180,9 +162,7 @@ impl Cluster {
 
     /// The process and its guest die; part of what was on its way to the disk arrives there.
     pub(super) fn crash(&mut self, id: ReplicaId) {
-        let keep = self
-            .rng
-            .below(self.nodes[id.slot()].disk.pending() as u64 + 1) as usize;
+        let keep = self.rng.below(self.nodes[id.slot()].disk.pending() as u64 + 1) as usize;
         let node = &mut self.nodes[id.slot()];
         node.disk.crash(keep);
         (node.replica, node.guest, node.cold_start) = (None, None, false);
@@ -207,14 +187,9 @@ impl Cluster {
     /// Tells the others that the connection to `id` broke, or is back.
     pub(super) fn announce_link(&mut self, id: ReplicaId, up: bool) {
         for peer in (0..REPLICAS).filter(|peer| *peer != id.0) {
-            let at_us =
-                self.now_us + self.weather.delay_us + self.rng.below(self.weather.jitter_us + 1);
+            let at_us = self.now_us + self.weather.delay_us + self.rng.below(self.weather.jitter_us + 1);
             for (at, peer) in [(peer, id.0), (id.0, peer)] {
-                let happening = if up {
-                    Happening::LinkUp { at, peer }
-                } else {
-                    Happening::LinkLost { at, peer }
-                };
+                let happening = if up { Happening::LinkUp { at, peer } } else { Happening::LinkLost { at, peer } };
                 self.schedule(at_us, happening);
             }
         }
@@ -235,17 +210,11 @@ impl Cluster {
         self.spare.push(out);
     }
 
-    pub(super) fn propose(
-        &mut self,
-        id: ReplicaId,
-        entry: Entry,
-    ) -> Option<Result<Index, ProposeError>> {
+    pub(super) fn propose(&mut self, id: ReplicaId, entry: Entry) -> Option<Result<Index, ProposeError>> {
         let mut out = self.spare.pop().unwrap_or_default();
         let text = self.trace.is_some().then(|| entry.to_string());
-        let result = self.nodes[id.slot()]
-            .replica
-            .as_mut()
-            .map(|replica| replica.propose(self.now_us, entry, &mut out));
+        let result =
+            self.nodes[id.slot()].replica.as_mut().map(|replica| replica.propose(self.now_us, entry, &mut out));
         self.note(|| match result {
             Some(Ok(index)) => format!("{id} proposes {} at {index}", text.unwrap_or_default()),
             Some(Err(error)) => format!("{id} refuses a proposal: {error}"),
@@ -266,14 +235,7 @@ impl Cluster {
         if let Some(through) = through {
             let delay_us = self.weather.disk_us + self.rng.below(self.weather.disk_jitter_us + 1);
             let life = self.nodes[id.slot()].life;
-            self.schedule(
-                self.now_us + delay_us,
-                Happening::DiskDone {
-                    node: id.0,
-                    life,
-                    through,
-                },
-            );
+            self.schedule(self.now_us + delay_us, Happening::DiskDone { node: id.0, life, through });
         }
         for (to, message) in out.messages.drain(..) {
             self.send(id, to, message);
@@ -284,13 +246,9 @@ impl Cluster {
             node.handed_out = index;
             self.note(|| format!("{id} commits {index}: {entry}"));
             if index != expected {
-                self.check(Err(format!(
-                    "I1: {id} hands out {index} instead of {expected}"
-                )));
+                self.check(Err(format!("I1: {id} hands out {index} instead of {expected}")));
             }
-            let result = self
-                .checker
-                .on_committed(id, (index, view, &entry), &self.nodes);
+            let result = self.checker.on_committed(id, (index, view, &entry), &self.nodes);
             self.check(result);
         }
         for notice in out.notices.drain(..) {
@@ -310,9 +268,7 @@ impl Cluster {
             Notice::Jumped { base } => (node.handed_out, node.guest) = (base, None),
             Notice::Leading { view } => {
                 let replica = node.replica.take().expect("it just took a step");
-                let result = self
-                    .checker
-                    .on_leading(&self.nodes[id.slot()], &replica, view);
+                let result = self.checker.on_leading(&self.nodes[id.slot()], &replica, view);
                 self.nodes[id.slot()].replica = Some(replica);
                 self.check(result);
                 let node = &mut self.nodes[id.slot()];
@@ -323,32 +279,17 @@ impl Cluster {
                 self.nodes[id.slot()].cold_start = false;
             }
             Notice::Following { .. } => node.cold_start = false,
-            Notice::Promoted
-            | Notice::LostLead { .. }
-            | Notice::HandOverFailed { .. }
-            | Notice::Ineligible { .. } => {}
+            Notice::Promoted | Notice::LostLead { .. } | Notice::HandOverFailed { .. } | Notice::Ineligible { .. } => {}
         }
     }
 
     fn send(&mut self, from: ReplicaId, to: ReplicaId, message: Message) {
-        if let Message::Accept {
-            view,
-            prev,
-            entries,
-            ..
-        } = &message
-        {
-            let result = self
-                .checker
-                .on_accept_sent((from, self.nodes[from.slot()].life), *view);
+        if let Message::Accept { view, prev, entries, .. } = &message {
+            let result = self.checker.on_accept_sent((from, self.nodes[from.slot()].life), *view);
             self.check(result);
             if self.mutant == Mutant::ForgedAcknowledgement {
                 let through = Index(prev.index.0 + entries.len() as u64);
-                let forged = Message::AcceptOk {
-                    view: *view,
-                    through,
-                    voting: true,
-                };
+                let forged = Message::AcceptOk { view: *view, through, voting: true };
                 self.fly(to, from, forged);
             }
         }
@@ -367,29 +308,15 @@ impl Cluster {
             self.flying.len() - 1
         });
         self.flying[slot] = Some(message);
-        let at_us =
-            self.now_us + self.weather.delay_us + self.rng.below(self.weather.jitter_us + 1);
-        self.schedule(
-            at_us,
-            Happening::Deliver {
-                from: from.0,
-                to: to.0,
-                slot,
-            },
-        );
+        let at_us = self.now_us + self.weather.delay_us + self.rng.below(self.weather.jitter_us + 1);
+        self.schedule(at_us, Happening::Deliver { from: from.0, to: to.0, slot });
     }
 
     /// Runs until `until_us`, or until an invariant breaks.
     pub(super) fn run_until(&mut self, until_us: u64) {
         while self.violation.is_none() {
-            let next_us = self
-                .queue
-                .peek()
-                .map_or(u64::MAX, |Reverse((at_us, ..))| *at_us);
-            let tick = self
-                .nodes
-                .iter()
-                .filter_map(|node| Some((node.replica.as_ref()?.next_deadline_us(), node.id)));
+            let next_us = self.queue.peek().map_or(u64::MAX, |Reverse((at_us, ..))| *at_us);
+            let tick = self.nodes.iter().filter_map(|node| Some((node.replica.as_ref()?.next_deadline_us(), node.id)));
             let (tick_us, id) = tick.min().unwrap_or((u64::MAX, GENESIS_LEADER));
             if next_us.min(tick_us) > until_us {
                 break;
@@ -414,17 +341,11 @@ impl Cluster {
                 self.free.push(slot);
                 let (from, to) = (ReplicaId(from), ReplicaId(to));
                 if self.replica(to).is_some() && !super::transcript::is_heartbeat(&message) {
-                    self.note(|| {
-                        format!("{from} -> {to}  {}", super::transcript::describe(&message))
-                    });
+                    self.note(|| format!("{from} -> {to}  {}", super::transcript::describe(&message)));
                 }
                 self.step(to, Event::Message { from, message });
             }
-            Happening::DiskDone {
-                node,
-                life,
-                through,
-            } => {
+            Happening::DiskDone { node, life, through } => {
                 let node = &mut self.nodes[usize::from(node)];
                 if node.life == life && node.replica.is_some() {
                     node.disk.apply(through);
@@ -433,12 +354,8 @@ impl Cluster {
                     self.step(id, Event::Persisted { through });
                 }
             }
-            Happening::LinkLost { at, peer } => {
-                self.step(ReplicaId(at), Event::PeerLost(ReplicaId(peer)))
-            }
-            Happening::LinkUp { at, peer } => {
-                self.step(ReplicaId(at), Event::PeerConnected(ReplicaId(peer)))
-            }
+            Happening::LinkLost { at, peer } => self.step(ReplicaId(at), Event::PeerLost(ReplicaId(peer))),
+            Happening::LinkUp { at, peer } => self.step(ReplicaId(at), Event::PeerConnected(ReplicaId(peer))),
         }
     }
 }

@@ -60,17 +60,11 @@ impl Disk {
 
     /// Pretends that a replica voted here before, which a wiped disk cannot know.
     pub(super) fn forge_state(&mut self) {
-        self.state = Some(HardState {
-            promised: View(1),
-            ..HardState::default()
-        });
+        self.state = Some(HardState { promised: View(1), ..HardState::default() });
     }
 
     pub(super) fn recovered(&self) -> Recovered {
-        let entries = self
-            .entries
-            .iter()
-            .map(|(index, (view, entry))| (*index, *view, entry.clone()));
+        let entries = self.entries.iter().map(|(index, (view, entry))| (*index, *view, entry.clone()));
         Recovered::from_store(self.state, entries.collect())
     }
 
@@ -84,10 +78,6 @@ impl Disk {
             return false;
         };
         index <= state.base.index
-            || (!state.void_entries
-                && self
-                    .entries
-                    .get(&index)
-                    .is_some_and(|(have, _)| *have == view))
+            || (!state.void_entries && self.entries.get(&index).is_some_and(|(have, _)| *have == view))
     }
 }

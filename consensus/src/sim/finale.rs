@@ -15,11 +15,7 @@ fn everybody() -> impl Iterator<Item = ReplicaId> {
 }
 
 fn leader(cluster: &Cluster) -> Option<ReplicaId> {
-    everybody().find(|id| {
-        cluster
-            .replica(*id)
-            .is_some_and(|replica| replica.leading().is_some())
-    })
+    everybody().find(|id| cluster.replica(*id).is_some_and(|replica| replica.leading().is_some()))
 }
 
 /// The newest log of the group, and the roles by it.
@@ -33,11 +29,7 @@ fn best_log(cluster: &Cluster) -> Option<(Viewstamp, Base)> {
 }
 
 fn is_named(id: ReplicaId, last: Viewstamp, roles: &Base) -> bool {
-    if last.index.0 == 0 {
-        id == GENESIS_LEADER
-    } else {
-        roles.second == Some(id) || roles.leader == Some(id)
-    }
+    if last.index.0 == 0 { id == GENESIS_LEADER } else { roles.second == Some(id) || roles.leader == Some(id) }
 }
 
 /// The operator sees that no guest is left and allows a cold start where the newest log in sight names one.
@@ -49,12 +41,8 @@ pub(super) fn cold_start_if_lost(cluster: &mut Cluster) -> bool {
     let Some((last, roles)) = best_log(cluster) else {
         return false;
     };
-    let able = everybody().find(|id| {
-        cluster
-            .replica(*id)
-            .is_some_and(|replica| !replica.is_learner())
-            && is_named(*id, last, &roles)
-    });
+    let able = everybody()
+        .find(|id| cluster.replica(*id).is_some_and(|replica| !replica.is_learner()) && is_named(*id, last, &roles));
     if let Some(id) = able {
         cluster.note(|| format!("the operator allows {id} a cold start"));
         cluster.nodes[id.slot()].cold_start = true;
@@ -95,13 +83,9 @@ pub(super) fn play(cluster: &mut Cluster) -> Result<bool, String> {
         let Some((last, roles)) = best_log(cluster) else {
             return Ok(false);
         };
-        let able =
-            |node: &&Node| node.guest.is_some() && !node.wiped && is_named(node.id, last, &roles);
+        let able = |node: &&Node| node.guest.is_some() && !node.wiped && is_named(node.id, last, &roles);
         if let Some(able) = cluster.nodes.iter().find(able) {
-            return Err(format!(
-                "liveness: {} is named and has a guest, and nobody leads",
-                able.id
-            ));
+            return Err(format!("liveness: {} is named and has a guest, and nobody leads", able.id));
         }
         for node in &mut cluster.nodes {
             // A guest that the log does not name is of no use any more.
@@ -120,14 +104,11 @@ pub(super) fn play(cluster: &mut Cluster) -> Result<bool, String> {
         propose_input(cluster, id);
     }
     let settled = |cluster: &Cluster| {
-        let commits =
-            everybody().map(|id| cluster.replica(id).map(|replica| replica.commit_index().0));
+        let commits = everybody().map(|id| cluster.replica(id).map(|replica| replica.commit_index().0));
         cluster.checker.committed() > before
             && commits.min().flatten() > Some(before)
             && cluster.nodes.iter().all(|node| !node.wiped)
-            && leader(cluster)
-                .and_then(|id| cluster.replica(id)?.second())
-                .is_some()
+            && leader(cluster).and_then(|id| cluster.replica(id)?.second()).is_some()
     };
     if wait(cluster, settled) {
         Ok(cold_start)

@@ -55,12 +55,7 @@ pub struct Options {
 impl Options {
     /// A run of the usual length.
     pub fn new(seed: u64) -> Options {
-        Options {
-            seed,
-            rounds: 600,
-            trace: false,
-            mutant: Mutant::None,
-        }
+        Options { seed, rounds: 600, trace: false, mutant: Mutant::None }
     }
 }
 
@@ -139,11 +134,7 @@ pub fn run(options: &Options) -> Result<Summary, Box<Violation>> {
         }
         chaos::act(&mut cluster, &temper);
     }
-    let finale = if cluster.violation.is_none() {
-        finale::play(&mut cluster)
-    } else {
-        Ok(false)
-    };
+    let finale = if cluster.violation.is_none() { finale::play(&mut cluster) } else { Ok(false) };
     match (cluster.violation.take(), finale) {
         (None, Ok(cold_start)) => Ok(Summary {
             events: cluster.events,

@@ -51,25 +51,13 @@ impl Cluster {
         }
         let silent = |peer: ReplicaId| replica.peer_silent_us(peer, self.now_us) > SILENCE_US;
         match replica.second() {
-            Some(second)
-                if second == id || silent(second) || self.nodes[second.slot()].guest.is_none() =>
-            {
-                self.propose_role(
-                    id,
-                    view,
-                    Entry::Second {
-                        replica: None,
-                        base: Index(0),
-                    },
-                );
+            Some(second) if second == id || silent(second) || self.nodes[second.slot()].guest.is_none() => {
+                self.propose_role(id, view, Entry::Second { replica: None, base: Index(0) });
             }
             Some(second) => self.start_sync(id, view, second),
             None => {
                 let with = ReplicaId((id.0 + 1 + self.rng.below(2) as u8) % REPLICAS);
-                if self
-                    .replica(id)
-                    .is_some_and(|replica| replica.peer_silent_us(with, self.now_us) < SILENCE_US)
-                {
+                if self.replica(id).is_some_and(|replica| replica.peer_silent_us(with, self.now_us) < SILENCE_US) {
                     self.start_sync(id, view, with);
                 }
             }
@@ -85,23 +73,14 @@ impl Cluster {
     fn start_sync(&mut self, id: ReplicaId, view: View, with: ReplicaId) {
         if let Some(index) = self.propose_role(id, view, Entry::SyncVm { with }) {
             let with_life = self.nodes[with.slot()].life;
-            self.nodes[id.slot()].product.sync = Some(Sync {
-                view,
-                with,
-                with_life,
-                index,
-            });
+            self.nodes[id.slot()].product.sync = Some(Sync { view, with, with_life, index });
         }
     }
 
     /// The syncvm is committed at the leader; once the other side has it too, its guest is whole.
     fn drive_sync(&mut self, id: ReplicaId, sync: Sync) {
         let other = &self.nodes[sync.with.slot()];
-        let Some(replica) = other
-            .replica
-            .as_ref()
-            .filter(|_| other.life == sync.with_life)
-        else {
+        let Some(replica) = other.replica.as_ref().filter(|_| other.life == sync.with_life) else {
             self.nodes[id.slot()].product.sync = None;
             return;
         };
@@ -119,14 +98,7 @@ impl Cluster {
         if self.replica(id).and_then(|replica| replica.second()) == Some(sync.with) {
             self.step(id, Event::Truncate(sync.index));
         } else {
-            self.propose_role(
-                id,
-                sync.view,
-                Entry::Second {
-                    replica: Some(sync.with),
-                    base: sync.index,
-                },
-            );
+            self.propose_role(id, sync.view, Entry::Second { replica: Some(sync.with), base: sync.index });
         }
     }
 }

@@ -14,9 +14,7 @@ use crate::message::Message;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScriptError {
     /// Not a command.
-    #[error(
-        "line {line}: `{text}` is not a command; see `Command` in consensus/src/sim/transcript.rs"
-    )]
+    #[error("line {line}: `{text}` is not a command; see `Command` in consensus/src/sim/transcript.rs")]
     Unknown {
         /// Counted from 1.
         line: usize,
@@ -45,67 +43,34 @@ pub(super) fn is_heartbeat(message: &Message) -> bool {
 /// One line about a message.
 pub(super) fn describe(message: &Message) -> String {
     match message {
-        Message::Accept {
-            view,
-            prev,
-            commit,
-            entries,
-            ..
-        } => {
-            let list: Vec<String> = entries
-                .iter()
-                .map(|(view, entry)| format!("{entry} of {view}"))
-                .collect();
-            format!(
-                "Accept {view} after {prev} commit {commit}: {}",
-                list.join(", ")
-            )
+        Message::Accept { view, prev, commit, entries, .. } => {
+            let list: Vec<String> = entries.iter().map(|(view, entry)| format!("{entry} of {view}")).collect();
+            format!("Accept {view} after {prev} commit {commit}: {}", list.join(", "))
         }
-        Message::Fetched {
-            view,
-            prev,
-            entries,
-        } => format!("Fetched {view} after {prev}: {} entries", entries.len()),
+        Message::Fetched { view, prev, entries } => format!("Fetched {view} after {prev}: {} entries", entries.len()),
         Message::Promise { view, last, commit } => {
             format!("Promise {view} last {last} commit {commit}")
         }
-        Message::Prepare {
-            view,
-            genesis_nonce: 0,
-        } => format!("Prepare {view}"),
+        Message::Prepare { view, genesis_nonce: 0 } => format!("Prepare {view}"),
         Message::Prepare { view, .. } => format!("Prepare {view} to form the group"),
         Message::PreVote { view } => format!("PreVote {view}"),
         Message::PreVoteReply { view, granted, .. } => {
-            format!(
-                "PreVoteReply {view} {}",
-                if *granted { "granted" } else { "refused" }
-            )
+            format!("PreVoteReply {view} {}", if *granted { "granted" } else { "refused" })
         }
         Message::Fetch { view, from } => format!("Fetch {view} from {from}"),
-        Message::Reject {
-            view,
-            prev,
-            have,
-            commit,
-        } => {
+        Message::Reject { view, prev, have, commit } => {
             format!("Reject {view} prev {prev} have {have} commit {commit}")
         }
         Message::Nack { promised } => format!("Nack promised {promised}"),
         Message::TakeOver { handover: true, .. } => "TakeOver: hand-over".to_owned(),
-        Message::TakeOver {
-            handover: false, ..
-        } => "TakeOver: hint".to_owned(),
+        Message::TakeOver { handover: false, .. } => "TakeOver: hint".to_owned(),
         Message::Hello { blank, .. } => format!("Hello{}", if *blank { " blank" } else { "" }),
         Message::HelloReply { promised, last, .. } => {
             format!("HelloReply promised {promised} last {last}")
         }
         Message::InstallBase { view, base } => format!("InstallBase {view} {}", base.viewstamp()),
         Message::FetchedBase { view, base } => format!("FetchedBase {view} {}", base.viewstamp()),
-        Message::AcceptOk {
-            view,
-            through,
-            voting,
-        } => format!("AcceptOk {view} through {through} voting {voting}"),
+        Message::AcceptOk { view, through, voting } => format!("AcceptOk {view} through {through} voting {voting}"),
     }
 }
 
@@ -165,12 +130,8 @@ impl<'a> Command<'a> {
                 cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
             }
             Command::Setup => {
-                let steps = [
-                    Command::Form,
-                    Command::Run(20),
-                    Command::Second(ReplicaId(0), ReplicaId(1)),
-                    Command::Run(30),
-                ];
+                let steps =
+                    [Command::Form, Command::Run(20), Command::Second(ReplicaId(0), ReplicaId(1)), Command::Run(30)];
                 for step in steps {
                     step.play(cluster);
                 }
@@ -187,13 +148,7 @@ impl<'a> Command<'a> {
                 cluster.run_until(cluster.now_us + 5000);
                 cluster.nodes[second.slot()].guest = Some(base);
                 cluster.step(second, Event::GuestIntact(true));
-                cluster.propose(
-                    leader,
-                    Entry::Second {
-                        replica: Some(second),
-                        base,
-                    },
-                );
+                cluster.propose(leader, Entry::Second { replica: Some(second), base });
             }
             Command::Crash(id) => cluster.crash(id),
             Command::Start(id) => {
@@ -217,17 +172,9 @@ fn state(cluster: &mut Cluster) {
         let line = match cluster.replica(id) {
             None => format!("{id} dead"),
             Some(replica) => {
-                let leads = if replica.leading().is_some() {
-                    ", leading"
-                } else {
-                    ""
-                };
-                let (view, last, commit) =
-                    (replica.view(), replica.last_index(), replica.commit_index());
-                format!(
-                    "{id} {:?}{leads}, {view}, last {last}, commit {commit}",
-                    replica.role()
-                )
+                let leads = if replica.leading().is_some() { ", leading" } else { "" };
+                let (view, last, commit) = (replica.view(), replica.last_index(), replica.commit_index());
+                format!("{id} {:?}{leads}, {view}, last {last}, commit {commit}", replica.role())
             }
         };
         cluster.note(|| line);
@@ -245,10 +192,7 @@ pub fn play(script: &str) -> Result<String, ScriptError> {
         let line = at + 1;
         if let Some(text) = text.strip_prefix("> ") {
             cluster.trace = Some(Vec::new());
-            let command = Command::parse(text).ok_or_else(|| ScriptError::Unknown {
-                line,
-                text: text.to_owned(),
-            })?;
+            let command = Command::parse(text).ok_or_else(|| ScriptError::Unknown { line, text: text.to_owned() })?;
             command.play(&mut cluster);
             if let Some(what) = cluster.violation.take() {
                 return Err(ScriptError::Violation { line, what });

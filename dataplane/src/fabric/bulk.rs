@@ -109,13 +109,8 @@ impl BulkLink {
     ///
     /// # Errors
     /// [`BulkError`].
-    pub fn dial(
-        addr: SocketAddr,
-        hello: &BulkHello,
-        deadline: Instant,
-    ) -> Result<BulkLink, BulkError> {
-        let lost =
-            |error: std::io::Error| BulkError::PeerLost(format!("connecting to {addr}: {error}"));
+    pub fn dial(addr: SocketAddr, hello: &BulkHello, deadline: Instant) -> Result<BulkLink, BulkError> {
+        let lost = |error: std::io::Error| BulkError::PeerLost(format!("connecting to {addr}: {error}"));
         let fd = socket::dial(addr, socket::tune_bulk).map_err(lost)?;
         let mut link = BulkLink::from_stream(fd);
         link.wait(PollFlags::OUT, deadline)?;
@@ -142,15 +137,8 @@ impl BulkLink {
 
     /// Takes over a connected and greeted socket.
     pub(super) fn from_stream(fd: OwnedFd) -> BulkLink {
-        let shared = Arc::new(Shared {
-            fd,
-            cancelled: AtomicBool::new(false),
-        });
-        BulkLink {
-            shared,
-            progress: Arc::default(),
-            broken: None,
-        }
+        let shared = Arc::new(Shared { fd, cancelled: AtomicBool::new(false) });
+        BulkLink { shared, progress: Arc::default(), broken: None }
     }
 
     /// Sends one message of `kind`: the concatenation of `parts`.
@@ -160,17 +148,9 @@ impl BulkLink {
     ///
     /// # Panics
     /// If the parts exceed [`MAX_BULK_MESSAGE_BYTES`].
-    pub fn send(
-        &mut self,
-        kind: u16,
-        parts: &[IoSlice<'_>],
-        deadline: Instant,
-    ) -> Result<(), BulkError> {
+    pub fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], deadline: Instant) -> Result<(), BulkError> {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        assert!(
-            bytes <= MAX_BULK_MESSAGE_BYTES,
-            "a bulk message of {bytes} bytes"
-        );
+        assert!(bytes <= MAX_BULK_MESSAGE_BYTES, "a bulk message of {bytes} bytes");
         let mut header = [0; HEADER_BYTES];
         header[0..4].copy_from_slice(&(bytes as u32).to_le_bytes());
         header[4..6].copy_from_slice(&kind.to_le_bytes());
@@ -208,18 +188,11 @@ impl BulkLink {
         Arc::clone(&self.progress)
     }
 
-    fn recv_message(
-        &mut self,
-        header: &mut Vec<u8>,
-        buf: &mut Vec<u8>,
-        deadline: Instant,
-    ) -> Result<u16, BulkError> {
+    fn recv_message(&mut self, header: &mut Vec<u8>, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, BulkError> {
         self.recv_exact(header, HEADER_BYTES, deadline)?;
         let bytes = u32::from_le_bytes(header[0..4].try_into().expect("4 bytes")) as usize;
         if bytes > MAX_BULK_MESSAGE_BYTES {
-            return Err(BulkError::Protocol(format!(
-                "it announced a message of {bytes} bytes"
-            )));
+            return Err(BulkError::Protocol(format!("it announced a message of {bytes} bytes")));
         }
         self.recv_exact(buf, bytes, deadline)?;
         Ok(u16::from_le_bytes([header[4], header[5]]))
@@ -233,11 +206,7 @@ impl BulkLink {
         self.broken.clone().map_or(Ok(()), Err)
     }
 
-    fn send_all(
-        &mut self,
-        mut slices: &mut [IoSlice<'_>],
-        deadline: Instant,
-    ) -> Result<(), BulkError> {
+    fn send_all(&mut self, mut slices: &mut [IoSlice<'_>], deadline: Instant) -> Result<(), BulkError> {
         self.check()?;
         let mut started = false;
         while slices.iter().any(|slice| !slice.is_empty()) {
@@ -263,12 +232,7 @@ impl BulkLink {
     }
 
     /// Appends bytes to `buf` until it is `len` long.
-    fn recv_exact(
-        &mut self,
-        buf: &mut Vec<u8>,
-        len: usize,
-        deadline: Instant,
-    ) -> Result<(), BulkError> {
+    fn recv_exact(&mut self, buf: &mut Vec<u8>, len: usize, deadline: Instant) -> Result<(), BulkError> {
         buf.reserve_exact(len.saturating_sub(buf.len()));
         while buf.len() < len {
             let missing = len - buf.len();
@@ -311,11 +275,7 @@ impl BulkLink {
         self.check()?;
         let ready = wait_for(self.shared.fd.as_fd(), flags, deadline);
         self.check()?;
-        if ready {
-            Ok(())
-        } else {
-            Err(BulkError::Timeout)
-        }
+        if ready { Ok(()) } else { Err(BulkError::Timeout) }
     }
 
     fn lost(&self, error: Errno) -> BulkError {
@@ -344,10 +304,7 @@ fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Instant) -> bool {
 }
 
 fn poll_once(fd: BorrowedFd<'_>, flags: PollFlags, left: Duration) -> bool {
-    let timeout = Timespec {
-        tv_sec: left.as_secs() as i64,
-        tv_nsec: i64::from(left.subsec_nanos()),
-    };
+    let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
     let mut fds = [PollFd::from_borrowed_fd(fd, flags)];
     match rustix::event::poll(&mut fds, Some(&timeout)) {
         Ok(ready) => ready > 0,

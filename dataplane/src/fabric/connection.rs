@@ -193,9 +193,7 @@ impl Connection {
     fn hand_out(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
         while let Some(length) = self.announced() {
             if length > MAX_CONTROL_MESSAGE_BYTES {
-                return Err(LostReason::Oversize {
-                    bytes: length as u64,
-                });
+                return Err(LostReason::Oversize { bytes: length as u64 });
             }
             let from = self.start + LENGTH_BYTES;
             if self.end - from < length {
@@ -224,16 +222,14 @@ impl Connection {
         // `hand_out` has refused oversize, so a peer can make us hold one message at most.
         let need = self.announced().map_or(0, |length| LENGTH_BYTES + length);
         let room_behind = self.input.len() - self.end;
-        if self.start > 0 && (room_behind < MIN_READ_BYTES || self.start + need > self.input.len())
-        {
+        if self.start > 0 && (room_behind < MIN_READ_BYTES || self.start + need > self.input.len()) {
             self.input.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
         let wanted = need.max(self.end - self.start + MIN_READ_BYTES);
         if self.start + wanted > self.input.len() {
-            self.input
-                .resize((self.start + wanted).next_power_of_two(), 0);
+            self.input.resize((self.start + wanted).next_power_of_two(), 0);
         }
     }
 }

@@ -64,18 +64,10 @@ pub enum RefusalCode {
 impl RefusalCode {
     fn from_wire(code: u8) -> RefusalCode {
         use RefusalCode::*;
-        [
-            NotPlover,
-            Version,
-            UnknownGroup,
-            WrongReplica,
-            WrongNode,
-            SameName,
-            Busy,
-        ]
-        .into_iter()
-        .find(|&known| known as u8 == code)
-        .unwrap_or(Other)
+        [NotPlover, Version, UnknownGroup, WrongReplica, WrongNode, SameName, Busy]
+            .into_iter()
+            .find(|&known| known as u8 == code)
+            .unwrap_or(Other)
     }
 }
 
@@ -101,8 +93,7 @@ impl Hello {
     /// # Panics
     /// If a name is longer than [`MAX_NAME_BYTES`]; registration checks that.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let length_of =
-            |name: &str| u8::try_from(name.len()).expect("names are checked at registration");
+        let length_of = |name: &str| u8::try_from(name.len()).expect("names are checked at registration");
         let total = HELLO_FIXED_BYTES + self.group.len() + self.node.len();
         out.extend(HELLO_MAGIC);
         out.extend(VERSION.to_le_bytes());
@@ -111,13 +102,7 @@ impl Hello {
             Lane::Control => 1,
             Lane::Bulk => 2,
         };
-        out.extend([
-            lane,
-            self.from.0,
-            self.to.0,
-            length_of(&self.group),
-            length_of(&self.node),
-        ]);
+        out.extend([lane, self.from.0, self.to.0, length_of(&self.group), length_of(&self.node)]);
         out.extend([0; 7]);
         out.extend(self.instance.to_le_bytes());
         out.extend(self.view.to_le_bytes());
@@ -171,8 +156,7 @@ impl Hello {
         };
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let text = |range: std::ops::Range<usize>| {
-            String::from_utf8(bytes[range].to_vec())
-                .map_err(|_| malformed("a name that is not UTF-8"))
+            String::from_utf8(bytes[range].to_vec()).map_err(|_| malformed("a name that is not UTF-8"))
         };
         let group_end = HELLO_FIXED_BYTES + group_len;
         Ok(Some(Hello {
@@ -267,24 +251,18 @@ mod tests {
     use proptest::prelude::*;
 
     fn hello() -> impl Strategy<Value = Hello> {
-        (
-            any::<bool>(),
-            any::<(u8, u8, u64, u64, u64)>(),
-            "[a-zä]{0,40}",
-            "[a-z]{0,100}",
+        (any::<bool>(), any::<(u8, u8, u64, u64, u64)>(), "[a-zä]{0,40}", "[a-z]{0,100}").prop_map(
+            |(bulk, (from, to, instance, view, number), group, node)| Hello {
+                lane: if bulk { Lane::Bulk } else { Lane::Control },
+                from: PeerId(from),
+                to: PeerId(to),
+                instance,
+                view,
+                number,
+                group,
+                node,
+            },
         )
-            .prop_map(
-                |(bulk, (from, to, instance, view, number), group, node)| Hello {
-                    lane: if bulk { Lane::Bulk } else { Lane::Control },
-                    from: PeerId(from),
-                    to: PeerId(to),
-                    instance,
-                    view,
-                    number,
-                    group,
-                    node,
-                },
-            )
     }
 
     proptest! {

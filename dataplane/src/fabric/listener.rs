@@ -7,9 +7,7 @@
 
 use super::bulk::BulkLink;
 use super::hello::{Answer, Hello, Lane, MAX_HELLO_BYTES, MAX_NAME_BYTES, Refusal, RefusalCode};
-use super::port::{
-    BulkPort, ControlPort, GroupPort, Inbox, IncomingBulk, IncomingControl, Membership,
-};
+use super::port::{BulkPort, ControlPort, GroupPort, Inbox, IncomingBulk, IncomingControl, Membership};
 use super::{NodeIdentity, PeerId, Replica, socket};
 use crate::wait::{EventFd, Interest, Poller, Ready, now_us};
 use rustix::fd::{AsFd, OwnedFd};
@@ -82,15 +80,8 @@ pub(super) struct Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let mut groups = self
-            .shared
-            .groups
-            .lock()
-            .unwrap_or_else(|poison| poison.into_inner());
-        if groups
-            .get(&self.group)
-            .is_some_and(|group| group.generation == self.generation)
-        {
+        let mut groups = self.shared.groups.lock().unwrap_or_else(|poison| poison.into_inner());
+        if groups.get(&self.group).is_some_and(|group| group.generation == self.generation) {
             groups.remove(&self.group);
         }
     }
@@ -128,14 +119,8 @@ impl Listener {
             wake: EventFd::new()?,
         });
         let acceptor = Acceptor::new(listener, Arc::clone(&shared))?;
-        let thread = std::thread::Builder::new()
-            .name("fabric-accept".to_owned())
-            .spawn(move || acceptor.run())?;
-        Ok(Listener {
-            shared,
-            local_addr,
-            thread: Some(thread),
-        })
+        let thread = std::thread::Builder::new().name("fabric-accept".to_owned()).spawn(move || acceptor.run())?;
+        Ok(Listener { shared, local_addr, thread: Some(thread) })
     }
 
     /// Where it listens; tells the port if 0 was asked for.
@@ -156,37 +141,17 @@ impl Listener {
     ///
     /// # Panics
     /// If no eventfd can be made.
-    pub fn register(
-        &self,
-        group: &str,
-        replicas: Vec<Replica>,
-        me: PeerId,
-    ) -> Result<GroupPort, RegisterError> {
-        check_replicas(group, &replicas, me, &self.shared.identity).map_err(|problem| {
-            RegisterError::Replicas {
-                group: group.to_owned(),
-                problem,
-            }
-        })?;
+    pub fn register(&self, group: &str, replicas: Vec<Replica>, me: PeerId) -> Result<GroupPort, RegisterError> {
+        check_replicas(group, &replicas, me, &self.shared.identity)
+            .map_err(|problem| RegisterError::Replicas { group: group.to_owned(), problem })?;
         let identity = self.shared.identity.clone();
-        let membership = Arc::new(Membership {
-            group: group.to_owned(),
-            me,
-            replicas,
-            identity,
-        });
+        let membership = Arc::new(Membership { group: group.to_owned(), me, replicas, identity });
         let control = Arc::new(Inbox::new(CONTROL_INBOX).expect("an eventfd for the control lane"));
         let bulk = Arc::new(Inbox::new(BULK_INBOX).expect("an eventfd for the bulk lane"));
         let generation = self.shared.generation.fetch_add(1, Ordering::Relaxed);
-        let mut groups = self
-            .shared
-            .groups
-            .lock()
-            .unwrap_or_else(|poison| poison.into_inner());
+        let mut groups = self.shared.groups.lock().unwrap_or_else(|poison| poison.into_inner());
         if groups.contains_key(group) {
-            return Err(RegisterError::Twice {
-                group: group.to_owned(),
-            });
+            return Err(RegisterError::Twice { group: group.to_owned() });
         }
         let entry = Group {
             generation,
@@ -195,21 +160,10 @@ impl Listener {
             bulk: Arc::clone(&bulk),
         };
         groups.insert(group.to_owned(), entry);
-        let registration = Registration {
-            shared: Arc::clone(&self.shared),
-            group: group.to_owned(),
-            generation,
-        };
+        let registration = Registration { shared: Arc::clone(&self.shared), group: group.to_owned(), generation };
         Ok(GroupPort {
-            control: ControlPort {
-                inbox: control,
-                membership: Arc::clone(&membership),
-                _registration: registration,
-            },
-            bulk: BulkPort {
-                inbox: bulk,
-                membership,
-            },
+            control: ControlPort { inbox: control, membership: Arc::clone(&membership), _registration: registration },
+            bulk: BulkPort { inbox: bulk, membership },
         })
     }
 }
@@ -226,21 +180,11 @@ impl Drop for Listener {
     }
 }
 
-fn check_replicas(
-    group: &str,
-    replicas: &[Replica],
-    me: PeerId,
-    identity: &NodeIdentity,
-) -> Result<(), String> {
+fn check_replicas(group: &str, replicas: &[Replica], me: PeerId, identity: &NodeIdentity) -> Result<(), String> {
     let names = [group, &identity.name];
-    for name in names
-        .into_iter()
-        .chain(replicas.iter().map(|replica| replica.node.as_str()))
-    {
+    for name in names.into_iter().chain(replicas.iter().map(|replica| replica.node.as_str())) {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
-            return Err(format!(
-                "the name {name:?} is not 1 to {MAX_NAME_BYTES} bytes long"
-            ));
+            return Err(format!("the name {name:?} is not 1 to {MAX_NAME_BYTES} bytes long"));
         }
     }
     for (i, replica) in replicas.iter().enumerate() {
@@ -254,13 +198,10 @@ fn check_replicas(
         }
     }
     match replicas.iter().find(|replica| replica.id == me) {
-        None => Err(format!(
-            "replica {me}, which this node is to hold, is not listed"
-        )),
-        Some(replica) if replica.node != identity.name => Err(format!(
-            "replica {me} belongs to the node {}, but this node is {}",
-            replica.node, identity.name
-        )),
+        None => Err(format!("replica {me}, which this node is to hold, is not listed")),
+        Some(replica) if replica.node != identity.name => {
+            Err(format!("replica {me} belongs to the node {}, but this node is {}", replica.node, identity.name))
+        }
         Some(_) => Ok(()),
     }
 }
@@ -290,25 +231,14 @@ impl Acceptor {
         let poller = Poller::new()?;
         poller.add(&listener, LISTENER_TOKEN, Interest::Read)?;
         poller.add(&shared.wake, WAKE_TOKEN, Interest::Read)?;
-        Ok(Acceptor {
-            listener,
-            shared,
-            poller,
-            half_open: [const { None }; MAX_HALF_OPEN],
-            logged: HashMap::new(),
-        })
+        Ok(Acceptor { listener, shared, poller, half_open: [const { None }; MAX_HALF_OPEN], logged: HashMap::new() })
     }
 
     fn run(mut self) {
         let mut ready: Vec<Ready> = Vec::new();
         while !self.shared.stop.load(Ordering::Acquire) {
             let now = now_us();
-            let deadline = self
-                .half_open
-                .iter()
-                .flatten()
-                .map(|half| half.deadline_us)
-                .min();
+            let deadline = self.half_open.iter().flatten().map(|half| half.deadline_us).min();
             let timeout_us = deadline.map(|deadline_us| deadline_us.saturating_sub(now));
             if let Err(error) = self.poller.wait(timeout_us, &mut ready) {
                 tracing::error!(%error, "the fabric's accept thread cannot wait; it takes no more connections");
@@ -348,22 +278,14 @@ impl Acceptor {
         let token = FIRST_HALF_OPEN_TOKEN + slot as u64;
         if self.poller.add(&fd, token, Interest::Read).is_ok() {
             let deadline_us = now_us + HELLO_DEADLINE_US;
-            self.half_open[slot] = Some(HalfOpen {
-                fd,
-                addr,
-                received: Vec::new(),
-                refused: false,
-                deadline_us,
-            });
+            self.half_open[slot] = Some(HalfOpen { fd, addr, received: Vec::new(), refused: false, deadline_us });
         }
     }
 
     /// An empty slot, or the oldest one, emptied.
     fn free_slot(&mut self) -> usize {
         let age = |slot: &Option<HalfOpen>| slot.as_ref().map_or(0, |half| half.deadline_us);
-        let slot = (0..MAX_HALF_OPEN)
-            .min_by_key(|&i| age(&self.half_open[i]))
-            .expect("there are slots");
+        let slot = (0..MAX_HALF_OPEN).min_by_key(|&i| age(&self.half_open[i])).expect("there are slots");
         self.half_open[slot] = None;
         slot
     }
@@ -396,11 +318,7 @@ impl Acceptor {
 
     /// Hands a connection to its group, or gives it back with the reason why not.
     fn admit(&mut self, half: HalfOpen, hello: Hello) -> Result<(), (HalfOpen, Refusal)> {
-        let groups = self
-            .shared
-            .groups
-            .lock()
-            .unwrap_or_else(|poison| poison.into_inner());
+        let groups = self.shared.groups.lock().unwrap_or_else(|poison| poison.into_inner());
         let group = match check_hello(&self.shared.identity, &groups, &hello, half.addr) {
             Ok(group) => group,
             Err(refusal) => return Err((half, refusal)),
@@ -410,10 +328,7 @@ impl Acceptor {
             Lane::Bulk => group.bulk.is_full(),
         };
         if full {
-            let text = format!(
-                "the group {} has too many waiting connections; it tries again",
-                hello.group
-            );
+            let text = format!("the group {} has too many waiting connections; it tries again", hello.group);
             return Err((half, Refusal::new(RefusalCode::Busy, text)));
         }
         // Only this thread pushes, so there is room; a socket that fails here is simply dropped.
@@ -421,21 +336,13 @@ impl Acceptor {
         match hello.lane {
             Lane::Control => {
                 if socket::tune_control(half.fd.as_fd()).is_ok() {
-                    let _ = group.control.push(IncomingControl {
-                        fd: half.fd,
-                        hello,
-                        addr: half.addr,
-                    });
+                    let _ = group.control.push(IncomingControl { fd: half.fd, hello, addr: half.addr });
                 }
             }
             Lane::Bulk => {
-                let welcome = Answer::Welcome {
-                    instance: self.shared.identity.instance,
-                }
-                .encode();
+                let welcome = Answer::Welcome { instance: self.shared.identity.instance }.encode();
                 let welcomed = socket::tune_bulk(half.fd.as_fd()).is_ok()
-                    && socket::send(&half.fd, &[io::IoSlice::new(&welcome)])
-                        == Ok(Some(welcome.len()));
+                    && socket::send(&half.fd, &[io::IoSlice::new(&welcome)]) == Ok(Some(welcome.len()));
                 if welcomed {
                     let _ = group.bulk.push(IncomingBulk {
                         peer: hello.from,
@@ -454,9 +361,7 @@ impl Acceptor {
         self.log(half.addr, &refusal, now_us);
         let answer = Answer::Refused(refusal).encode();
         let written = socket::send(&half.fd, &[io::IoSlice::new(&answer)]);
-        if written == Ok(Some(answer.len()))
-            && rustix::net::shutdown(&half.fd, rustix::net::Shutdown::Write).is_ok()
-        {
+        if written == Ok(Some(answer.len())) && rustix::net::shutdown(&half.fd, rustix::net::Shutdown::Write).is_ok() {
             half.refused = true;
             half.received = Vec::new();
             self.half_open[slot] = Some(half);
@@ -465,11 +370,7 @@ impl Acceptor {
 
     fn log(&mut self, addr: SocketAddr, refusal: &Refusal, now_us: u64) {
         let key = (addr.ip(), refusal.code);
-        if self
-            .logged
-            .get(&key)
-            .is_some_and(|&at_us| now_us < at_us + LOG_INTERVAL_US)
-        {
+        if self.logged.get(&key).is_some_and(|&at_us| now_us < at_us + LOG_INTERVAL_US) {
             return;
         }
         if self.logged.len() >= MAX_LOG_KEYS {
@@ -489,13 +390,7 @@ fn check_hello<'g>(
 ) -> Result<&'g Group, Refusal> {
     let refuse = |code, text| Err(Refusal::new(code, text));
     let us = &identity.name;
-    let Hello {
-        group: name,
-        node,
-        from,
-        to,
-        ..
-    } = hello;
+    let Hello { group: name, node, from, to, .. } = hello;
     if node == us {
         let text = format!(
             "this node is named {us} too (instance {:016x}, yours is {:016x}, from {addr}); two nodes \
@@ -529,15 +424,12 @@ fn check_hello<'g>(
             return refuse(RefusalCode::WrongNode, text);
         }
         None => {
-            let text = format!(
-                "the group {name} has no replica {from} in the configuration of the node {us}"
-            );
+            let text = format!("the group {name} has no replica {from} in the configuration of the node {us}");
             return refuse(RefusalCode::WrongNode, text);
         }
     }
     if hello.lane == Lane::Control && *from > me {
-        let text =
-            format!("replica {from} must wait for replica {me} to connect, the lower one dials");
+        let text = format!("replica {from} must wait for replica {me} to connect, the lower one dials");
         return refuse(RefusalCode::WrongReplica, text);
     }
     Ok(group)

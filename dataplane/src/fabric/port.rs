@@ -21,10 +21,7 @@ pub(super) struct Inbox<T> {
 
 impl<T> Inbox<T> {
     pub fn new(capacity: usize) -> io::Result<Inbox<T>> {
-        Ok(Inbox {
-            queue: ArrayQueue::new(capacity),
-            event: EventFd::new()?,
-        })
+        Ok(Inbox { queue: ArrayQueue::new(capacity), event: EventFd::new()? })
     }
 
     pub fn is_full(&self) -> bool {
@@ -140,17 +137,8 @@ impl BulkPort {
     ///
     /// # Panics
     /// If the group has no other replica `peer`.
-    pub fn dial(
-        &self,
-        peer: PeerId,
-        view: u64,
-        number: u64,
-        deadline: Instant,
-    ) -> Result<BulkLink, BulkError> {
-        let replica = self
-            .membership
-            .replica(peer)
-            .expect("the peer is a replica of the group");
+    pub fn dial(&self, peer: PeerId, view: u64, number: u64, deadline: Instant) -> Result<BulkLink, BulkError> {
+        let replica = self.membership.replica(peer).expect("the peer is a replica of the group");
         assert!(peer != self.membership.me, "a replica does not dial itself");
         let hello = BulkHello {
             group: self.membership.group.clone(),

@@ -16,15 +16,8 @@ const KEEPALIVE_PROBES: u32 = 3;
 const BULK_BUFFER_BYTES: usize = 4 << 20;
 
 /// A nonblocking TCP socket that is connecting to `addr`; `prepare` runs before.
-pub(super) fn dial(
-    addr: SocketAddr,
-    prepare: fn(BorrowedFd<'_>) -> io::Result<()>,
-) -> io::Result<OwnedFd> {
-    let family = if addr.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
+pub(super) fn dial(addr: SocketAddr, prepare: fn(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<OwnedFd> {
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let fd = net::socket_with(family, SocketType::STREAM, flags, None)?;
     prepare(fd.as_fd())?;
@@ -80,11 +73,7 @@ pub(super) fn recv(fd: impl AsFd, into: &mut [u8]) -> Result<Option<usize>, Errn
 
 /// Whether the other side has closed already. Nothing is consumed.
 pub(super) fn is_closed(fd: impl AsFd) -> bool {
-    match net::recv(
-        fd,
-        &mut [0u8; 1],
-        net::RecvFlags::DONTWAIT | net::RecvFlags::PEEK,
-    ) {
+    match net::recv(fd, &mut [0u8; 1], net::RecvFlags::DONTWAIT | net::RecvFlags::PEEK) {
         Ok((received, _)) => received == 0,
         Err(error) => error != Errno::AGAIN,
     }

@@ -56,12 +56,7 @@ enum State {
     /// Not connected. The dialing side tries at `retry_us`; the other waits (`u64::MAX`).
     Idle { retry_us: u64 },
     /// Connecting, or waiting for the answer to the hello.
-    Dialing {
-        fd: OwnedFd,
-        deadline_us: u64,
-        hello_sent: bool,
-        answer: Vec<u8>,
-    },
+    Dialing { fd: OwnedFd, deadline_us: u64, hello_sent: bool, answer: Vec<u8> },
     /// Messages flow.
     Up(Connection),
 }
@@ -114,17 +109,11 @@ impl TcpFabric {
         first_token: u64,
         now_us: u64,
     ) -> io::Result<TcpFabric> {
-        assert!(
-            config.max_queued_bytes > super::MAX_CONTROL_MESSAGE_BYTES,
-            "a message must fit the queue"
-        );
+        assert!(config.max_queued_bytes > super::MAX_CONTROL_MESSAGE_BYTES, "a message must fit the queue");
         poller.add(&port, first_token, Interest::ReadEdge)?;
         let membership = Arc::clone(&port.membership);
         let me = membership.me;
-        let others = membership
-            .replicas
-            .iter()
-            .filter(|replica| replica.id != me);
+        let others = membership.replicas.iter().filter(|replica| replica.id != me);
         let links = others
             .zip(first_token + 1..)
             .map(|(replica, token)| Link {
@@ -132,9 +121,7 @@ impl TcpFabric {
                 addr: replica.addr,
                 we_dial: me < replica.id,
                 token,
-                state: State::Idle {
-                    retry_us: if me < replica.id { now_us } else { u64::MAX },
-                },
+                state: State::Idle { retry_us: if me < replica.id { now_us } else { u64::MAX } },
                 interest: Interest::Read,
                 last_heard_us: None,
                 refusal: None,
@@ -142,39 +129,19 @@ impl TcpFabric {
             })
             .collect();
         let random = membership.identity.instance | 1;
-        Ok(TcpFabric {
-            common: Common {
-                config,
-                membership,
-                poller,
-                random,
-            },
-            port,
-            links,
-        })
+        Ok(TcpFabric { common: Common { config, membership, poller, random }, port, links })
     }
 
     fn link(&self, peer: PeerId) -> &Link {
-        self.links
-            .iter()
-            .find(|link| link.peer == peer)
-            .expect("the peer is another replica of the group")
+        self.links.iter().find(|link| link.peer == peer).expect("the peer is another replica of the group")
     }
 
     fn link_mut(&mut self, peer: PeerId) -> &mut Link {
-        self.links
-            .iter_mut()
-            .find(|link| link.peer == peer)
-            .expect("the peer is another replica of the group")
+        self.links.iter_mut().find(|link| link.peer == peer).expect("the peer is another replica of the group")
     }
 
     /// Decides on a connection whose hello was good (the listener checked names and numbers).
-    fn welcome(
-        &mut self,
-        incoming: IncomingControl,
-        now_us: u64,
-        sink: &mut dyn FnMut(FabricEvent<'_>),
-    ) {
+    fn welcome(&mut self, incoming: IncomingControl, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
         let IncomingControl { fd, hello, addr } = incoming;
         if socket::is_closed(&fd) {
             // It waited too long for us and will dial again.
@@ -182,11 +149,7 @@ impl TcpFabric {
         }
         let common = &mut self.common;
         let replace_after_us = common.config.replace_after_us;
-        let link = self
-            .links
-            .iter_mut()
-            .find(|link| link.peer == hello.from)
-            .expect("checked by the listener");
+        let link = self.links.iter_mut().find(|link| link.peer == hello.from).expect("checked by the listener");
         if let State::Up(old) = &link.state {
             let silent_us = now_us.saturating_sub(old.last_heard_us);
             if old.instance != hello.instance && silent_us <= replace_after_us {
@@ -204,10 +167,7 @@ impl TcpFabric {
             }
             link.lose(&LostReason::Replaced, common, now_us, sink);
         }
-        let answer = Answer::Welcome {
-            instance: common.membership.identity.instance,
-        }
-        .encode();
+        let answer = Answer::Welcome { instance: common.membership.identity.instance }.encode();
         if socket::send(&fd, &[IoSlice::new(&answer)]) != Ok(Some(answer.len())) {
             return;
         }
@@ -241,11 +201,7 @@ impl Fabric for TcpFabric {
     }
 
     fn next_deadline_us(&self) -> u64 {
-        self.links
-            .iter()
-            .map(|link| link.deadline_us(&self.common.config))
-            .min()
-            .unwrap_or(u64::MAX)
+        self.links.iter().map(|link| link.deadline_us(&self.common.config)).min().unwrap_or(u64::MAX)
     }
 
     fn is_connected(&self, peer: PeerId) -> bool {
@@ -280,12 +236,7 @@ impl Link {
             State::Idle { retry_us } if *retry_us <= now_us => self.start(common, now_us),
             State::Idle { .. } => {}
             State::Dialing { deadline_us, .. } if *deadline_us <= now_us => {
-                self.fail(
-                    format!("{} does not answer", self.addr),
-                    common.config.retry_us,
-                    common,
-                    now_us,
-                );
+                self.fail(format!("{} does not answer", self.addr), common.config.retry_us, common, now_us);
             }
             State::Dialing { .. } => self.greet(common, now_us, sink),
             State::Up(_) => self.pump(common, now_us, sink),
@@ -301,12 +252,7 @@ impl Link {
             Ok(fd) => {
                 let deadline_us = now_us + common.config.connect_timeout_us;
                 self.interest = Interest::Write;
-                self.state = State::Dialing {
-                    fd,
-                    deadline_us,
-                    hello_sent: false,
-                    answer: Vec::new(),
-                };
+                self.state = State::Dialing { fd, deadline_us, hello_sent: false, answer: Vec::new() };
             }
             Err(error) => {
                 let text = format!("connecting to {}: {error}", self.addr);
@@ -335,13 +281,7 @@ impl Link {
 
     /// Sends the hello as soon as the socket takes it, then reads the answer.
     fn greet(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let State::Dialing {
-            fd,
-            hello_sent,
-            answer,
-            ..
-        } = &mut self.state
-        else {
+        let State::Dialing { fd, hello_sent, answer, .. } = &mut self.state else {
             unreachable!("greet is called while dialing")
         };
         let result = if *hello_sent {
@@ -356,21 +296,14 @@ impl Link {
             Ok(None) => {}
             Ok(Some((Answer::Welcome { instance }, length))) => {
                 let early = answer.split_off(length);
-                let State::Dialing { fd, .. } =
-                    std::mem::replace(&mut self.state, State::Idle { retry_us: 0 })
-                else {
+                let State::Dialing { fd, .. } = std::mem::replace(&mut self.state, State::Idle { retry_us: 0 }) else {
                     unreachable!("the state was just looked at")
                 };
                 self.up(fd, instance, &early, now_us, sink);
                 self.pump(common, now_us, sink);
             }
             Ok(Some((Answer::Refused(refusal), _))) => {
-                self.fail(
-                    refusal.text.clone(),
-                    common.config.refused_retry_us,
-                    common,
-                    now_us,
-                );
+                self.fail(refusal.text.clone(), common.config.refused_retry_us, common, now_us);
                 self.report(refusal, now_us, sink);
             }
             Err(error) => {
@@ -381,33 +314,19 @@ impl Link {
     }
 
     fn report(&mut self, refusal: Refusal, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let known =
-            |(old, at_us): &(Refusal, u64)| *old == refusal && now_us < at_us + REFUSAL_REPEAT_US;
+        let known = |(old, at_us): &(Refusal, u64)| *old == refusal && now_us < at_us + REFUSAL_REPEAT_US;
         if !self.refusal.as_ref().is_some_and(known) {
-            sink(FabricEvent::Refused {
-                peer: self.peer,
-                reason: &refusal,
-            });
+            sink(FabricEvent::Refused { peer: self.peer, reason: &refusal });
             self.refusal = Some((refusal, now_us));
         }
     }
 
-    fn up(
-        &mut self,
-        fd: OwnedFd,
-        instance: u64,
-        early: &[u8],
-        now_us: u64,
-        sink: &mut dyn FnMut(FabricEvent<'_>),
-    ) {
+    fn up(&mut self, fd: OwnedFd, instance: u64, early: &[u8], now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
         self.state = State::Up(Connection::new(fd, instance, early, now_us));
         self.last_heard_us = Some(now_us);
         self.refusal = None;
         self.trouble = None;
-        sink(FabricEvent::Connected {
-            peer: self.peer,
-            instance,
-        });
+        sink(FabricEvent::Connected { peer: self.peer, instance });
     }
 
     fn pump(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
@@ -415,9 +334,7 @@ impl Link {
             return;
         };
         let peer = self.peer;
-        let mut result = connection.pump(now_us, &mut |bytes| {
-            sink(FabricEvent::Message { peer, bytes })
-        });
+        let mut result = connection.pump(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
         self.last_heard_us = Some(connection.last_heard_us);
         let silent_us = now_us.saturating_sub(connection.last_heard_us);
         if result.is_ok() && silent_us >= common.config.silence_timeout_us {
@@ -433,29 +350,18 @@ impl Link {
         }
     }
 
-    fn lose(
-        &mut self,
-        reason: &LostReason,
-        common: &mut Common,
-        now_us: u64,
-        sink: &mut dyn FnMut(FabricEvent<'_>),
-    ) {
+    fn lose(&mut self, reason: &LostReason, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
         let retry_us = now_us + common.jittered(common.config.retry_us);
         self.close(common, retry_us);
         self.trouble = Some(reason.to_string());
-        sink(FabricEvent::Lost {
-            peer: self.peer,
-            reason,
-        });
+        sink(FabricEvent::Lost { peer: self.peer, reason });
     }
 
     /// Tells the poller what this link waits for: room only while something needs it.
     fn watch(&mut self, poller: &Poller) {
         let wanted = match &self.state {
             State::Idle { .. } => return,
-            State::Dialing {
-                hello_sent: false, ..
-            } => Interest::Write,
+            State::Dialing { hello_sent: false, .. } => Interest::Write,
             State::Dialing { .. } => Interest::Read,
             State::Up(connection) if connection.queued_bytes() > 0 => Interest::ReadWrite,
             State::Up(_) => Interest::Read,
@@ -478,11 +384,7 @@ impl Link {
             State::Dialing { deadline_us, .. } => *deadline_us,
             // Broken, or a partial write that the poller does not know of yet: poll at once.
             State::Up(connection) if connection.is_broken() => 0,
-            State::Up(connection)
-                if connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite =>
-            {
-                0
-            }
+            State::Up(connection) if connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite => 0,
             State::Up(connection) => {
                 let ping_us = connection.last_sent_us + config.ping_us;
                 ping_us.min(connection.last_heard_us + config.silence_timeout_us)
@@ -527,9 +429,7 @@ fn read_answer(fd: &OwnedFd, answer: &mut Vec<u8>) -> io::Result<Option<(Answer,
     match socket::recv(fd, &mut chunk)? {
         None => return Ok(None),
         Some(0) => {
-            return Err(io::Error::other(
-                "it closed the connection without an answer",
-            ));
+            return Err(io::Error::other("it closed the connection without an answer"));
         }
         Some(received) => answer.extend_from_slice(&chunk[..received]),
     }

@@ -26,9 +26,7 @@ const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// The kernel would not take the name.
-    #[error(
-        "\"{name}\" cannot name a network interface: use 1 to 15 bytes without '/', ':' or blanks"
-    )]
+    #[error("\"{name}\" cannot name a network interface: use 1 to 15 bytes without '/', ':' or blanks")]
     BadName {
         /// The name.
         name: String,
@@ -100,55 +98,27 @@ impl Tap {
         if !Path::new(TUN_PATH).exists() {
             return Err(TapError::NoTunDevice);
         }
-        let fail = |action, source| TapError::Io {
-            name: name.to_owned(),
-            action,
-            source,
-        };
-        let flags =
-            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
-        let fd = rustix::fs::open(TUN_PATH, flags, rustix::fs::Mode::empty()).map_err(|errno| {
-            match errno {
-                Errno::ACCESS | Errno::PERM => TapError::NotPermitted {
-                    name: name.to_owned(),
-                },
-                Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
-                other => fail("opening /dev/net/tun", other.into()),
-            }
+        let fail = |action, source| TapError::Io { name: name.to_owned(), action, source };
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+        let fd = rustix::fs::open(TUN_PATH, flags, rustix::fs::Mode::empty()).map_err(|errno| match errno {
+            Errno::ACCESS | Errno::PERM => TapError::NotPermitted { name: name.to_owned() },
+            Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
+            other => fail("opening /dev/net/tun", other.into()),
         })?;
-        request.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        ioctl_request(&fd, TUNSETIFF, &mut request).map_err(|source| {
-            match source.raw_os_error() {
-                Some(libc::EPERM) => TapError::NotPermitted {
-                    name: name.to_owned(),
-                },
-                Some(libc::EBUSY | libc::EINVAL) => TapError::InUse {
-                    name: name.to_owned(),
-                },
-                _ => fail("TUNSETIFF", source),
-            }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        ioctl_request(&fd, TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
+            Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
+            Some(libc::EBUSY | libc::EINVAL) => TapError::InUse { name: name.to_owned() },
+            _ => fail("TUNSETIFF", source),
         })?;
-        let mut tap = Tap {
-            fd,
-            name: name.to_owned(),
-            drops: TapDrops::default(),
-        };
+        let mut tap = Tap { fd, name: name.to_owned(), drops: TapDrops::default() };
         let mut header_bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int through the pointer, which points to one.
-        let result = unsafe {
-            libc::ioctl(
-                tap.fd.as_raw_fd(),
-                TUNSETVNETHDRSZ as _,
-                &raw mut header_bytes,
-            )
-        };
+        let result = unsafe { libc::ioctl(tap.fd.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw mut header_bytes) };
         check(result).map_err(|source| fail("TUNSETVNETHDRSZ", source))?;
-        tap.set_offload(OffloadFlags::default())
-            .map_err(|source| fail("TUNSETOFFLOAD", source))?;
+        tap.set_offload(OffloadFlags::default()).map_err(|source| fail("TUNSETOFFLOAD", source))?;
         disable_ipv6(name);
-        let control =
-            control_socket().map_err(|source| fail("opening a control socket", source))?;
+        let control = control_socket().map_err(|source| fail("opening a control socket", source))?;
         if let Some(bridge) = bridge {
             attach(&control, name, bridge)?;
         }
@@ -169,11 +139,7 @@ impl Tap {
 
 impl Uplink for Tap {
     fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        assert!(
-            buf.len() >= MAX_FRAME_BYTES,
-            "a TAP read into {} bytes can cut a frame",
-            buf.len()
-        );
+        assert!(buf.len() >= MAX_FRAME_BYTES, "a TAP read into {} bytes can cut a frame", buf.len());
         match rustix::io::read(&self.fd, &mut *buf) {
             Ok(len) if len >= VNET_HEADER_BYTES => {
                 // The kernel writes the 10-byte header and skips num_buffers; what stood there before
@@ -181,10 +147,7 @@ impl Uplink for Tap {
                 buf[10..12].fill(0);
                 Ok(Some(len))
             }
-            Ok(len) => Err(io::Error::other(format!(
-                "TAP {} gave {len} bytes, less than a header",
-                self.name
-            ))),
+            Ok(len) => Err(io::Error::other(format!("TAP {} gave {len} bytes, less than a header", self.name))),
             Err(Errno::AGAIN | Errno::INTR) => Ok(None),
             // The link was set down; like a pulled cable, it may come back.
             Err(Errno::IO) => Ok(None),
@@ -219,11 +182,7 @@ impl Uplink for Tap {
             flags |= if features.tso4 { TUN_F_TSO4 } else { 0 };
             flags |= if features.tso6 { TUN_F_TSO6 } else { 0 };
             // The kernel refuses ECN without a TSO.
-            flags |= if features.ecn && (features.tso4 || features.tso6) {
-                TUN_F_TSO_ECN
-            } else {
-                0
-            };
+            flags |= if features.ecn && (features.tso4 || features.tso6) { TUN_F_TSO_ECN } else { 0 };
         }
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
@@ -233,15 +192,8 @@ impl Uplink for Tap {
 /// An `ifreq` with only the name set.
 fn interface_request(name: &str) -> Result<libc::ifreq, TapError> {
     let good = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':' && byte != b'%';
-    if name.is_empty()
-        || name.len() >= libc::IFNAMSIZ
-        || name == "."
-        || name == ".."
-        || !name.bytes().all(good)
-    {
-        return Err(TapError::BadName {
-            name: name.to_owned(),
-        });
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name == "." || name == ".." || !name.bytes().all(good) {
+        return Err(TapError::BadName { name: name.to_owned() });
     }
     // SAFETY: ifreq is a plain C struct (a byte array and a union of integers, addresses and a raw
     // pointer); all zeroes is a valid value of it.
@@ -261,14 +213,8 @@ fn control_socket() -> io::Result<OwnedFd> {
 }
 
 fn attach(control: &OwnedFd, name: &str, bridge: &str) -> Result<(), TapError> {
-    let fail = |source| TapError::Io {
-        name: name.to_owned(),
-        action: "attaching it to the bridge",
-        source,
-    };
-    let no_bridge = || TapError::NoBridge {
-        bridge: bridge.to_owned(),
-    };
+    let fail = |source| TapError::Io { name: name.to_owned(), action: "attaching it to the bridge", source };
+    let no_bridge = || TapError::NoBridge { bridge: bridge.to_owned() };
     let mut request = interface_request(name)?;
     // Not from /sys, which may show another network namespace than the one we are in.
     ioctl_request(control, libc::SIOCGIFINDEX as _, &mut request).map_err(fail)?;
@@ -276,14 +222,10 @@ fn attach(control: &OwnedFd, name: &str, bridge: &str) -> Result<(), TapError> {
     let index = unsafe { request.ifr_ifru.ifru_ifindex };
     let mut request = interface_request(bridge).map_err(|_| no_bridge())?;
     request.ifr_ifru.ifru_ifindex = index;
-    ioctl_request(control, SIOCBRADDIF, &mut request).map_err(|source| {
-        match source.raw_os_error() {
-            Some(libc::ENODEV | libc::EOPNOTSUPP | libc::EINVAL) => no_bridge(),
-            Some(libc::EPERM) => TapError::NotPermitted {
-                name: name.to_owned(),
-            },
-            _ => fail(source),
-        }
+    ioctl_request(control, SIOCBRADDIF, &mut request).map_err(|source| match source.raw_os_error() {
+        Some(libc::ENODEV | libc::EOPNOTSUPP | libc::EINVAL) => no_bridge(),
+        Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
+        _ => fail(source),
     })
 }
 
@@ -304,20 +246,12 @@ fn disable_ipv6(name: &str) {
     }
 }
 
-fn ioctl_request(
-    fd: &OwnedFd,
-    request: libc::c_ulong,
-    argument: &mut libc::ifreq,
-) -> io::Result<()> {
+fn ioctl_request(fd: &OwnedFd, request: libc::c_ulong, argument: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: each request used in this file takes a pointer to an ifreq, reads or writes no more than
     // that, and keeps no pointer; `argument` is one and is borrowed for the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, std::ptr::from_mut(argument)) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

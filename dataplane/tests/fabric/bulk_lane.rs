@@ -23,15 +23,9 @@ struct Pair {
 fn pair() -> Pair {
     let listeners = [listen("node0", 100), listen("node1", 101)];
     let addrs = listeners.each_ref().map(Listener::local_addr);
-    let left = listeners[0]
-        .register(GROUP, replicas(&addrs), PeerId(0))
-        .unwrap();
+    let left = listeners[0].register(GROUP, replicas(&addrs), PeerId(0)).unwrap();
     let right = listeners[1].register(GROUP, replicas(&addrs), B).unwrap();
-    Pair {
-        left,
-        right,
-        _listeners: listeners,
-    }
+    Pair { left, right, _listeners: listeners }
 }
 
 fn connect(from: &BulkPort, to: &BulkPort) -> (BulkLink, BulkLink) {
@@ -73,9 +67,7 @@ fn a_timeout_before_a_message_leaves_the_link_usable() {
     let pair = pair();
     let (mut near, mut far) = connect(&pair.left.bulk, &pair.right.bulk);
     let mut buf = Vec::new();
-    let error = far
-        .recv(&mut buf, Instant::now() + Duration::from_millis(30))
-        .unwrap_err();
+    let error = far.recv(&mut buf, Instant::now() + Duration::from_millis(30)).unwrap_err();
     assert!(error.is_timeout());
     near.send(1, &[IoSlice::new(b"late")], soon()).unwrap();
     assert_eq!(far.recv(&mut buf, soon()).unwrap(), 1);
@@ -93,10 +85,7 @@ fn a_receiver_that_stops_reading_costs_the_sender_its_deadline_and_the_link() {
         if let Err(error) = near.send(1, &[IoSlice::new(&bytes)], deadline) {
             break error;
         }
-        assert!(
-            start.elapsed() < Duration::from_secs(20),
-            "nothing bounds what is in flight"
-        );
+        assert!(start.elapsed() < Duration::from_secs(20), "nothing bounds what is in flight");
     };
     assert!(error.is_timeout());
     // Half a message is out: the stream means nothing any more, whatever the deadline.
@@ -118,20 +107,13 @@ fn cancel_ends_a_blocked_call_at_once_and_the_peer_sees_a_loss() {
     assert!(error.is_cancelled(), "{error}");
     assert!(elapsed < Duration::from_secs(10));
     assert!(near.send(1, &[], soon()).unwrap_err().is_cancelled());
-    assert!(
-        far.recv(&mut Vec::new(), soon())
-            .unwrap_err()
-            .is_peer_lost()
-    );
+    assert!(far.recv(&mut Vec::new(), soon()).unwrap_err().is_peer_lost());
 }
 
 #[test]
 fn a_peer_that_dies_inside_a_message_is_a_loss() {
     let pair = pair();
-    let hello = RawHello {
-        lane: 2,
-        ..RawHello::good(100)
-    };
+    let hello = RawHello { lane: 2, ..RawHello::good(100) };
     let header = [100u8, 0, 0, 0, 1, 0, 0, 0];
     let message = [&header[..], &[9; 100]].concat();
     for cut in [0, 3, 8, 50, 107] {
@@ -149,21 +131,12 @@ fn a_peer_that_dies_inside_a_message_is_a_loss() {
 #[test]
 fn an_oversize_announcement_is_refused_before_memory_is_taken() {
     let pair = pair();
-    let mut stream = RawHello {
-        lane: 2,
-        ..RawHello::good(100)
-    }
-    .dial(pair._listeners[1].local_addr());
+    let mut stream = RawHello { lane: 2, ..RawHello::good(100) }.dial(pair._listeners[1].local_addr());
     assert_eq!(read_answer(&mut stream).0, 0);
     let mut link = pair.right.bulk.wait(soon()).unwrap().link;
-    stream
-        .write_all(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0])
-        .unwrap();
+    stream.write_all(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]).unwrap();
     let mut buf = Vec::new();
-    assert!(matches!(
-        link.recv(&mut buf, soon()),
-        Err(BulkError::Protocol(_))
-    ));
+    assert!(matches!(link.recv(&mut buf, soon()), Err(BulkError::Protocol(_))));
     assert!(buf.capacity() < MAX_BULK_MESSAGE_BYTES);
 }
 
@@ -172,39 +145,23 @@ fn a_dial_is_refused_with_the_reason_or_times_out() {
     let mut pair = pair();
     drop(pair.right.control);
     let error = pair.left.bulk.dial(B, 1, 1, soon()).unwrap_err();
-    let BulkError::Refused(refusal) = &error else {
-        panic!("{error}")
-    };
+    let BulkError::Refused(refusal) = &error else { panic!("{error}") };
     assert_eq!(refusal.code, RefusalCode::UnknownGroup);
 
     // A listener that never answers.
     let mute = TcpListener::bind("127.0.0.1:0").unwrap();
     let addrs = [pair._listeners[0].local_addr(), mute.local_addr().unwrap()];
     drop(pair.left.control);
-    pair.left = pair._listeners[0]
-        .register(GROUP, replicas(&addrs), PeerId(0))
-        .unwrap();
-    let error = pair
-        .left
-        .bulk
-        .dial(B, 1, 1, Instant::now() + Duration::from_millis(50))
-        .unwrap_err();
+    pair.left = pair._listeners[0].register(GROUP, replicas(&addrs), PeerId(0)).unwrap();
+    let error = pair.left.bulk.dial(B, 1, 1, Instant::now() + Duration::from_millis(50)).unwrap_err();
     assert!(error.is_timeout(), "{error}");
     drop(mute);
     let error = pair.left.bulk.dial(B, 1, 1, soon()).unwrap_err();
-    assert!(
-        error.is_peer_lost() && error.to_string().contains("refused"),
-        "{error}"
-    );
+    assert!(error.is_peer_lost() && error.to_string().contains("refused"), "{error}");
 }
 
 #[test]
 fn waiting_for_a_connection_ends_at_the_deadline() {
     let pair = pair();
-    assert!(
-        pair.right
-            .bulk
-            .wait(Instant::now() + Duration::from_millis(20))
-            .is_none()
-    );
+    assert!(pair.right.bulk.wait(Instant::now() + Duration::from_millis(20)).is_none());
 }

@@ -1,8 +1,7 @@
 //! Nodes on the loopback interface, driven by the test's own thread.
 
 use dataplane::fabric::{
-    Fabric, FabricConfig, FabricEvent, Listener, LostReason, NodeIdentity, PeerId, Refusal,
-    Replica, TcpFabric,
+    Fabric, FabricConfig, FabricEvent, Listener, LostReason, NodeIdentity, PeerId, Refusal, Replica, TcpFabric,
 };
 use dataplane::wait::{Poller, now_us};
 use std::io::{Read, Write};
@@ -23,19 +22,13 @@ pub enum Seen {
 
 /// A listener on a free port.
 pub fn listen(name: &str, instance: u64) -> Listener {
-    let identity = NodeIdentity {
-        name: name.to_owned(),
-        instance,
-    };
+    let identity = NodeIdentity { name: name.to_owned(), instance };
     Listener::bind("127.0.0.1:0".parse().unwrap(), identity).unwrap()
 }
 
 pub fn replicas(addrs: &[SocketAddr]) -> Vec<Replica> {
-    let node = |(id, addr): (usize, &SocketAddr)| Replica {
-        id: PeerId(id as u8),
-        node: format!("node{id}"),
-        addr: *addr,
-    };
+    let node =
+        |(id, addr): (usize, &SocketAddr)| Replica { id: PeerId(id as u8), node: format!("node{id}"), addr: *addr };
     addrs.iter().enumerate().map(node).collect()
 }
 
@@ -48,17 +41,10 @@ pub struct Node {
 
 impl Node {
     pub fn new(listener: &Listener, addrs: &[SocketAddr], me: u8, config: FabricConfig) -> Node {
-        let port = listener
-            .register(GROUP, replicas(addrs), PeerId(me))
-            .unwrap();
+        let port = listener.register(GROUP, replicas(addrs), PeerId(me)).unwrap();
         let poller = Arc::new(Poller::new().unwrap());
-        let fabric =
-            TcpFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
-        Node {
-            fabric,
-            seen: Vec::new(),
-            poller,
-        }
+        let fabric = TcpFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
+        Node { fabric, seen: Vec::new(), poller }
     }
 
     /// Polls once as if it were `ahead_us` later than it is.
@@ -78,14 +64,8 @@ impl Node {
     pub fn step(&mut self) {
         let left_us = self.fabric.next_deadline_us().saturating_sub(now_us());
         let mut ready = Vec::new();
-        self.poller
-            .wait(Some(left_us.min(2_000)), &mut ready)
-            .unwrap();
-        assert!(
-            ready
-                .iter()
-                .all(|event| (1000..=1255).contains(&event.token))
-        );
+        self.poller.wait(Some(left_us.min(2_000)), &mut ready).unwrap();
+        assert!(ready.iter().all(|event| (1000..=1255).contains(&event.token)));
         self.poll_ahead(0);
     }
 
@@ -126,10 +106,7 @@ pub fn drive(nodes: &mut [&mut Node], mut done: impl FnMut(&mut [&mut Node]) -> 
             node.step();
         }
         if now_us() > deadline {
-            let seen: Vec<_> = nodes
-                .iter()
-                .map(|node| &node.seen[node.seen.len().saturating_sub(5)..])
-                .collect();
+            let seen: Vec<_> = nodes.iter().map(|node| &node.seen[node.seen.len().saturating_sub(5)..]).collect();
             panic!("not within 20 s; last events {seen:?}");
         }
     }
@@ -141,9 +118,7 @@ pub fn pair(config: &FabricConfig) -> (Listener, Listener, Node, Node) {
     let addrs = [left.local_addr(), right.local_addr()];
     let mut a = Node::new(&left, &addrs, 0, config.clone());
     let mut b = Node::new(&right, &addrs, 1, config.clone());
-    drive(&mut [&mut a, &mut b], |n| {
-        n.iter().all(|node| node.connections().len() == 1)
-    });
+    drive(&mut [&mut a, &mut b], |n| n.iter().all(|node| node.connections().len() == 1));
     (left, right, a, b)
 }
 
@@ -178,13 +153,7 @@ impl RawHello {
         let mut out = self.magic.to_vec();
         out.extend(self.version.to_le_bytes());
         out.extend(((48 + self.group.len() + self.node.len()) as u16).to_le_bytes());
-        out.extend([
-            self.lane,
-            self.from,
-            self.to,
-            self.group.len() as u8,
-            self.node.len() as u8,
-        ]);
+        out.extend([self.lane, self.from, self.to, self.group.len() as u8, self.node.len() as u8]);
         out.extend([0; 7]);
         out.extend(self.instance.to_le_bytes());
         out.extend([0; 16]);
@@ -196,9 +165,7 @@ impl RawHello {
     /// Connects and sends it.
     pub fn dial(&self, addr: SocketAddr) -> TcpStream {
         let mut stream = TcpStream::connect(addr).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         stream.write_all(&self.bytes()).unwrap();
         stream
     }
@@ -211,11 +178,7 @@ pub fn read_answer(stream: &mut TcpStream) -> (u8, u64, String) {
     assert_eq!(fixed[..8], *b"PLVRANSW");
     let mut text = vec![0; u16::from_le_bytes([fixed[10], fixed[11]]) as usize];
     stream.read_exact(&mut text).unwrap();
-    (
-        fixed[8],
-        u64::from_le_bytes(fixed[16..24].try_into().unwrap()),
-        String::from_utf8(text).unwrap(),
-    )
+    (fixed[8], u64::from_le_bytes(fixed[16..24].try_into().unwrap()), String::from_utf8(text).unwrap())
 }
 
 /// A message as it stands on the control lane.

@@ -1,11 +1,8 @@
 //! The control lane over real sockets: order, bounds, deaths and impostors.
 
-use crate::common::{
-    GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas,
-};
+use crate::common::{GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas};
 use dataplane::fabric::{
-    Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode,
-    SendError,
+    Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode, SendError,
 };
 use proptest::prelude::*;
 use std::io::{Read, Write};
@@ -17,10 +14,7 @@ const B: PeerId = PeerId(1);
 /// Replica 1 alone; the address of replica 0 answers nobody.
 fn lone_acceptor() -> (Listener, Node) {
     let listener = listen("node1", 101);
-    let addrs = [
-        "127.0.0.1:1".parse::<SocketAddr>().unwrap(),
-        listener.local_addr(),
-    ];
+    let addrs = ["127.0.0.1:1".parse::<SocketAddr>().unwrap(), listener.local_addr()];
     let node = Node::new(&listener, &addrs, 1, FabricConfig::default());
     (listener, node)
 }
@@ -45,10 +39,7 @@ fn both_sides_learn_who_the_other_is() {
 
 #[test]
 fn messages_arrive_whole_in_order_and_all_of_them_under_back_pressure() {
-    let config = FabricConfig {
-        max_queued_bytes: 5 << 20,
-        ..FabricConfig::default()
-    };
+    let config = FabricConfig { max_queued_bytes: 5 << 20, ..FabricConfig::default() };
     let (_left, _right, mut a, mut b) = pair(&config);
     let message = |i: u32| {
         let len = [5, 60_000, 1, 1 << 20, 4000, MAX_CONTROL_MESSAGE_BYTES - 4][i as usize % 6];
@@ -94,15 +85,9 @@ fn many_parts_are_one_message_and_bad_lengths_are_refused() {
     let parts: Vec<Vec<u8>> = (0..20).map(|i| vec![i; i as usize]).collect();
     let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     a.fabric.send(B, &slices).unwrap();
-    assert_eq!(
-        a.fabric.send(B, &[]),
-        Err(SendError::BadLength { bytes: 0 })
-    );
+    assert_eq!(a.fabric.send(B, &[]), Err(SendError::BadLength { bytes: 0 }));
     let long = vec![0; MAX_CONTROL_MESSAGE_BYTES + 1];
-    assert_eq!(
-        a.fabric.send(B, &[&long]),
-        Err(SendError::BadLength { bytes: long.len() })
-    );
+    assert_eq!(a.fabric.send(B, &[&long]), Err(SendError::BadLength { bytes: long.len() }));
     drive(&mut [&mut a, &mut b], |n| n[1].messages().len() == 1);
     assert_eq!(b.messages()[0], parts.concat());
 }
@@ -117,50 +102,33 @@ fn a_dead_peer_is_noticed_at_once_and_its_successor_is_let_in() {
     assert_eq!(a.fabric.send(B, &[b"x"]), Err(SendError::NotConnected));
     assert!(a.fabric.trouble(B).is_some());
     let mut b = Node::new(&right, &addrs, 1, FabricConfig::default());
-    let config = FabricConfig {
-        refused_retry_us: 50_000,
-        ..FabricConfig::default()
-    };
-    drive(&mut [&mut a, &mut b], |n| {
-        n[0].connections().len() == 2 && n[1].connections().len() == 1
-    });
+    let config = FabricConfig { refused_retry_us: 50_000, ..FabricConfig::default() };
+    drive(&mut [&mut a, &mut b], |n| n[0].connections().len() == 2 && n[1].connections().len() == 1);
     // And the dialing side comes back as another process.
     drop(a);
     drop(left);
     let left = listen("node0", 200);
     let mut a = Node::new(&left, &addrs, 0, config);
-    drive(&mut [&mut a, &mut b], |n| {
-        n[1].connections().len() == 2 && n[0].connections().len() == 1
-    });
+    drive(&mut [&mut a, &mut b], |n| n[1].connections().len() == 2 && n[0].connections().len() == 1);
     assert_eq!(b.connections(), [100, 200]);
     b.fabric.send(A, &[b"hello again"]).unwrap();
-    drive(&mut [&mut a, &mut b], |n| {
-        n[0].messages() == [b"hello again"]
-    });
+    drive(&mut [&mut a, &mut b], |n| n[0].messages() == [b"hello again"]);
 }
 
 #[test]
 fn a_refused_dialer_learns_why_and_gets_in_when_it_is_mended() {
     let (left, right) = (listen("node0", 100), listen("node1", 101));
     let addrs = [left.local_addr(), right.local_addr()];
-    let config = FabricConfig {
-        refused_retry_us: 20_000,
-        ..FabricConfig::default()
-    };
+    let config = FabricConfig { refused_retry_us: 20_000, ..FabricConfig::default() };
     let mut a = Node::new(&left, &addrs, 0, config);
     let mut rounds = 0;
     drive(&mut [&mut a], |n| {
         rounds += 1;
         !n[0].seen.is_empty() && rounds > 60
     });
-    let [Seen::Refused(1, reason)] = a.seen.as_slice() else {
-        panic!("one refusal is said once: {:?}", a.seen)
-    };
+    let [Seen::Refused(1, reason)] = a.seen.as_slice() else { panic!("one refusal is said once: {:?}", a.seen) };
     assert_eq!(reason.code, RefusalCode::UnknownGroup);
-    assert!(
-        reason.text.contains("node1") && reason.text.contains("add it to"),
-        "{reason}"
-    );
+    assert!(reason.text.contains("node1") && reason.text.contains("add it to"), "{reason}");
     assert_eq!(a.fabric.trouble(B), Some(reason.text.as_str()));
     let mut b = Node::new(&right, &addrs, 1, FabricConfig::default());
     drive(&mut [&mut a, &mut b], |n| n[0].connections().len() == 1);
@@ -172,9 +140,7 @@ fn disconnect_reports_the_loss_and_connects_again() {
     b.fabric.disconnect(A);
     assert!(!b.fabric.is_connected(A));
     assert_eq!(b.fabric.send(A, &[b"x"]), Err(SendError::NotConnected));
-    drive(&mut [&mut a, &mut b], |n| {
-        n.iter().all(|node| node.connections().len() == 2)
-    });
+    drive(&mut [&mut a, &mut b], |n| n.iter().all(|node| node.connections().len() == 2));
     assert_eq!(b.lost(), [&LostReason::Disconnected]);
     assert_eq!(a.lost(), [&LostReason::Closed]);
 }
@@ -184,30 +150,14 @@ fn what_does_not_belong_here_is_told_why() {
     let (listener, mut node) = lone_acceptor();
     type Change = fn(&mut RawHello);
     let cases: [(Change, u8, &str); 9] = [
-        (
-            |h| h.magic = *b"GET / HT",
-            1,
-            "speaks Plover's fabric protocol",
-        ),
+        (|h| h.magic = *b"GET / HT", 1, "speaks Plover's fabric protocol"),
         (|h| h.version = 9, 2, "run the same release"),
-        (
-            |h| h.group = "other".to_owned(),
-            3,
-            "does not serve the group other",
-        ),
+        (|h| h.group = "other".to_owned(), 3, "does not serve the group other"),
         (|h| h.to = 2, 4, "must be listed alike"),
         (|h| h.from = 1, 4, "must be listed alike"),
-        (
-            |h| h.node = "node9".to_owned(),
-            5,
-            "belongs to the node node0",
-        ),
+        (|h| h.node = "node9".to_owned(), 5, "belongs to the node node0"),
         (|h| h.from = 5, 5, "has no replica 5"),
-        (
-            |h| h.node = "node1".to_owned(),
-            6,
-            "two nodes must not have one name",
-        ),
+        (|h| h.node = "node1".to_owned(), 6, "two nodes must not have one name"),
         (|h| h.lane = 3, 1, "unknown lane"),
     ];
     for (change, code, text) in cases {
@@ -217,11 +167,7 @@ fn what_does_not_belong_here_is_told_why() {
         let (got, _, why) = read_answer(&mut stream);
         assert_eq!(got, code, "{why}");
         assert!(why.contains(text), "{why}");
-        assert_eq!(
-            stream.read(&mut [0]).unwrap(),
-            0,
-            "the connection ends after the reason"
-        );
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the reason");
     }
     node.poll_ahead(0);
     assert_eq!(node.seen, []);
@@ -233,12 +179,7 @@ fn the_higher_replica_does_not_dial() {
     let listener = listen("node0", 100);
     let addrs = [listener.local_addr(), "127.0.0.1:1".parse().unwrap()];
     let _node = Node::new(&listener, &addrs, 0, FabricConfig::default());
-    let hello = RawHello {
-        from: 1,
-        to: 0,
-        node: "node1".to_owned(),
-        ..RawHello::good(1)
-    };
+    let hello = RawHello { from: 1, to: 0, node: "node1".to_owned(), ..RawHello::good(1) };
     let (code, _, why) = read_answer(&mut hello.dial(listener.local_addr()));
     assert_eq!(code, RefusalCode::WrongReplica as u8, "{why}");
 }
@@ -247,16 +188,9 @@ fn the_higher_replica_does_not_dial() {
 fn registration_checks_the_configuration() {
     let listener = listen("node0", 100);
     let addrs = [listener.local_addr(), "127.0.0.1:1".parse().unwrap()];
-    let refused = |list, me: u8| {
-        listener
-            .register(GROUP, list, PeerId(me))
-            .unwrap_err()
-            .to_string()
-    };
+    let refused = |list, me: u8| listener.register(GROUP, list, PeerId(me)).unwrap_err().to_string();
     assert!(refused(replicas(&addrs), 2).contains("not listed"));
-    assert!(
-        refused(replicas(&addrs), 1).contains("belongs to the node node1, but this node is node0")
-    );
+    assert!(refused(replicas(&addrs), 1).contains("belongs to the node node1, but this node is node0"));
     let mut twice = replicas(&addrs);
     twice[1].node = "node0".to_owned();
     assert!(refused(twice, 0).contains("holds two replicas"));
@@ -273,9 +207,7 @@ fn silent_strangers_do_not_keep_peers_out_and_are_shown_the_door() {
     let mut strangers: Vec<TcpStream> = (0..100)
         .map(|i| {
             let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
-            stream
-                .set_read_timeout(Some(std::time::Duration::from_secs(20)))
-                .unwrap();
+            stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
             if i % 2 == 0 {
                 stream.write_all(part).unwrap();
             }
@@ -294,17 +226,10 @@ fn an_oversize_announcement_ends_the_connection() {
     let (listener, mut node) = lone_acceptor();
     let mut stream = welcomed(&listener, &mut node, 7);
     stream.write_all(&framed(b"fine")).unwrap();
-    stream
-        .write_all(&(MAX_CONTROL_MESSAGE_BYTES as u32 + 1).to_le_bytes())
-        .unwrap();
+    stream.write_all(&(MAX_CONTROL_MESSAGE_BYTES as u32 + 1).to_le_bytes()).unwrap();
     drive(&mut [&mut node], |n| !n[0].lost().is_empty());
     assert_eq!(node.messages(), [b"fine"]);
-    assert_eq!(
-        node.lost(),
-        [&LostReason::Oversize {
-            bytes: MAX_CONTROL_MESSAGE_BYTES as u64 + 1
-        }]
-    );
+    assert_eq!(node.lost(), [&LostReason::Oversize { bytes: MAX_CONTROL_MESSAGE_BYTES as u64 + 1 }]);
 }
 
 #[test]
@@ -323,10 +248,7 @@ fn of_two_live_claimants_the_first_stays() {
     let (code, _, why) = read_answer(&mut second);
     assert_eq!(code, RefusalCode::SameName as u8);
     let addr = first.local_addr().unwrap().to_string();
-    assert!(
-        why.contains("another node named node0 (instance 0000000000000007)") && why.contains(&addr),
-        "{why}"
-    );
+    assert!(why.contains("another node named node0 (instance 0000000000000007)") && why.contains(&addr), "{why}");
     assert!(node.lost().is_empty());
     first.write_all(&framed(b"still here")).unwrap();
     drive(&mut [&mut node], |n| n[0].messages() == [b"still here"]);
@@ -369,16 +291,7 @@ fn silence_ends_a_connection_and_pings_prevent_it() {
     // One second passes for one side only, and the other does not run.
     b.poll_ahead(0);
     b.poll_ahead(1_100_000);
-    assert!(
-        matches!(
-            b.lost()[..],
-            [LostReason::Silent {
-                silent_us: 1_000_000..
-            }]
-        ),
-        "{:?}",
-        b.lost()
-    );
+    assert!(matches!(b.lost()[..], [LostReason::Silent { silent_us: 1_000_000.. }]), "{:?}", b.lost());
 }
 
 proptest! {

@@ -59,8 +59,7 @@ impl ClockPage {
 
     /// Whether an agent of this version made the page.
     pub fn is_valid(&self) -> bool {
-        self.magic.load(Ordering::Acquire) == MAGIC
-            && self.version.load(Ordering::Relaxed) == PROTOCOL_VERSION
+        self.magic.load(Ordering::Acquire) == MAGIC && self.version.load(Ordering::Relaxed) == PROTOCOL_VERSION
     }
 
     /// The newest sample; `None` before the first one, or if a writer stayed in the way (try again later).
@@ -80,12 +79,7 @@ impl ClockPage {
             // The loads above must be done before the sequence is looked at again.
             fence(Ordering::Acquire);
             if self.sequence.load(Ordering::Relaxed) == before {
-                return Some(ClockSample {
-                    at_ns,
-                    cpu_ns,
-                    vcpus,
-                    sequence: before >> 1,
-                });
+                return Some(ClockSample { at_ns, cpu_ns, vcpus, sequence: before >> 1 });
             }
         }
         None
@@ -94,15 +88,13 @@ impl ClockPage {
     /// Publishes a sample. There must be one writer only: the sampler.
     pub(crate) fn publish(&self, at_ns: u64, cpu_ns: u64, vcpus: u64) {
         let before = self.sequence.load(Ordering::Relaxed);
-        self.sequence
-            .store(before.wrapping_add(1), Ordering::Relaxed);
+        self.sequence.store(before.wrapping_add(1), Ordering::Relaxed);
         // The odd sequence must be visible before any of the fields.
         fence(Ordering::Release);
         self.at_ns.store(at_ns, Ordering::Relaxed);
         self.cpu_ns.store(cpu_ns, Ordering::Relaxed);
         self.vcpus.store(vcpus, Ordering::Relaxed);
-        self.sequence
-            .store(before.wrapping_add(2), Ordering::Release);
+        self.sequence.store(before.wrapping_add(2), Ordering::Release);
     }
 
     /// The sampling period; 0 means that the sampler sleeps.
@@ -146,15 +138,7 @@ mod tests {
         assert!(page.is_valid());
         assert_eq!(page.read(), None);
         page.publish(7, 8, 2);
-        assert_eq!(
-            page.read(),
-            Some(ClockSample {
-                at_ns: 7,
-                cpu_ns: 8,
-                vcpus: 2,
-                sequence: 1
-            })
-        );
+        assert_eq!(page.read(), Some(ClockSample { at_ns: 7, cpu_ns: 8, vcpus: 2, sequence: 1 }));
     }
 
     #[test]

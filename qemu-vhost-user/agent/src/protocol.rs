@@ -29,12 +29,7 @@ pub enum Request {
 }
 
 impl Request {
-    const ALL: [Request; 4] = [
-        Request::Hello,
-        Request::Userfaultfd,
-        Request::Yank,
-        Request::Clocks,
-    ];
+    const ALL: [Request; 4] = [Request::Hello, Request::Userfaultfd, Request::Yank, Request::Clocks];
 
     /// Number of this request on the wire.
     pub const fn code(self) -> u32 {
@@ -82,12 +77,7 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [Status; 4] = [
-        Status::Done,
-        Status::Already,
-        Status::Failed,
-        Status::Unsupported,
-    ];
+    const ALL: [Status; 4] = [Status::Done, Status::Already, Status::Failed, Status::Unsupported];
 
     const fn code(self) -> u32 {
         match self {
@@ -141,12 +131,8 @@ impl Response {
         let request = fields.next()?;
         let status = fields.next()?;
         Some(Response {
-            request: Request::ALL
-                .into_iter()
-                .find(|known| known.code() == request)?,
-            status: Status::ALL
-                .into_iter()
-                .find(|known| known.code() == status)?,
+            request: Request::ALL.into_iter().find(|known| known.code() == request)?,
+            status: Status::ALL.into_iter().find(|known| known.code() == status)?,
             errno: fields.next()?,
             version: fields.next()?,
             pid: fields.next()?,
@@ -186,9 +172,7 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        Fields {
-            chunks: bytes.chunks_exact(4),
-        }
+        Fields { chunks: bytes.chunks_exact(4) }
     }
 }
 
@@ -233,10 +217,7 @@ mod tests {
             }
             assert_eq!(Request::decode(&bad), None, "byte {place}");
         }
-        assert_eq!(
-            Request::decode(good.split_last().map_or(&[], |(_, rest)| rest)),
-            None
-        );
+        assert_eq!(Request::decode(good.split_last().map_or(&[], |(_, rest)| rest)), None);
     }
 
     proptest! {

@@ -33,16 +33,12 @@ fn symbol(name: &CStr) -> Option<*mut c_void> {
 impl QemuSymbols {
     pub(crate) fn find() -> QemuSymbols {
         // SAFETY: a symbol of this name is QEMU's function of this signature (util/yank.c, since 6.0).
-        let yank_register_instance = symbol(c"yank_register_instance").map(|address| unsafe {
-            std::mem::transmute::<*mut c_void, YankRegisterInstance>(address)
-        });
+        let yank_register_instance = symbol(c"yank_register_instance")
+            .map(|address| unsafe { std::mem::transmute::<*mut c_void, YankRegisterInstance>(address) });
         // SAFETY: as above (util/error.c).
-        let error_free = symbol(c"error_free")
-            .map(|address| unsafe { std::mem::transmute::<*mut c_void, ErrorFree>(address) });
-        QemuSymbols {
-            yank_register_instance,
-            error_free,
-        }
+        let error_free =
+            symbol(c"error_free").map(|address| unsafe { std::mem::transmute::<*mut c_void, ErrorFree>(address) });
+        QemuSymbols { yank_register_instance, error_free }
     }
 
     pub(crate) fn has_yank(&self) -> bool {
@@ -54,10 +50,7 @@ impl QemuSymbols {
         let Some(register) = self.yank_register_instance else {
             return Status::Unsupported;
         };
-        let instance = YankInstance {
-            kind: YANK_INSTANCE_TYPE_MIGRATION,
-            name: std::ptr::null(),
-        };
+        let instance = YankInstance { kind: YANK_INSTANCE_TYPE_MIGRATION, name: std::ptr::null() };
         let mut error: *mut c_void = std::ptr::null_mut();
         // SAFETY: QEMU reads the instance (it copies it) and writes an Error it allocated; it takes its own lock, so any
         // thread may call this.
@@ -67,10 +60,6 @@ impl QemuSymbols {
             unsafe { free(error) };
         }
         // It fails for one reason only: the instance is there already.
-        if registered {
-            Status::Done
-        } else {
-            Status::Already
-        }
+        if registered { Status::Done } else { Status::Already }
     }
 }

@@ -31,10 +31,7 @@ impl Sampler {
     pub(crate) fn start() -> io::Result<(Sampler, OwnedFd)> {
         let (mapping, fd) = PageMapping::create()?;
         mapping.page().initialise();
-        let shared = Arc::new(Shared {
-            mapping,
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared { mapping, stop: AtomicBool::new(false) });
         let theirs = Arc::clone(&shared);
         sys::spawn_quiet("plover-clocks", move || run(&theirs))?;
         Ok((Sampler { shared }, fd))
@@ -89,11 +86,7 @@ fn vcpu_clocks(clocks: &mut Vec<libc::clockid_t>) {
         return;
     };
     for thread in threads.flatten() {
-        let Some(tid) = thread
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<libc::pid_t>().ok())
-        else {
+        let Some(tid) = thread.file_name().to_str().and_then(|name| name.parse::<libc::pid_t>().ok()) else {
             continue;
         };
         if std::fs::read(thread.path().join("comm")).is_ok_and(|name| is_vcpu(&name)) {
@@ -104,10 +97,7 @@ fn vcpu_clocks(clocks: &mut Vec<libc::clockid_t>) {
 
 /// `CPU 0/KVM`, `CPU 3/TCG`, and `ALL CPUs/TCG` when one thread runs them all.
 fn is_vcpu(comm: &[u8]) -> bool {
-    let numbered = comm
-        .strip_prefix(b"CPU ")
-        .and_then(|rest| rest.first())
-        .is_some_and(u8::is_ascii_digit);
+    let numbered = comm.strip_prefix(b"CPU ").and_then(|rest| rest.first()).is_some_and(u8::is_ascii_digit);
     (numbered && comm.contains(&b'/')) || comm.starts_with(b"ALL CPUs/")
 }
 
@@ -118,15 +108,7 @@ mod tests {
     #[test]
     fn vcpu_threads_are_told_by_their_names() {
         assert!(is_vcpu(b"CPU 0/TCG\n") && is_vcpu(b"CPU 12/KVM\n") && is_vcpu(b"ALL CPUs/TCG\n"));
-        for other in [
-            "qemu-system-x86",
-            "CPU /TCG",
-            "CPU",
-            "call_rcu",
-            "IO mon_iothread",
-            "",
-            "CPU 0",
-        ] {
+        for other in ["qemu-system-x86", "CPU /TCG", "CPU", "call_rcu", "IO mon_iothread", "", "CPU 0"] {
             assert!(!is_vcpu(other.as_bytes()), "{other}");
         }
     }

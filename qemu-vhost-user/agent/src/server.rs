@@ -28,10 +28,7 @@ impl Server {
     /// # Errors
     /// What socket, bind or listen says; `ENAMETOOLONG` for a path of more than 107 bytes.
     pub fn bind(path: &Path) -> io::Result<Server> {
-        Ok(Server {
-            listener: sys::listen(path)?,
-            symbols: QemuSymbols::find(),
-        })
+        Ok(Server { listener: sys::listen(path)?, symbols: QemuSymbols::find() })
     }
 
     /// Starts the thread that serves until the process ends.
@@ -53,10 +50,7 @@ impl Server {
                 Err(_) => return,
             };
             if caller && let Ok(socket) = sys::accept(self.listener.as_fd()) {
-                session = Some(Session {
-                    socket,
-                    sampler: None,
-                });
+                session = Some(Session { socket, sampler: None });
                 continue;
             }
             if request && !session.as_mut().is_some_and(|session| self.answer(session)) {
@@ -88,19 +82,10 @@ impl Server {
             pid: std::process::id(),
             has_yank: self.symbols.has_yank(),
         };
-        sys::send(
-            session.socket.as_fd(),
-            &response.encode(),
-            attached.as_ref().map(AsFd::as_fd),
-        )
-        .is_ok()
+        sys::send(session.socket.as_fd(), &response.encode(), attached.as_ref().map(AsFd::as_fd)).is_ok()
     }
 
-    fn perform(
-        &self,
-        request: Request,
-        session: &mut Session,
-    ) -> (io::Result<Status>, Option<OwnedFd>) {
+    fn perform(&self, request: Request, session: &mut Session) -> (io::Result<Status>, Option<OwnedFd>) {
         match request {
             Request::Hello => (Ok(Status::Done), None),
             Request::Yank => (Ok(self.symbols.register_migration_yank()), None),

@@ -26,19 +26,14 @@ extern "C" fn constructor() {
     forget_preload();
     if let Err(error) = Server::bind(Path::new(&path)).and_then(Server::start) {
         // Standard output belongs to QEMU's user (-serial stdio); the daemon reports a missing agent itself.
-        eprintln!(
-            "plover-agent: cannot serve on {}: {error}",
-            Path::new(&path).display()
-        );
+        eprintln!("plover-agent: cannot serve on {}: {error}", Path::new(&path).display());
     }
 }
 
 /// A QEMU built without modules does not export its symbols; it is served too, so that hello can say so.
 fn is_named_like_qemu() -> bool {
-    std::fs::read_link("/proc/self/exe").is_ok_and(|exe| {
-        exe.file_name()
-            .is_some_and(|name| name.as_bytes().starts_with(b"qemu-system-"))
-    })
+    std::fs::read_link("/proc/self/exe")
+        .is_ok_and(|exe| exe.file_name().is_some_and(|name| name.as_bytes().starts_with(b"qemu-system-")))
 }
 
 /// Takes this library out of the environment, so that QEMU's children (scripts, helpers) do not load it.
@@ -90,13 +85,9 @@ mod tests {
 
     #[test]
     fn only_this_library_leaves_the_preload_list() {
-        let without =
-            |list: &str| without_library(OsStr::new(list), OsStr::new("/lib/libplover_agent.so"));
+        let without = |list: &str| without_library(OsStr::new(list), OsStr::new("/lib/libplover_agent.so"));
         assert_eq!(without("/lib/libplover_agent.so"), "");
-        assert_eq!(
-            without("/a.so:/lib/libplover_agent.so /b.so"),
-            "/a.so:/b.so"
-        );
+        assert_eq!(without("/a.so:/lib/libplover_agent.so /b.so"), "/a.so:/b.so");
         assert_eq!(without("/x/libplover_agent.so"), "/x/libplover_agent.so");
     }
 }

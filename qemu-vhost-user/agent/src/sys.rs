@@ -13,8 +13,7 @@ use crate::clock_page::{CLOCK_PAGE_BYTES, ClockPage};
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xAA00;
 
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    let fd =
-        libc::c_int::try_from(result).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    let fd = libc::c_int::try_from(result).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -38,9 +37,7 @@ pub(crate) fn userfaultfd() -> io::Result<OwnedFd> {
         return Err(error);
     };
     // SAFETY: `node` is open; this request takes its flags by value.
-    owned(libc::c_long::from(unsafe {
-        libc::ioctl(node.as_raw_fd(), USERFAULTFD_IOC_NEW as _, flags)
-    }))
+    owned(libc::c_long::from(unsafe { libc::ioctl(node.as_raw_fd(), USERFAULTFD_IOC_NEW as _, flags) }))
 }
 
 /// A listening unix socket at `path` with mode 0600. A socket that a dead process left there is replaced; anything
@@ -48,13 +45,8 @@ pub(crate) fn userfaultfd() -> io::Result<OwnedFd> {
 pub(crate) fn listen(path: &Path) -> io::Result<OwnedFd> {
     use std::os::unix::fs::FileTypeExt;
     // SAFETY: socket takes integers only.
-    let socket = unsafe {
-        libc::socket(
-            libc::AF_UNIX,
-            libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            0,
-        )
-    };
+    let socket =
+        unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0) };
     let socket = owned(libc::c_long::from(socket))?;
     let (address, length) = unix_address(path)?;
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
@@ -87,11 +79,7 @@ fn unix_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)>
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Takes a waiting connection; a descriptor that is closed on exec.
@@ -109,20 +97,10 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Waits until one of the descriptors is readable or hung up; says for each whether it is.
-pub(crate) fn wait_readable(
-    first: BorrowedFd<'_>,
-    second: Option<BorrowedFd<'_>>,
-) -> io::Result<(bool, bool)> {
-    let entry = |fd: libc::c_int| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
+pub(crate) fn wait_readable(first: BorrowedFd<'_>, second: Option<BorrowedFd<'_>>) -> io::Result<(bool, bool)> {
+    let entry = |fd: libc::c_int| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // poll ignores negative descriptors.
-    let mut set = [
-        entry(first.as_raw_fd()),
-        entry(second.map_or(-1, |fd| fd.as_raw_fd())),
-    ];
+    let mut set = [entry(first.as_raw_fd()), entry(second.map_or(-1, |fd| fd.as_raw_fd()))];
     // SAFETY: `set` holds two pollfd for the duration of the call.
     check(unsafe { libc::poll(set.as_mut_ptr(), 2, -1) })?;
     let [first, second] = set;
@@ -132,14 +110,7 @@ pub(crate) fn wait_readable(
 /// Receives one message; 0 bytes means that the peer is gone.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the kernel writes at most `buffer.len()` bytes into `buffer`.
-    let count = unsafe {
-        libc::recv(
-            socket.as_raw_fd(),
-            buffer.as_mut_ptr().cast(),
-            buffer.len(),
-            libc::MSG_DONTWAIT,
-        )
-    };
+    let count = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
@@ -148,15 +119,8 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<u
 struct ControlBuffer([u8; 32]);
 
 /// Sends one message, with a descriptor if given. Never blocks and never raises SIGPIPE.
-pub(crate) fn send(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    attached: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    let mut vector = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
+pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], attached: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let mut control = ControlBuffer([0; 32]);
     // SAFETY: msghdr is plain data, all-zero bytes are a value of it.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -174,24 +138,13 @@ pub(crate) fn send(
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
             (*header).cmsg_len = libc::CMSG_LEN(payload) as _;
-            libc::CMSG_DATA(header)
-                .cast::<libc::c_int>()
-                .write_unaligned(fd.as_raw_fd());
+            libc::CMSG_DATA(header).cast::<libc::c_int>().write_unaligned(fd.as_raw_fd());
         }
     }
     // SAFETY: `message` and all that it points to live until the call returns; the kernel only reads them.
-    let sent = unsafe {
-        libc::sendmsg(
-            socket.as_raw_fd(),
-            &raw const message,
-            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-        )
-    };
-    if sent < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let sent =
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Mapping of a clock page; unmapped when dropped.
@@ -207,12 +160,7 @@ impl PageMapping {
     /// shrinks the file would otherwise kill QEMU with SIGBUS.
     pub(crate) fn create() -> io::Result<(PageMapping, OwnedFd)> {
         // SAFETY: the name is a C string literal.
-        let fd = unsafe {
-            libc::memfd_create(
-                c"plover-clocks".as_ptr(),
-                libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
-            )
-        };
+        let fd = unsafe { libc::memfd_create(c"plover-clocks".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         let fd = owned(libc::c_long::from(fd))?;
         // SAFETY: `fd` is open.
         check(unsafe { libc::ftruncate(fd.as_raw_fd(), CLOCK_PAGE_BYTES as libc::off_t) })?;
@@ -222,20 +170,12 @@ impl PageMapping {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new shared mapping of a file of exactly this size at an address of the kernel's choice.
         let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                CLOCK_PAGE_BYTES,
-                protection,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), CLOCK_PAGE_BYTES, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
         };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let page = NonNull::new(address.cast())
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let page = NonNull::new(address.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         Ok((PageMapping(page), fd))
     }
 
@@ -262,15 +202,7 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout_us: u32) {
     };
     // SAFETY: `word` and `timeout` are valid for the call. Every outcome (woken, changed, timed out, interrupted) is
     // the same to the caller, who looks at the word again.
-    unsafe {
-        libc::syscall(
-            libc::SYS_futex,
-            word.as_ptr(),
-            libc::FUTEX_WAIT,
-            expected,
-            &raw const timeout,
-        )
-    };
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &raw const timeout) };
 }
 
 /// Wakes everybody who waits on `word`.
@@ -281,18 +213,13 @@ pub(crate) fn futex_wake_all(word: &AtomicU32) {
 
 /// A clock's reading; `None` if there is no such clock (a thread that ended).
 pub(crate) fn clock_ns(clock: libc::clockid_t) -> Option<u64> {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is valid for writing.
     if unsafe { libc::clock_gettime(clock, &raw mut now) } != 0 {
         return None;
     }
     let seconds = u64::try_from(now.tv_sec).ok()?;
-    seconds
-        .checked_mul(1_000_000_000)?
-        .checked_add(u64::try_from(now.tv_nsec).ok()?)
+    seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(now.tv_nsec).ok()?)
 }
 
 /// The clock of one thread of this process: CPUCLOCK_SCHED | CPUCLOCK_PERTHREAD_MASK of the kernel's posix-timers.h.
@@ -312,10 +239,7 @@ pub(crate) fn spawn_quiet(name: &str, body: impl FnOnce() + Send + 'static) -> i
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
     }
-    let started = std::thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(128 * 1024)
-        .spawn(body);
+    let started = std::thread::Builder::new().name(name.to_owned()).stack_size(128 * 1024).spawn(body);
     // SAFETY: restores the mask that was read above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
     started.map(drop)

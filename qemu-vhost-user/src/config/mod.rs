@@ -9,9 +9,7 @@ mod vm;
 use std::path::{Path, PathBuf};
 
 pub use node::{NodeConfig, Scheduling};
-pub use vm::{
-    Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, Uplink, VmConfig,
-};
+pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, Uplink, VmConfig};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +44,9 @@ pub enum ConfigError {
 
 /// Reads and parses one TOML file.
 fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    toml::from_str(&text)
-        .map_err(|error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() })
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|error| ConfigError::Syntax { path: path.to_owned(), message: error.to_string() })
 }
 
 /// Shorthand for an [`ConfigError::Invalid`].

@@ -107,10 +107,7 @@ impl NodeConfig {
                 return Err(invalid(
                     path,
                     "uplink.tap",
-                    format!(
-                        "VMs {other} and {} both name {:?}; give each VM a TAP of its own",
-                        vm.name, vm.uplink.tap
-                    ),
+                    format!("VMs {other} and {} both name {:?}; give each VM a TAP of its own", vm.name, vm.uplink.tap),
                 ));
             }
         }

@@ -239,8 +239,12 @@ impl VmConfig {
         let mut mac = [0u8; 6];
         let mut parts = self.mac.split(':');
         let parsed = mac.iter_mut().all(|byte| {
-            parts.next().filter(|part| part.len() == 2).and_then(|part| u8::from_str_radix(part, 16).ok())
-                .map(|value| *byte = value).is_some()
+            parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .and_then(|part| u8::from_str_radix(part, 16).ok())
+                .map(|value| *byte = value)
+                .is_some()
         });
         if !parsed || parts.next().is_some() || mac[0] & 1 != 0 {
             let message = format!("{:?} is no unicast MAC address; write it like 52:54:00:12:34:56", self.mac);

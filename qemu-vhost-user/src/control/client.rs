@@ -42,8 +42,8 @@ pub enum ControlError {
 /// When the daemon cannot be reached or does not answer in time.
 pub fn request(path: &Path, request: &Request, timeout: Duration) -> Result<Response, ControlError> {
     let no_answer = |source| ControlError::NoAnswer { path: path.to_owned(), source };
-    let mut stream = UnixStream::connect(path)
-        .map_err(|source| ControlError::Unreachable { path: path.to_owned(), source })?;
+    let mut stream =
+        UnixStream::connect(path).map_err(|source| ControlError::Unreachable { path: path.to_owned(), source })?;
     stream.set_read_timeout(Some(timeout)).map_err(no_answer)?;
     stream.set_write_timeout(Some(timeout)).map_err(no_answer)?;
     let mut line = serde_json::to_string(request).expect("a request is plain data");

@@ -99,9 +99,8 @@ impl ControlServer {
             for stream in listener.incoming().flatten() {
                 let groups = groups.clone();
                 // A thread each: a failover that takes seconds must not keep `status` waiting.
-                let served = std::thread::Builder::new()
-                    .name("plover-request".into())
-                    .spawn(move || serve(stream, &groups));
+                let served =
+                    std::thread::Builder::new().name("plover-request".into()).spawn(move || serve(stream, &groups));
                 if let Err(error) = served {
                     tracing::warn!(%error, "no thread for a control request");
                 }

@@ -10,9 +10,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MRG_RXBUF,
 };
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// Bit 30 of the vhost-user feature word (VHOST_USER_F_PROTOCOL_FEATURES): not a virtio feature, QEMU never shows it to guests.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -67,11 +65,7 @@ impl Features {
     /// Length of the header in the guest's buffers. Only a driver of before virtio 1.0 that merges no buffers has the short
     /// one, without `num_buffers` (virtio 1.2 §5.1.6.1).
     pub(crate) fn header_bytes(self) -> usize {
-        if self.has(VIRTIO_F_VERSION_1) || self.mergeable() {
-            12
-        } else {
-            10
-        }
+        if self.has(VIRTIO_F_VERSION_1) || self.mergeable() { 12 } else { 10 }
     }
 
     /// What the uplink may leave undone on frames for this guest.
@@ -80,12 +74,7 @@ impl Features {
         // virtio 1.2 §5.1.3.1: the segmentation bits need GUEST_CSUM, and ECN needs one of them.
         let tso4 = checksum && self.has(VIRTIO_NET_F_GUEST_TSO4);
         let tso6 = checksum && self.has(VIRTIO_NET_F_GUEST_TSO6);
-        Offloads {
-            checksum,
-            tso4,
-            tso6,
-            ecn: (tso4 || tso6) && self.has(VIRTIO_NET_F_GUEST_ECN),
-        }
+        Offloads { checksum, tso4, tso6, ecn: (tso4 || tso6) && self.has(VIRTIO_NET_F_GUEST_ECN) }
     }
 }
 
@@ -107,9 +96,7 @@ impl Offloads {
     pub fn tun_flags(self) -> u32 {
         let wanted = [self.checksum, self.tso4, self.tso6, self.ecn];
         // TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 and TUN_F_TSO_ECN are the bits 0 to 3.
-        (0..)
-            .zip(wanted)
-            .fold(0, |flags, (bit, wanted)| flags | u32::from(wanted) << bit)
+        (0..).zip(wanted).fold(0, |flags, (bit, wanted)| flags | u32::from(wanted) << bit)
     }
 }
 

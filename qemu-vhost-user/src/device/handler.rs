@@ -9,13 +9,11 @@ use std::fs::File;
 use rustix::fd::OwnedFd;
 use thiserror::Error;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
-};
+use vhost::vhost_user::{Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut};
 
 use std::sync::Arc;
 
@@ -28,9 +26,7 @@ use super::ring::{Direction, LayoutError, Ring, RingPlace};
 /// Why a message was refused. The connection is closed after it.
 #[derive(Debug, Error)]
 pub(crate) enum RequestError {
-    #[error(
-        "{what} for ring {index}, but this device has the rings 0 and 1; use queues=1 on the netdev"
-    )]
+    #[error("{what} for ring {index}, but this device has the rings 0 and 1; use queues=1 on the netdev")]
     NoSuchRing { what: &'static str, index: u32 },
     #[error("{what} for {ring} while it is running")]
     Running { what: &'static str, ring: RingIndex },
@@ -41,10 +37,7 @@ pub(crate) enum RequestError {
     #[error("SET_VRING_BASE for {ring} with {base:#x}, which is no split ring's position")]
     Base { ring: RingIndex, base: u32 },
     #[error("{ring} cannot start: {source}")]
-    Layout {
-        ring: RingIndex,
-        source: LayoutError,
-    },
+    Layout { ring: RingIndex, source: LayoutError },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("cannot duplicate a descriptor from QEMU: {0}")]
@@ -82,14 +75,7 @@ pub(crate) struct Handler {
 impl Handler {
     /// State of a connection that has just been made. `link` comes back by [`Handler::into_link`].
     pub fn new(link: SessionEnd, dirty: BackendDirty) -> Self {
-        Self {
-            link,
-            dirty,
-            features: None,
-            ram: None,
-            rings: Default::default(),
-            failure: None,
-        }
+        Self { link, dirty, features: None, ram: None, rings: Default::default(), failure: None }
     }
 
     /// Ends the connection's state.
@@ -109,8 +95,7 @@ impl Handler {
 
     /// Whether SET_FEATURES has accepted protocol features.
     pub fn protocol_features_accepted(&self) -> bool {
-        self.features
-            .is_some_and(|features| features & PROTOCOL_FEATURES != 0)
+        self.features.is_some_and(|features| features & PROTOCOL_FEATURES != 0)
     }
 
     /// SET_VRING_ENABLE.
@@ -119,10 +104,7 @@ impl Handler {
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.enabled = enabled;
         if setup.running {
-            self.link.call(Command::SetEnabled {
-                index: ring,
-                enabled,
-            })?;
+            self.link.call(Command::SetEnabled { index: ring, enabled })?;
         }
         Ok(())
     }
@@ -146,11 +128,7 @@ impl Handler {
         if setup.place.size == 0 || setup.place.descriptors == 0 || self.features.is_none() {
             return Ok(());
         }
-        let direction = if ring == RingIndex::RX {
-            Direction::ToGuest
-        } else {
-            Direction::FromGuest
-        };
+        let direction = if ring == RingIndex::RX { Direction::ToGuest } else { Direction::FromGuest };
         let opened = Ring::open(Arc::clone(ram), setup.place, direction, Features(features));
         let opened = opened.map_err(|source| RequestError::Layout { ring, source })?;
         // Without protocol features a ring is enabled as soon as it is started.
@@ -174,9 +152,7 @@ impl Handler {
         if !setup.running {
             return Ok(());
         }
-        if let Answer::Stopped { position, remains } =
-            self.link.call(Command::StopRing { index: ring })?
-        {
+        if let Answer::Stopped { position, remains } = self.link.call(Command::StopRing { index: ring })? {
             setup.place.base = position.unwrap_or(setup.place.base);
             drop(remains);
         }
@@ -211,17 +187,11 @@ impl Handler {
             return Err(RequestError::FeaturesWhileRunning);
         }
         self.features = Some(features);
-        RingIndex::ALL
-            .into_iter()
-            .try_for_each(|ring| self.start_if_ready(ring))
+        RingIndex::ALL.into_iter().try_for_each(|ring| self.start_if_ready(ring))
     }
 
     /// A new memory table, which QEMU also sends while rings run (a memory slot was added): they pause for it.
-    fn change_memory(
-        &mut self,
-        table: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-    ) -> Result<(), RequestError> {
+    fn change_memory(&mut self, table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), RequestError> {
         for ring in RingIndex::ALL {
             self.stop(ring)?;
         }
@@ -234,11 +204,8 @@ impl Handler {
         };
         let specs = table.iter().zip(files).map(spec).collect();
         self.ram = Some(Arc::new(GuestRam::build(specs, &self.dirty)?));
-        self.link
-            .call(Command::MemoryReady(self.dirty.ram_identity()))?;
-        RingIndex::ALL
-            .into_iter()
-            .try_for_each(|ring| self.start_if_ready(ring))
+        self.link.call(Command::MemoryReady(self.dirty.ram_identity()))?;
+        RingIndex::ALL.into_iter().try_for_each(|ring| self.start_if_ready(ring))
     }
 
     fn base(&mut self, index: u32) -> Result<VhostUserVringState, RequestError> {
@@ -255,10 +222,7 @@ impl Handler {
         let base = u16::try_from(base).map_err(|_| RequestError::Base { ring, base })?;
         // A running ring has moved on from its base, so only a stopped one can be told where it is.
         if self.rings[usize::from(ring.0)].running {
-            return Err(RequestError::Running {
-                what: "SET_VRING_BASE",
-                ring,
-            });
+            return Err(RequestError::Running { what: "SET_VRING_BASE", ring });
         }
         self.place("SET_VRING_BASE", index, |place| place.base = base)
     }
@@ -270,10 +234,7 @@ impl Handler {
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.kick = Some(kick);
         if setup.running {
-            self.link.call(Command::SetKick {
-                index: ring,
-                kick: copy,
-            })?;
+            self.link.call(Command::SetKick { index: ring, kick: copy })?;
         }
         self.start_if_ready(ring)
     }
@@ -285,10 +246,7 @@ impl Handler {
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.call = call;
         if setup.running {
-            self.link.call(Command::SetCall {
-                index: ring,
-                call: copy,
-            })?;
+            self.link.call(Command::SetCall { index: ring, call: copy })?;
         }
         Ok(())
     }
@@ -301,9 +259,7 @@ impl Handler {
     }
 
     fn stop_all(&mut self) -> Result<(), RequestError> {
-        RingIndex::ALL
-            .into_iter()
-            .try_for_each(|ring| self.base(ring.0.into()).map(drop))
+        RingIndex::ALL.into_iter().try_for_each(|ring| self.base(ring.0.into()).map(drop))
     }
 
     fn not_offered<T>(&mut self, what: &'static str) -> ProtocolResult<T> {
@@ -312,23 +268,18 @@ impl Handler {
 }
 
 fn ring_index(what: &'static str, index: u32) -> Result<RingIndex, RequestError> {
-    let found = RingIndex::ALL
-        .into_iter()
-        .find(|ring| u32::from(ring.0) == index);
+    let found = RingIndex::ALL.into_iter().find(|ring| u32::from(ring.0) == index);
     found.ok_or(RequestError::NoSuchRing { what, index })
 }
 
 fn duplicate(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, RequestError> {
-    fd.map(OwnedFd::try_clone)
-        .transpose()
-        .map_err(RequestError::Duplicate)
+    fd.map(OwnedFd::try_clone).transpose().map_err(RequestError::Duplicate)
 }
 
 /// The reactor reads kicks and writes calls, and must not be held up by a descriptor that blocks.
 fn non_blocking(file: Option<File>) -> Result<Option<OwnedFd>, RequestError> {
     let Some(file) = file else { return Ok(None) };
-    rustix::io::ioctl_fionbio(&file, true)
-        .map_err(|error| RequestError::NonBlocking(error.into()))?;
+    rustix::io::ioctl_fionbio(&file, true).map_err(|error| RequestError::NonBlocking(error.into()))?;
     Ok(Some(file.into()))
 }
 
@@ -447,10 +398,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.not_offered("GET_SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(
-        &mut self,
-        _: &VhostUserInflight,
-    ) -> ProtocolResult<(VhostUserInflight, File)> {
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> ProtocolResult<(VhostUserInflight, File)> {
         self.not_offered("GET_INFLIGHT_FD")
     }
 

@@ -6,9 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{
-    Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel,
-};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -56,15 +54,9 @@ pub(crate) enum Command {
     /// Stop working on a ring and say how far it got. Answer: [`Answer::Stopped`].
     StopRing { index: RingIndex },
     /// The other end of interrupts has changed.
-    SetCall {
-        index: RingIndex,
-        call: Option<OwnedFd>,
-    },
+    SetCall { index: RingIndex, call: Option<OwnedFd> },
     /// The other end of kicks has changed.
-    SetKick {
-        index: RingIndex,
-        kick: Option<OwnedFd>,
-    },
+    SetKick { index: RingIndex, kick: Option<OwnedFd> },
     /// VHOST_USER_SET_VRING_ENABLE.
     SetEnabled { index: RingIndex, enabled: bool },
 }
@@ -110,25 +102,11 @@ pub(crate) struct ReactorEnd {
 }
 
 /// Makes both ends. `stop` ends every wait of the session when it becomes true; no wait is longer than `deadline`.
-pub(crate) fn pair(
-    stop: Arc<AtomicBool>,
-    deadline: Duration,
-) -> std::io::Result<(SessionEnd, ReactorEnd)> {
+pub(crate) fn pair(stop: Arc<AtomicBool>, deadline: Duration) -> std::io::Result<(SessionEnd, ReactorEnd)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
-    let session = SessionEnd {
-        requests: sender,
-        wake: Arc::clone(&wake),
-        stop,
-        deadline,
-    };
-    Ok((
-        session,
-        ReactorEnd {
-            requests: receiver,
-            wake,
-        },
-    ))
+    let session = SessionEnd { requests: sender, wake: Arc::clone(&wake), stop, deadline };
+    Ok((session, ReactorEnd { requests: receiver, wake }))
 }
 
 /// Adds one to an eventfd. A full or closed one changes nothing for us: the other side has been told, or is gone.
@@ -143,18 +121,13 @@ pub(crate) fn drain(fd: &OwnedFd) {
 
 impl SessionEnd {
     fn stuck(&self) -> LinkError {
-        LinkError::Stuck {
-            waited_ms: self.deadline.as_millis(),
-        }
+        LinkError::Stuck { waited_ms: self.deadline.as_millis() }
     }
 
     /// Has the reactor carry out a command, and waits until it has.
     pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
         let (sender, receiver) = sync_channel(1);
-        match self.requests.try_send(Request {
-            command,
-            answer: sender,
-        }) {
+        match self.requests.try_send(Request { command, answer: sender }) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(self.stuck()),
             Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),

@@ -59,9 +59,7 @@ pub enum MemoryError {
         length: u64,
     },
     /// The kernel refused the mapping.
-    #[error(
-        "guest memory region {region}: cannot map {length:#x} bytes: {source}; is the memory backend share=on?"
-    )]
+    #[error("guest memory region {region}: cannot map {length:#x} bytes: {source}; is the memory backend share=on?")]
     Map {
         /// Position in the table.
         region: usize,
@@ -71,9 +69,7 @@ pub enum MemoryError {
         source: std::io::Error,
     },
     /// An address range wraps around or is empty.
-    #[error(
-        "guest memory region {region}: the range {start:#x}+{size:#x} is empty or wraps around"
-    )]
+    #[error("guest memory region {region}: the range {start:#x}+{size:#x} is empty or wraps around")]
     BadRange {
         /// Position in the table.
         region: usize,
@@ -99,9 +95,7 @@ pub(crate) struct DirtyBits {
 impl DirtyBits {
     fn new(length_bytes: u64) -> Self {
         let words = length_bytes.div_ceil(PAGE_BYTES).div_ceil(64);
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-        }
+        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// Calls `sink` with each dirty page, ascending, and clears it.
@@ -140,9 +134,7 @@ impl Bitmap for DirtyBits {
 
     fn dirty_at(&self, offset: usize) -> bool {
         let page = offset / PAGE_BYTES as usize;
-        self.words
-            .get(page / 64)
-            .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+        self.words.get(page / 64).is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
     }
 
     fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
@@ -172,11 +164,7 @@ unsafe impl Sync for RamFile {}
 impl RamFile {
     fn identify(file: &File) -> std::io::Result<RamIdentity> {
         let metadata = file.metadata()?;
-        Ok(RamIdentity {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            length_bytes: metadata.len(),
-        })
+        Ok(RamIdentity { device: metadata.dev(), inode: metadata.ino(), length_bytes: metadata.len() })
     }
 
     fn map(file: File, identity: RamIdentity) -> std::io::Result<Self> {
@@ -195,15 +183,8 @@ impl RamFile {
         // Guest memory has no place in a core dump of the daemon; a kernel that refuses only makes dumps larger.
         // SAFETY: advice about the mapping made above; DONTDUMP does not change its contents.
         let _ = unsafe { rustix::mm::madvise(base, length, Advice::LinuxDontDump) };
-        let base = NonNull::new(base.cast())
-            .ok_or_else(|| std::io::Error::other("the kernel mapped page zero"))?;
-        Ok(Self {
-            file,
-            identity,
-            base,
-            length,
-            dirty: DirtyBits::new(identity.length_bytes),
-        })
+        let base = NonNull::new(base.cast()).ok_or_else(|| std::io::Error::other("the kernel mapped page zero"))?;
+        Ok(Self { file, identity, base, length, dirty: DirtyBits::new(identity.length_bytes) })
     }
 
     /// Which file this is.
@@ -223,14 +204,7 @@ impl RamFile {
     /// All of the file.
     fn slice(&self) -> GuestSlice<'_> {
         // SAFETY: `base` and `length` are the mapping that lives as long as `self`, which the slice borrows.
-        unsafe {
-            VolatileSlice::with_bitmap(
-                self.base.as_ptr(),
-                self.length,
-                self.dirty.slice_at(0),
-                None,
-            )
-        }
+        unsafe { VolatileSlice::with_bitmap(self.base.as_ptr(), self.length, self.dirty.slice_at(0), None) }
     }
 }
 
@@ -261,11 +235,7 @@ pub struct BackendDirty {
 
 impl BackendDirty {
     fn current(&self) -> Vec<Arc<RamFile>> {
-        self.known
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .current
-            .clone()
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).current.clone()
     }
 
     /// The RAM file of the guest, if QEMU has sent a memory table and it consists of exactly one file. A protected VM has
@@ -296,24 +266,15 @@ impl BackendDirty {
 
     /// The file behind a descriptor from QEMU: the one already mapped if it is the same, else newly mapped.
     fn open(&self, file: File, region: usize) -> Result<Arc<RamFile>, MemoryError> {
-        let identity =
-            RamFile::identify(&file).map_err(|source| MemoryError::Stat { region, source })?;
+        let identity = RamFile::identify(&file).map_err(|source| MemoryError::Stat { region, source })?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.files.retain(|file| file.strong_count() > 0);
-        let present = known
-            .files
-            .iter()
-            .filter_map(Weak::upgrade)
-            .find(|ram| ram.identity == identity);
+        let present = known.files.iter().filter_map(Weak::upgrade).find(|ram| ram.identity == identity);
         if let Some(ram) = present {
             return Ok(ram);
         }
         let length = identity.length_bytes;
-        let ram = RamFile::map(file, identity).map_err(|source| MemoryError::Map {
-            region,
-            length,
-            source,
-        })?;
+        let ram = RamFile::map(file, identity).map_err(|source| MemoryError::Map { region, length, source })?;
         let ram = Arc::new(ram);
         known.files.push(Arc::downgrade(&ram));
         Ok(ram)
@@ -323,15 +284,10 @@ impl BackendDirty {
         // The old files are dropped after the lock is: unmapping gigabytes takes time.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let old = std::mem::replace(&mut known.current, files);
-        for (before, now) in old
-            .iter()
-            .flat_map(|before| known.current.iter().map(move |now| (before, now)))
-        {
+        for (before, now) in old.iter().flat_map(|before| known.current.iter().map(move |now| (before, now))) {
             // A file that changed its length was mapped anew; the pages written through the old mapping are still owed.
             if before.is_same_file(now) && !Arc::ptr_eq(before, now) {
-                before
-                    .dirty
-                    .drain(&mut |page| now.dirty.mark_dirty((page * PAGE_BYTES) as usize, 1));
+                before.dirty.drain(&mut |page| now.dirty.mark_dirty((page * PAGE_BYTES) as usize, 1));
             }
         }
         drop(known);
@@ -377,45 +333,25 @@ impl GuestRam {
         for (region, spec) in specs.into_iter().enumerate() {
             for start in [spec.guest, spec.user, spec.offset] {
                 if spec.size == 0 || start.checked_add(spec.size).is_none() {
-                    return Err(MemoryError::BadRange {
-                        region,
-                        start,
-                        size: spec.size,
-                    });
+                    return Err(MemoryError::BadRange { region, start, size: spec.size });
                 }
             }
             let file = dirty.open(spec.file, region)?;
             let length = file.identity.length_bytes;
             if spec.offset + spec.size > length {
-                return Err(MemoryError::PastEnd {
-                    region,
-                    start: spec.offset,
-                    size: spec.size,
-                    length,
-                });
+                return Err(MemoryError::PastEnd { region, start: spec.offset, size: spec.size, length });
             }
-            regions.push(Region {
-                guest: spec.guest,
-                size: spec.size,
-                user: spec.user,
-                offset: spec.offset,
-                file,
-            });
+            regions.push(Region { guest: spec.guest, size: spec.size, user: spec.user, offset: spec.offset, file });
         }
         regions.sort_by_key(|region| region.guest);
         for pair in regions.windows(2) {
             if pair[0].guest + pair[0].size > pair[1].guest {
-                return Err(MemoryError::Overlap {
-                    address: pair[1].guest,
-                });
+                return Err(MemoryError::Overlap { address: pair[1].guest });
             }
         }
         let mut files: Vec<Arc<RamFile>> = Vec::new();
         for region in &regions {
-            if !files
-                .iter()
-                .any(|file| file.identity == region.file.identity)
-            {
+            if !files.iter().any(|file| file.identity == region.file.identity) {
                 files.push(Arc::clone(&region.file));
             }
         }
@@ -425,10 +361,7 @@ impl GuestRam {
 
     /// Guest-physical address of an address in QEMU's own address space.
     pub fn guest_of_user(&self, user: u64) -> Option<u64> {
-        let region = self
-            .regions
-            .iter()
-            .find(|region| user >= region.user && user - region.user < region.size)?;
+        let region = self.regions.iter().find(|region| user >= region.user && user - region.user < region.size)?;
         Some(region.guest + (user - region.user))
     }
 
@@ -442,30 +375,20 @@ impl GuestRam {
             return None;
         }
         let len = u64::from(max_len).min(region.size - inside);
-        Some(Piece {
-            region: number as u32,
-            len: len as u32,
-            offset: (region.offset + inside) as usize,
-        })
+        Some(Piece { region: number as u32, len: len as u32, offset: (region.offset + inside) as usize })
     }
 
     /// An area of fixed place that lies in one region. None if it does not.
     pub fn area(&self, guest: u64, len: u32) -> Option<Area> {
         let piece = self.locate(guest, len).filter(|piece| piece.len == len)?;
         let file = Arc::clone(&self.regions[piece.region as usize].file);
-        Some(Area {
-            file,
-            offset: piece.offset,
-            len: len as usize,
-        })
+        Some(Area { file, offset: piece.offset, len: len as usize })
     }
 
     /// The bytes of a piece that `locate` of this same table returned.
     pub fn slice(&self, piece: Piece) -> GuestSlice<'_> {
         let file = &self.regions[piece.region as usize].file;
-        file.slice()
-            .subslice(piece.offset, piece.len as usize)
-            .expect("locate checked the range")
+        file.slice().subslice(piece.offset, piece.len as usize).expect("locate checked the range")
     }
 }
 
@@ -489,10 +412,7 @@ pub(crate) struct Area {
 
 impl Area {
     fn slice(&self) -> GuestSlice<'_> {
-        self.file
-            .slice()
-            .subslice(self.offset, self.len)
-            .expect("the area was checked when it was made")
+        self.file.slice().subslice(self.offset, self.len).expect("the area was checked when it was made")
     }
 
     /// Whether the area begins at a multiple of `bytes` in this process, which atomic accesses need.
@@ -502,31 +422,21 @@ impl Area {
 
     /// Reads a little-endian u16. Panics if the offset is odd or outside the area: offsets come from our own arithmetic.
     pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
-        u16::from_le(
-            self.slice()
-                .load(offset, order)
-                .expect("ring offsets are inside their area"),
-        )
+        u16::from_le(self.slice().load(offset, order).expect("ring offsets are inside their area"))
     }
 
     /// Writes a little-endian u16; same conditions as [`Self::load_u16`].
     pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
-        self.slice()
-            .store(value.to_le(), offset, order)
-            .expect("ring offsets are inside their area");
+        self.slice().store(value.to_le(), offset, order).expect("ring offsets are inside their area");
     }
 
     /// Reads bytes. Panics outside the area.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
-        self.slice()
-            .read_slice(into, offset)
-            .expect("ring offsets are inside their area");
+        self.slice().read_slice(into, offset).expect("ring offsets are inside their area");
     }
 
     /// Writes bytes. Panics outside the area.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
-        self.slice()
-            .write_slice(bytes, offset)
-            .expect("ring offsets are inside their area");
+        self.slice().write_slice(bytes, offset).expect("ring offsets are inside their area");
     }
 }

@@ -16,9 +16,6 @@ mod tests;
 pub use features::{Features, Offloads, capabilities_json};
 pub use link::LinkError;
 pub use memory::{BackendDirty, MemoryError, PAGE_BYTES, RamFile, RamIdentity};
-pub use net::{
-    Counters, DeviceError, DeviceEvent, Inject, MAX_FRAME_BYTES, NetDevice, RingIndex,
-    VNET_HEADER_BYTES,
-};
+pub use net::{Counters, DeviceError, DeviceEvent, Inject, MAX_FRAME_BYTES, NetDevice, RingIndex, VNET_HEADER_BYTES};
 pub use ring::{LayoutError, RingFault};
 pub use session::{Endpoint, Session, SessionError, open};

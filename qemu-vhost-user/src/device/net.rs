@@ -196,20 +196,12 @@ impl NetDevice {
 
     /// Where the guest signals new entries of a ring, if it does. The same as announced by [`DeviceEvent::WatchKick`].
     pub fn kick_fd(&self, ring: RingIndex) -> Option<BorrowedFd<'_>> {
-        self.slots
-            .get(usize::from(ring.0))?
-            .kick
-            .as_ref()
-            .map(|kick| kick.as_fd())
+        self.slots.get(usize::from(ring.0))?.kick.as_ref().map(|kick| kick.as_fd())
     }
 
     /// Takes a kick's count, so that a level-triggered poll falls silent. Needless with an edge-triggered one.
     pub fn acknowledge_kick(&self, ring: RingIndex) {
-        if let Some(kick) = self
-            .slots
-            .get(usize::from(ring.0))
-            .and_then(|slot| slot.kick.as_ref())
-        {
+        if let Some(kick) = self.slots.get(usize::from(ring.0)).and_then(|slot| slot.kick.as_ref()) {
             drain(kick);
         }
     }
@@ -262,12 +254,9 @@ impl NetDevice {
                 self.stop_all();
                 self.pending.push_back(DeviceEvent::Disconnected);
             }
-            Command::MemoryReady(identity) => {
-                self.pending.push_back(DeviceEvent::MemoryReady(identity))
-            }
+            Command::MemoryReady(identity) => self.pending.push_back(DeviceEvent::MemoryReady(identity)),
             Command::Refused(why) => {
-                self.pending
-                    .push_back(DeviceEvent::Broken(DeviceError::Session(why)));
+                self.pending.push_back(DeviceEvent::Broken(DeviceError::Session(why)));
             }
             Command::StartRing { index, start } => self.start_ring(index, start),
             Command::StopRing { index } => return self.stop_ring(index),
@@ -288,14 +277,7 @@ impl NetDevice {
     }
 
     fn start_ring(&mut self, index: RingIndex, start: RingStart) {
-        let RingStart {
-            ring,
-            features,
-            kick,
-            call,
-            error,
-            enabled,
-        } = start;
+        let RingStart { ring, features, kick, call, error, enabled } = start;
         let Some(slot) = self.slots.get_mut(usize::from(index.0)) else {
             return;
         };
@@ -315,15 +297,13 @@ impl NetDevice {
             return;
         };
         if let Some(old) = slot.kick.take() {
-            self.pending
-                .push_back(DeviceEvent::UnwatchKick { ring, kick: old });
+            self.pending.push_back(DeviceEvent::UnwatchKick { ring, kick: old });
         }
         if let Some(kick) = kick {
             signal(&kick);
             let kick = Arc::new(kick);
             slot.kick = Some(Arc::clone(&kick));
-            self.pending
-                .push_back(DeviceEvent::WatchKick { ring, kick });
+            self.pending.push_back(DeviceEvent::WatchKick { ring, kick });
         }
     }
 
@@ -338,10 +318,7 @@ impl NetDevice {
         slot.call = None;
         slot.error = None;
         self.note_running();
-        Answer::Stopped {
-            position: remains.as_ref().map(|ring| ring.position()),
-            remains,
-        }
+        Answer::Stopped { position: remains.as_ref().map(|ring| ring.position()), remains }
     }
 
     fn stop_all(&mut self) {
@@ -356,10 +333,7 @@ impl NetDevice {
         if running != self.started {
             self.started = running;
             self.pending.push_back(if running {
-                DeviceEvent::Started {
-                    features: self.features,
-                    offloads: self.offloads(),
-                }
+                DeviceEvent::Started { features: self.features, offloads: self.offloads() }
             } else {
                 DeviceEvent::Stopped
             });
@@ -375,12 +349,7 @@ impl NetDevice {
             signal(error);
         }
         self.note_running();
-        self.pending
-            .push_back(DeviceEvent::Broken(DeviceError::Ring {
-                ring: index,
-                position,
-                fault,
-            }));
+        self.pending.push_back(DeviceEvent::Broken(DeviceError::Ring { ring: index, position, fault }));
         // Has the reactor call handle_commands, which reports this.
         signal(self.link.wake());
     }
@@ -406,14 +375,7 @@ impl NetDevice {
     }
 
     fn try_inject(&mut self, frame: &[u8]) -> Result<Inject, RingFault> {
-        let Self {
-            slots,
-            features,
-            counters,
-            pieces,
-            chains,
-            ..
-        } = self;
+        let Self { slots, features, counters, pieces, chains, .. } = self;
         let Some(ring) = slots[usize::from(RingIndex::RX.0)].ring.as_deref_mut() else {
             return Ok(Inject::NotRunning);
         };
@@ -437,11 +399,7 @@ impl NetDevice {
         let mut header = [0; VNET_HEADER_BYTES];
         header.copy_from_slice(&frame[..VNET_HEADER_BYTES]);
         header[NUM_BUFFERS_OFFSET..].copy_from_slice(&(chains.len() as u16).to_le_bytes());
-        scatter(
-            ring,
-            pieces,
-            [&header[..header_bytes], &frame[VNET_HEADER_BYTES..]],
-        );
+        scatter(ring, pieces, [&header[..header_bytes], &frame[VNET_HEADER_BYTES..]]);
         let mut left = need;
         for &(head, room) in chains.iter() {
             let written = left.min(room);
@@ -459,11 +417,7 @@ impl NetDevice {
     ///
     /// When the ring is empty the guest is asked to kick; when the budget or `sink` ended the call it is not, and the caller
     /// must call again by itself. While QEMU has the ring disabled, frames are consumed and discarded, as vhost-user demands.
-    pub fn collect_tx(
-        &mut self,
-        budget_frames: usize,
-        sink: &mut impl FnMut(&[u8]) -> bool,
-    ) -> usize {
+    pub fn collect_tx(&mut self, budget_frames: usize, sink: &mut impl FnMut(&[u8]) -> bool) -> usize {
         if self.slots.iter().any(|slot| slot.broken) {
             return 0;
         }
@@ -485,14 +439,7 @@ impl NetDevice {
         accepted: &mut usize,
         sink: &mut impl FnMut(&[u8]) -> bool,
     ) -> Result<(), RingFault> {
-        let Self {
-            slots,
-            features,
-            counters,
-            frame,
-            pieces,
-            ..
-        } = self;
+        let Self { slots, features, counters, frame, pieces, .. } = self;
         let slot = &mut slots[usize::from(RingIndex::TX.0)];
         let Some(ring) = slot.ring.as_deref_mut() else {
             return Ok(());
@@ -613,10 +560,7 @@ fn scatter(ring: &Ring, pieces: &[Piece], parts: [&[u8]; 2]) {
                 None => pieces.next().expect("find_room found enough"),
             };
             let len = bytes.len().min(piece.len as usize - filled);
-            ring.ram()
-                .slice(piece)
-                .write_slice(&bytes[..len], filled)
-                .expect("len is what is left of the piece");
+            ring.ram().slice(piece).write_slice(&bytes[..len], filled).expect("len is what is left of the piece");
             bytes = &bytes[len..];
             filled += len;
             target = Some(piece);

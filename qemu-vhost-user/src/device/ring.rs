@@ -14,8 +14,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 use vm_memory::Bytes;
 
@@ -35,9 +34,7 @@ const RING_HEADER_BYTES: usize = 4;
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum RingFault {
     /// The driver offers more chains than the ring has entries, or took some back.
-    #[error(
-        "the available index went from {seen} to {now} while the device is at {position} of {size}"
-    )]
+    #[error("the available index went from {seen} to {now} while the device is at {position} of {size}")]
     AvailableIndex {
         /// Index read before.
         seen: u16,
@@ -151,24 +148,7 @@ struct Descriptor {
 
 impl Descriptor {
     fn parse(raw: [u8; DESCRIPTOR_BYTES]) -> Self {
-        let [
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            l0,
-            l1,
-            l2,
-            l3,
-            f0,
-            f1,
-            n0,
-            n1,
-        ] = raw;
+        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
         Self {
             address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
             len: u32::from_le_bytes([l0, l1, l2, l3]),
@@ -215,41 +195,18 @@ impl Ring {
         direction: Direction,
         features: Features,
     ) -> Result<Self, LayoutError> {
-        let size = u16::try_from(place.size)
-            .ok()
-            .filter(|size| size.is_power_of_two() && *size <= MAX_RING_SIZE);
+        let size = u16::try_from(place.size).ok().filter(|size| size.is_power_of_two() && *size <= MAX_RING_SIZE);
         let size = size.ok_or(LayoutError::Size(place.size))?;
         let area = |part, address, len: usize, align| {
-            let area = ram
-                .guest_of_user(address)
-                .and_then(|guest| ram.area(guest, len as u32));
+            let area = ram.guest_of_user(address).and_then(|guest| ram.area(guest, len as u32));
             let area = area.ok_or(LayoutError::Outside { part, address })?;
-            if area.is_aligned(align) {
-                Ok(area)
-            } else {
-                Err(LayoutError::Misaligned { part, address })
-            }
+            if area.is_aligned(align) { Ok(area) } else { Err(LayoutError::Misaligned { part, address }) }
         };
         let entries = usize::from(size);
-        let descriptors = area(
-            "descriptor table",
-            place.descriptors,
-            DESCRIPTOR_BYTES * entries,
-            16,
-        )?;
+        let descriptors = area("descriptor table", place.descriptors, DESCRIPTOR_BYTES * entries, 16)?;
         // Both rings end with the event index, which virtio reserves whether or not EVENT_IDX is on.
-        let available = area(
-            "available ring",
-            place.available,
-            RING_HEADER_BYTES + 2 * entries + 2,
-            2,
-        )?;
-        let used = area(
-            "used ring",
-            place.used,
-            RING_HEADER_BYTES + USED_ELEMENT_BYTES * entries + 2,
-            4,
-        )?;
+        let available = area("available ring", place.available, RING_HEADER_BYTES + 2 * entries + 2, 2)?;
+        let used = area("used ring", place.used, RING_HEADER_BYTES + USED_ELEMENT_BYTES * entries + 2, 4)?;
         let next_used = used.load_u16(2, Ordering::Acquire);
         let mut ring = Self {
             ram,
@@ -313,14 +270,9 @@ impl Ring {
             }
         }
         let entry = usize::from(self.next_avail.wrapping_add(ahead) & (self.size - 1));
-        let head = self
-            .available
-            .load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed);
+        let head = self.available.load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed);
         if head >= self.size {
-            return Err(RingFault::DescriptorIndex {
-                index: head,
-                entries: u32::from(self.size),
-            });
+            return Err(RingFault::DescriptorIndex { index: head, entries: u32::from(self.size) });
         }
         Ok(Some(head))
     }
@@ -328,10 +280,7 @@ impl Ring {
     /// Appends the pieces of guest memory that a chain consists of to `pieces`, and returns their length in bytes.
     pub fn walk(&self, head: u16, pieces: &mut Vec<Piece>) -> Result<u64, RingFault> {
         let mut total = 0;
-        let mut table = Table {
-            place: None,
-            entries: u32::from(self.size),
-        };
+        let mut table = Table { place: None, entries: u32::from(self.size) };
         let mut index = head;
         let mut left = table.entries;
         loop {
@@ -349,9 +298,7 @@ impl Ring {
                 return Ok(total);
             }
             if left == 0 {
-                return Err(RingFault::Loop {
-                    entries: table.entries,
-                });
+                return Err(RingFault::Loop { entries: table.entries });
             }
             index = descriptor.next;
         }
@@ -359,20 +306,14 @@ impl Ring {
 
     fn descriptor(&self, table: &Table, index: u16) -> Result<Descriptor, RingFault> {
         if u32::from(index) >= table.entries {
-            return Err(RingFault::DescriptorIndex {
-                index,
-                entries: table.entries,
-            });
+            return Err(RingFault::DescriptorIndex { index, entries: table.entries });
         }
         let offset = usize::from(index) * DESCRIPTOR_BYTES;
         let mut raw = [0; DESCRIPTOR_BYTES];
         match table.place {
             None => self.descriptors.read(offset, &mut raw),
             Some(piece) => {
-                self.ram
-                    .slice(piece)
-                    .read_slice(&mut raw, offset)
-                    .expect("the index was checked against the table");
+                self.ram.slice(piece).read_slice(&mut raw, offset).expect("the index was checked against the table");
             }
         }
         Ok(Descriptor::parse(raw))
@@ -392,28 +333,15 @@ impl Ring {
             return refuse("it also names a next descriptor");
         }
         let entries = len / DESCRIPTOR_BYTES as u32;
-        if entries == 0
-            || !len.is_multiple_of(DESCRIPTOR_BYTES as u32)
-            || entries > MAX_INDIRECT_DESCRIPTORS
-        {
+        if entries == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES as u32) || entries > MAX_INDIRECT_DESCRIPTORS {
             return refuse("the table's length is not 1 to 1024 descriptors");
         }
-        let place = self
-            .ram
-            .locate(address, len)
-            .filter(|piece| piece.len == len);
+        let place = self.ram.locate(address, len).filter(|piece| piece.len == len);
         let place = place.ok_or(RingFault::OutsideMemory { address, len })?;
-        Ok(Table {
-            place: Some(place),
-            entries,
-        })
+        Ok(Table { place: Some(place), entries })
     }
 
-    fn add_pieces(
-        &self,
-        descriptor: &Descriptor,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<(), RingFault> {
+    fn add_pieces(&self, descriptor: &Descriptor, pieces: &mut Vec<Piece>) -> Result<(), RingFault> {
         let Descriptor { address, len, .. } = *descriptor;
         if descriptor.has(VRING_DESC_F_WRITE) != (self.direction == Direction::ToGuest) {
             return Err(RingFault::Direction { address });
@@ -423,10 +351,7 @@ impl Ring {
         }
         let (mut at, mut left) = (address, len);
         while left > 0 {
-            let piece = self
-                .ram
-                .locate(at, left)
-                .ok_or(RingFault::OutsideMemory { address, len })?;
+            let piece = self.ram.locate(at, left).ok_or(RingFault::OutsideMemory { address, len })?;
             pieces.push(piece);
             left -= piece.len;
             // Cannot wrap: locate found the piece in a region that does not.
@@ -441,8 +366,7 @@ impl Ring {
         let mut element = [0; USED_ELEMENT_BYTES];
         element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         element[4..].copy_from_slice(&written.to_le_bytes());
-        self.used
-            .write(RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry, &element);
+        self.used.write(RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry, &element);
         self.next_used = self.next_used.wrapping_add(1);
         self.next_avail = self.next_avail.wrapping_add(1);
     }
@@ -461,8 +385,7 @@ impl Ring {
         if self.armed != Some(self.seen_avail) {
             if self.event_idx {
                 let event = RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(self.size);
-                self.used
-                    .store_u16(event, self.seen_avail, Ordering::Relaxed);
+                self.used.store_u16(event, self.seen_avail, Ordering::Relaxed);
             } else if self.armed.is_none() {
                 self.used.store_u16(0, 0, Ordering::Relaxed);
             }
@@ -477,8 +400,7 @@ impl Ring {
     pub fn disarm(&mut self) {
         // With EVENT_IDX a kick is wanted only at the index that was asked for, so there is nothing to switch off.
         if !self.event_idx && self.armed.is_some() {
-            self.used
-                .store_u16(0, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            self.used.store_u16(0, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
             self.armed = None;
         }
     }
@@ -495,14 +417,9 @@ impl Ring {
         // The used index must be visible before the driver's wish is read; pairs with the driver's barrier.
         fence(Ordering::SeqCst);
         if !self.event_idx {
-            return u32::from(self.available.load_u16(0, Ordering::Relaxed))
-                & VRING_AVAIL_F_NO_INTERRUPT
-                == 0;
+            return u32::from(self.available.load_u16(0, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
-        let event = self.available.load_u16(
-            RING_HEADER_BYTES + 2 * usize::from(self.size),
-            Ordering::Relaxed,
-        );
+        let event = self.available.load_u16(RING_HEADER_BYTES + 2 * usize::from(self.size), Ordering::Relaxed);
         self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
     }
 }

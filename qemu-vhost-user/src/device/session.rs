@@ -88,22 +88,9 @@ pub fn open(name: &str, endpoint: Endpoint) -> Result<(NetDevice, Session), Sess
             .map_err(|error| SessionError::System(error.into()))?,
         connection: Mutex::new(None),
     });
-    let runner = Runner {
-        name: name.to_owned(),
-        source,
-        shared: Arc::clone(&shared),
-        dirty: dirty.clone(),
-    };
-    let thread = std::thread::Builder::new()
-        .name(format!("vhost {name}"))
-        .spawn(move || runner.run(session_end))?;
-    Ok((
-        NetDevice::new(reactor_end, dirty),
-        Session {
-            shared,
-            thread: Some(thread),
-        },
-    ))
+    let runner = Runner { name: name.to_owned(), source, shared: Arc::clone(&shared), dirty: dirty.clone() };
+    let thread = std::thread::Builder::new().name(format!("vhost {name}")).spawn(move || runner.run(session_end))?;
+    Ok((NetDevice::new(reactor_end, dirty), Session { shared, thread: Some(thread) }))
 }
 
 /// What the session's thread and its handle share.
@@ -120,15 +107,12 @@ impl Shared {
     }
 
     fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
-        self.connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `fd` is readable (if there is one), the time is over, or the session shall end.
     fn wait(&self, fd: Option<&dyn AsFdDyn>, timeout: Option<Duration>) {
-        let timeout =
-            timeout.map(|timeout| Timespec::try_from(timeout).expect("our waits are short"));
+        let timeout = timeout.map(|timeout| Timespec::try_from(timeout).expect("our waits are short"));
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         if let Some(fd) = fd {
             fds.push(PollFd::from_borrowed_fd(fd.borrow(), PollFlags::IN));
@@ -181,8 +165,7 @@ struct Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         // Only if it is still ours: another daemon may have replaced it.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode)
-        {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -210,30 +193,21 @@ impl Source {
         let mut said = None;
         while !shared.stopping() {
             let (attempt, fd): (_, Option<&dyn AsFdDyn>) = match self {
-                Self::Connect(path) => {
-                    (connect(path).map_err(|error| (error, path.as_path())), None)
-                }
+                Self::Connect(path) => (connect(path).map_err(|error| (error, path.as_path())), None),
                 Self::Listen(listening) => {
                     let accepted = listening.listener.accept().map(|(stream, _)| stream);
-                    (
-                        accepted.map_err(|error| (error, listening.path.as_path())),
-                        Some(&listening.listener),
-                    )
+                    (accepted.map_err(|error| (error, listening.path.as_path())), Some(&listening.listener))
                 }
                 Self::InheritedListener(listener) => {
                     let accepted = listener.accept().map(|(stream, _)| stream);
-                    (
-                        accepted.map_err(|error| (error, Path::new("--fd"))),
-                        Some(listener),
-                    )
+                    (accepted.map_err(|error| (error, Path::new("--fd"))), Some(listener))
                 }
                 Self::Once(stream) => return stream.take(),
             };
             match attempt {
                 Ok(stream) => return Some(stream),
                 Err((error, path)) => {
-                    if said != Some(error.kind()) && error.kind() != std::io::ErrorKind::WouldBlock
-                    {
+                    if said != Some(error.kind()) && error.kind() != std::io::ErrorKind::WouldBlock {
                         info!(path = %path.display(), %error, "waiting for QEMU");
                         said = Some(error.kind());
                     }
@@ -255,10 +229,7 @@ fn connect(path: &Path) -> std::io::Result<UnixStream> {
 
 /// Claims a path, after removing what a dead process left there.
 fn listen(path: PathBuf) -> Result<Listening, SessionError> {
-    let fail = |source| SessionError::Path {
-        path: path.clone(),
-        source,
-    };
+    let fail = |source| SessionError::Path { path: path.clone(), source };
     match std::fs::symlink_metadata(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(fail(error)),
@@ -281,11 +252,7 @@ fn listen(path: PathBuf) -> Result<Listening, SessionError> {
     let listener = UnixListener::bind(&path).map_err(fail)?;
     listener.set_nonblocking(true).map_err(fail)?;
     let inode = std::fs::symlink_metadata(&path).map_err(fail)?.ino();
-    Ok(Listening {
-        listener,
-        path,
-        inode,
-    })
+    Ok(Listening { listener, path, inode })
 }
 
 fn inherit(fd: OwnedFd) -> Result<Source, SessionError> {
@@ -354,15 +321,8 @@ impl Runner {
             Err(error) => Ending::Refused(error.to_string()),
         };
         drop(requests);
-        let handler =
-            Arc::into_inner(handler).expect("the request handler, the only other owner, is gone");
-        (
-            ending,
-            handler
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner)
-                .into_link(),
-        )
+        let handler = Arc::into_inner(handler).expect("the request handler, the only other owner, is gone");
+        (ending, handler.into_inner().unwrap_or_else(PoisonError::into_inner).into_link())
     }
 
     fn serve_requests(
@@ -460,50 +420,27 @@ impl EarlyEnable {
             return None;
         }
         let mut message = [0; Self::MESSAGE_BYTES];
-        let (_, len) =
-            rustix::net::recv(socket, &mut message, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
+        let (_, len) = rustix::net::recv(socket, &mut message, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
         let field = |number: usize| {
             let at = 4 * number;
-            u32::from_ne_bytes([
-                message[at],
-                message[at + 1],
-                message[at + 2],
-                message[at + 3],
-            ])
+            u32::from_ne_bytes([message[at], message[at + 1], message[at + 2], message[at + 3]])
         };
         let expected = [u32::from(FrontendReq::SET_VRING_ENABLE), Self::VERSION, 8];
         let flags = field(1);
-        if len < Self::MESSAGE_BYTES
-            || [field(0), flags & !Self::NEED_REPLY, field(2)] != expected
-            || field(4) > 1
-        {
+        if len < Self::MESSAGE_BYTES || [field(0), flags & !Self::NEED_REPLY, field(2)] != expected || field(4) > 1 {
             return None;
         }
         rustix::net::recv(socket, &mut [0; Self::MESSAGE_BYTES], RecvFlags::DONTWAIT).ok()?;
-        Some(Self {
-            ring: field(3),
-            enabled: field(4) == 1,
-            needs_reply: flags & Self::NEED_REPLY != 0,
-        })
+        Some(Self { ring: field(3), enabled: field(4) == 1, needs_reply: flags & Self::NEED_REPLY != 0 })
     }
 
     /// Carries it out and acknowledges it.
     fn handle(self, mut socket: &UnixStream, handler: &mut Handler) -> Result<(), String> {
-        handler
-            .enable(self.ring, self.enabled)
-            .map_err(|error| error.to_string())?;
+        handler.enable(self.ring, self.enabled).map_err(|error| error.to_string())?;
         if self.needs_reply {
-            let words = [
-                u32::from(FrontendReq::SET_VRING_ENABLE),
-                Self::VERSION | Self::REPLY,
-                8,
-                0,
-                0,
-            ];
+            let words = [u32::from(FrontendReq::SET_VRING_ENABLE), Self::VERSION | Self::REPLY, 8, 0, 0];
             let reply: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
-            socket
-                .write_all(&reply)
-                .map_err(|error| error.to_string())?;
+            socket.write_all(&reply).map_err(|error| error.to_string())?;
         }
         Ok(())
     }

@@ -195,7 +195,8 @@ impl Reactor<'_> {
 
     /// A `SyncVm` is at the head: it is ours to lead, ours to follow, or nothing to us.
     fn reach_sync(&mut self, now: u64, index: Index, view: View, with: ReplicaId) -> Step {
-        let concerned = if with == self.me { self.reach_followed_sync(now, index, view) } else { self.reach_led_sync(index) };
+        let concerned =
+            if with == self.me { self.reach_followed_sync(now, index, view) } else { self.reach_led_sync(index) };
         if concerned { Step::Blocked } else { Step::Done }
     }
 }

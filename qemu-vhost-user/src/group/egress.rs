@@ -84,7 +84,6 @@ impl Egress {
         self.direct = false;
     }
 
-
     /// Forgets the frames of all slots through `mark`: another replica has sent them.
     pub fn discard(&mut self, mark: SlotMark) {
         self.guard.discard(mark);

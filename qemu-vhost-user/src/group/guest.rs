@@ -109,7 +109,9 @@ impl LocalGuest {
 
     /// Starts looking at the vCPUs' clocks.
     pub fn watch_idle(&mut self) {
-        if !self.watching && let Some(attached) = &self.attached {
+        if !self.watching
+            && let Some(attached) = &self.attached
+        {
             attached.clocks.set_period_us(CLOCK_PERIOD_US);
             self.detector.reset();
             self.watching = true;
@@ -118,7 +120,9 @@ impl LocalGuest {
 
     /// Stops looking: the agent's sampler sleeps.
     pub fn unwatch_idle(&mut self) {
-        if std::mem::take(&mut self.watching) && let Some(attached) = &self.attached {
+        if std::mem::take(&mut self.watching)
+            && let Some(attached) = &self.attached
+        {
             attached.clocks.set_period_us(0);
         }
     }

@@ -225,7 +225,8 @@ impl Reactor<'_> {
     /// The guest runs, or stands still only because a syncvm of ours is at it.
     fn guest_ready(&self) -> bool {
         !self.follow.is_running()
-            && (self.guest.running || matches!(self.lead.as_ref().map(|lead| lead.sync), Some(LeadSync::Running { .. })))
+            && (self.guest.running
+                || matches!(self.lead.as_ref().map(|lead| lead.sync), Some(LeadSync::Running { .. })))
     }
 
     /// `Second(none)` of this view: proposed once, and waited for.
@@ -273,7 +274,10 @@ impl Reactor<'_> {
         let away = !peer.connected && now.saturating_sub(peer.lost_us) > timeout_us;
         // What it said before it was named, or on an earlier connection, says nothing about now.
         let guestless = lead.named_since_us.is_some_and(|since| {
-            peer.connected && peer.reported && !peer.report.intact && (peer.seen_intact || now > since + INTACT_GRACE_US)
+            peer.connected
+                && peer.reported
+                && !peer.report.intact
+                && (peer.seen_intact || now > since + INTACT_GRACE_US)
         });
         let failing = lead.failures >= SYNC_FAILURES_LIMIT;
         if !(silent || away || guestless || failing) {

@@ -30,7 +30,9 @@ pub enum GroupError {
     #[error("log: {0}")]
     Log(#[from] storage_log::LogError),
     /// The log holds something that this version did not write.
-    #[error("{dir}: the log holds an entry that is not understood ({reason}); was it written by another version? Move it away to start empty: this replica then rejoins")]
+    #[error(
+        "{dir}: the log holds an entry that is not understood ({reason}); was it written by another version? Move it away to start empty: this replica then rejoins"
+    )]
     ForeignLog {
         /// Where.
         dir: PathBuf,

@@ -5,7 +5,10 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
-use consensus::{Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View};
+use consensus::{
+    Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica,
+    ReplicaId, View,
+};
 use dataplane::fabric::{Fabric, PeerId, TcpFabric};
 use storage_log::{FileLog, LogError, LogStore, Options, Record};
 
@@ -46,12 +49,19 @@ impl Ordering {
     ///
     /// # Errors
     /// When the log cannot be opened or does not hold what we wrote.
-    pub fn open(dir: &Path, options: Options, config: Config, fabric: TcpFabric, now_us: u64) -> Result<Self, GroupError> {
+    pub fn open(
+        dir: &Path,
+        options: Options,
+        config: Config,
+        fabric: TcpFabric,
+        now_us: u64,
+    ) -> Result<Self, GroupError> {
         let (log, stored) = FileLog::open(dir, options)?;
         if stored.torn_bytes > 0 {
             tracing::warn!(dir = %dir.display(), bytes = stored.torn_bytes, "cut an unfinished write off the log's end");
         }
-        let corrupt = |error: consensus::WireError| GroupError::ForeignLog { dir: dir.to_owned(), reason: error.to_string() };
+        let corrupt =
+            |error: consensus::WireError| GroupError::ForeignLog { dir: dir.to_owned(), reason: error.to_string() };
         let state = stored.state.as_deref().map(HardState::decode).transpose().map_err(corrupt)?;
         let entries: Result<Vec<_>, _> = stored
             .entries
@@ -186,7 +196,11 @@ impl Ordering {
                 Persist::Append { index, view, entry } => {
                     self.buffer.clear();
                     entry.encode_header(&mut self.buffer);
-                    self.log.append(Record::Entry { index: index.0, view: view.0, parts: [&self.buffer, entry.payload()] })
+                    self.log.append(Record::Entry {
+                        index: index.0,
+                        view: view.0,
+                        parts: [&self.buffer, entry.payload()],
+                    })
                 }
             };
             refused = appended.err();

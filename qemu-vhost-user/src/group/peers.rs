@@ -88,12 +88,15 @@ impl Inbox {
     /// Hands every event on, in order, and forgets it.
     pub fn drain(&mut self, mut handle: impl FnMut(ReplicaId, PeerEvent<'_>)) {
         for (peer, queued) in self.events.drain(..) {
-            handle(peer, match queued {
-                Queued::Message(range) => PeerEvent::Message(&self.bytes[range]),
-                Queued::Connected => PeerEvent::Connected,
-                Queued::Lost(reason) => PeerEvent::Lost(reason),
-                Queued::Refused(reason) => PeerEvent::Refused(reason),
-            });
+            handle(
+                peer,
+                match queued {
+                    Queued::Message(range) => PeerEvent::Message(&self.bytes[range]),
+                    Queued::Connected => PeerEvent::Connected,
+                    Queued::Lost(reason) => PeerEvent::Lost(reason),
+                    Queued::Refused(reason) => PeerEvent::Refused(reason),
+                },
+            );
         }
         self.bytes.clear();
     }

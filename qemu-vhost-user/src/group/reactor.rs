@@ -123,7 +123,8 @@ impl Reactor<'_> {
             let busy = self.turn(now, due)?;
             let after = now_us();
             self.loops.end_loop(after, busy);
-            let sleep_us = if busy { 0 } else { self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US) };
+            let sleep_us =
+                if busy { 0 } else { self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US) };
             self.watch_uplink();
             self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
             due = Due::of(&ready);
@@ -356,5 +357,4 @@ impl Reactor<'_> {
         tracing::warn!(vm = %self.vm.name, "{text}");
         self.last_error = Some(text);
     }
-
 }

@@ -135,7 +135,9 @@ impl Reactor<'_> {
             Some(_) => {
                 return Response::Refused(format!("{name}: this node's guest has run before; restart its QEMU first"));
             }
-            None => return Response::Refused(format!("{name}: no QEMU is attached; start it with `plover launch {name}`")),
+            None => {
+                return Response::Refused(format!("{name}: no QEMU is attached; start it with `plover launch {name}`"));
+            }
         }
         self.guest.cold_start = true;
         self.ordering.step(now, Event::AllowColdStart);
@@ -145,7 +147,9 @@ impl Reactor<'_> {
 
     fn arm_crash_point(&mut self, phase: &str, action: &str) -> Response {
         if !self.node.debug_hooks {
-            return Response::Refused("crash points need debug_hooks = true in node.toml; never on a host that matters".into());
+            return Response::Refused(
+                "crash points need debug_hooks = true in node.toml; never on a host that matters".into(),
+            );
         }
         match (phase.parse(), action.parse::<CrashAction>()) {
             (Ok(phase), Ok(action)) => {

@@ -75,8 +75,8 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let ordering = Ordering::open(&log_dir, options, consensus_config(vm, me, listener), fabric, now)?;
     let uplink = Tap::open(&vm.uplink.tap, vm.uplink.bridge.as_deref())
         .map_err(|error| GroupError::Uplink { tap: vm.uplink.tap.clone(), reason: error.to_string() })?;
-    let (device, _session) = device::open(&vm.name, endpoint(node, vm, socket))
-        .map_err(|error| GroupError::Device(error.to_string()))?;
+    let (device, _session) =
+        device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(WorkerSetup {
         vm: vm.clone(),
         node: node.name.clone(),

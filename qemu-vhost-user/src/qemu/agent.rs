@@ -13,8 +13,8 @@ use rustix::event::PollFlags;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 
 pub use plover_agent::clock_page::{ClockSample, DEFAULT_PERIOD_US, MAX_PERIOD_US};
@@ -88,10 +88,7 @@ impl AgentError {
     /// The connection is unusable; connect anew.
     pub fn is_disconnected(&self) -> bool {
         use AgentError::{Connect, Garbled, Lost, Timeout};
-        matches!(
-            self,
-            Connect { .. } | Lost { .. } | Timeout { .. } | Garbled { .. }
-        )
+        matches!(self, Connect { .. } | Lost { .. } | Timeout { .. } | Garbled { .. })
     }
 }
 
@@ -130,20 +127,13 @@ impl AgentClient {
         let connect = || -> io::Result<OwnedFd> {
             let address = SocketAddrUnix::new(path)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket =
-                rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
             rustix::net::connect(&socket, &address)?;
             Ok(socket)
         };
-        let socket =
-            super::connect_until(deadline, connect).map_err(|source| AgentError::Connect {
-                path: path.to_owned(),
-                source,
-            })?;
-        let mut client = AgentClient {
-            socket,
-            path: path.to_owned(),
-        };
+        let socket = super::connect_until(deadline, connect)
+            .map_err(|source| AgentError::Connect { path: path.to_owned(), source })?;
+        let mut client = AgentClient { socket, path: path.to_owned() };
         client.hello()?;
         Ok(client)
     }
@@ -154,10 +144,7 @@ impl AgentClient {
     /// [`AgentError::Version`] and what any request can meet.
     pub fn hello(&mut self) -> Result<Hello, AgentError> {
         let (response, _) = self.ask(Request::Hello)?;
-        Ok(Hello {
-            pid: response.pid,
-            has_yank: response.has_yank,
-        })
+        Ok(Hello { pid: response.pid, has_yank: response.has_yank })
     }
 
     /// Process id of QEMU as this process sees it (SO_PEERCRED).
@@ -198,18 +185,13 @@ impl AgentClient {
     }
 
     fn lost(&self, source: io::Error) -> AgentError {
-        AgentError::Lost {
-            path: self.path.clone(),
-            source,
-        }
+        AgentError::Lost { path: self.path.clone(), source }
     }
 
     fn ask_for_descriptor(&mut self, request: Request) -> Result<OwnedFd, AgentError> {
         match self.ask(request)? {
             (_, Some(fd)) => Ok(fd),
-            (_, None) => Err(AgentError::Garbled {
-                path: self.path.clone(),
-            }),
+            (_, None) => Err(AgentError::Garbled { path: self.path.clone() }),
         }
     }
 
@@ -220,32 +202,22 @@ impl AgentClient {
         match super::wait_for(self.socket.as_fd(), PollFlags::IN, deadline) {
             Ok(true) => {}
             Ok(false) => {
-                return Err(AgentError::Timeout {
-                    path: self.path.clone(),
-                    request,
-                });
+                return Err(AgentError::Timeout { path: self.path.clone(), request });
             }
             Err(error) => return Err(self.lost(error)),
         }
         let (response, descriptor) = self.receive()?;
         if response.version != PROTOCOL_VERSION {
-            return Err(AgentError::Version {
-                path: self.path.clone(),
-                agent: response.version,
-            });
+            return Err(AgentError::Version { path: self.path.clone(), agent: response.version });
         }
         if response.request != request {
-            return Err(AgentError::Garbled {
-                path: self.path.clone(),
-            });
+            return Err(AgentError::Garbled { path: self.path.clone() });
         }
         match response.status {
             Status::Done | Status::Already => Ok((response, descriptor)),
             Status::Unsupported => Err(AgentError::NoYank),
             Status::Failed => {
-                let source = io::Error::from_raw_os_error(
-                    i32::try_from(response.errno).unwrap_or(libc::EIO),
-                );
+                let source = io::Error::from_raw_os_error(i32::try_from(response.errno).unwrap_or(libc::EIO));
                 Err(AgentError::Failed { request, source })
             }
         }
@@ -256,13 +228,8 @@ impl AgentClient {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = rustix::net::recvmsg(
-            &self.socket,
-            &mut [IoSliceMut::new(&mut bytes)],
-            &mut ancillary,
-            flags,
-        )
-        .map_err(|errno| self.lost(errno.into()))?;
+        let received = rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags)
+            .map_err(|errno| self.lost(errno.into()))?;
         let descriptor = ancillary
             .drain()
             .filter_map(|message| match message {
@@ -276,9 +243,7 @@ impl AgentClient {
         }
         match Response::decode(&bytes[..received.bytes.min(bytes.len())]) {
             Some(response) => Ok((response, descriptor)),
-            None => Err(AgentError::Garbled {
-                path: self.path.clone(),
-            }),
+            None => Err(AgentError::Garbled { path: self.path.clone() }),
         }
     }
 }
@@ -308,17 +273,9 @@ impl VcpuClocks {
         // SAFETY: a new shared mapping of the whole object, whose size is fixed, at an address of the kernel's choice.
         let address = unsafe {
             let protection = ProtFlags::READ | ProtFlags::WRITE;
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                CLOCK_PAGE_BYTES,
-                protection,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )?
+            rustix::mm::mmap(std::ptr::null_mut(), CLOCK_PAGE_BYTES, protection, MapFlags::SHARED, fd, 0)?
         };
-        let page = NonNull::new(address.cast::<ClockPage>())
-            .ok_or_else(|| invalid("it was mapped at 0"))?;
+        let page = NonNull::new(address.cast::<ClockPage>()).ok_or_else(|| invalid("it was mapped at 0"))?;
         let clocks = VcpuClocks { page };
         if !clocks.page().is_valid() {
             return Err(invalid("it is not a clock page of this version"));

@@ -41,11 +41,7 @@ pub struct QueueOptions {
 
 impl Default for QueueOptions {
     fn default() -> Self {
-        QueueOptions {
-            pairs: 1,
-            rx_size: 1024,
-            tx_size: 1024,
-        }
+        QueueOptions { pairs: 1, rx_size: 1024, tx_size: 1024 }
     }
 }
 
@@ -84,12 +80,7 @@ pub fn qemu_args(vm: &VmArgs) -> Vec<OsString> {
         arguments.push(name.into());
         arguments.push(value.0);
     };
-    option(
-        "-name",
-        Value::new("")
-            .escaped(vm.name.as_ref())
-            .plain(",debug-threads=on"),
-    );
+    option("-name", Value::new("").escaped(vm.name.as_ref()).plain(",debug-threads=on"));
     let machine = format!("pc,memory-backend={MEMORY_BACKEND_ID},suppress-vmdesc=on");
     option("-machine", Value::new(&machine));
     option("-object", memory_object(vm));
@@ -98,28 +89,14 @@ pub fn qemu_args(vm: &VmArgs) -> Vec<OsString> {
     option("-vga", Value::new("none"));
     option("-display", Value::new("none"));
     option("-rtc", Value::new("clock=vm"));
-    let chardev = Value::new("socket,id=")
-        .plain(NETWORK_ID)
-        .plain(",path=")
-        .escaped(vm.vhost_user_socket.as_ref());
-    let role = if vm.qemu_is_server {
-        ",server=on,wait=off".to_owned()
-    } else {
-        format!(",reconnect-ms={RECONNECT_MS}")
-    };
+    let chardev = Value::new("socket,id=").plain(NETWORK_ID).plain(",path=").escaped(vm.vhost_user_socket.as_ref());
+    let role =
+        if vm.qemu_is_server { ",server=on,wait=off".to_owned() } else { format!(",reconnect-ms={RECONNECT_MS}") };
     option("-chardev", chardev.plain(&role));
-    let netdev = format!(
-        "vhost-user,id={NETWORK_ID},chardev={NETWORK_ID},queues={}",
-        vm.queues.pairs
-    );
+    let netdev = format!("vhost-user,id={NETWORK_ID},chardev={NETWORK_ID},queues={}", vm.queues.pairs);
     option("-netdev", Value::new(&netdev));
     option("-device", Value::new(&network_device(vm)));
-    option(
-        "-qmp",
-        Value::new("unix:")
-            .escaped(vm.qmp_socket.as_ref())
-            .plain(",server=on,wait=off"),
-    );
+    option("-qmp", Value::new("unix:").escaped(vm.qmp_socket.as_ref()).plain(",server=on,wait=off"));
     // No configuration files of the host, so that all replicas are equal; no default devices, whose memory would not
     // be protected; do not run before the daemon says so.
     arguments.extend(["-no-user-config", "-nodefaults", "-S"].map(OsString::from));
@@ -140,30 +117,19 @@ fn memory_object(vm: &VmArgs) -> Value {
         RamPlace::Memfd => Value::new("memory-backend-memfd").plain(&size),
         RamPlace::HugePages { page_bytes } => {
             let pages = format!(",hugetlb=on,hugetlbsize={page_bytes}B");
-            Value::new("memory-backend-memfd")
-                .plain(&size)
-                .plain(&pages)
+            Value::new("memory-backend-memfd").plain(&size).plain(&pages)
         }
-        RamPlace::File(path) => Value::new("memory-backend-file")
-            .plain(&size)
-            .plain(",mem-path=")
-            .escaped(path.as_ref()),
+        RamPlace::File(path) => {
+            Value::new("memory-backend-file").plain(&size).plain(",mem-path=").escaped(path.as_ref())
+        }
     }
 }
 
 fn network_device(vm: &VmArgs) -> String {
     let [a, b, c, d, e, f] = vm.mac;
-    let QueueOptions {
-        pairs,
-        rx_size,
-        tx_size,
-    } = vm.queues;
+    let QueueOptions { pairs, rx_size, tx_size } = vm.queues;
     // One vector per queue, one for configuration changes, one for the control queue.
-    let multiqueue = if pairs > 1 {
-        format!(",mq=on,vectors={}", 2 * u32::from(pairs) + 2)
-    } else {
-        String::new()
-    };
+    let multiqueue = if pairs > 1 { format!(",mq=on,vectors={}", 2 * u32::from(pairs) + 2) } else { String::new() };
     format!(
         "virtio-net-pci,netdev={NETWORK_ID},mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x},romfile=,\
          guest_announce=off,rx_queue_size={rx_size},tx_queue_size={tx_size}{multiqueue}"
@@ -197,26 +163,14 @@ impl Value {
 }
 
 /// The whole command for a shell, an option per line.
-pub fn shell_text(
-    qemu: &Path,
-    environment: &[(OsString, OsString)],
-    arguments: &[OsString],
-) -> String {
+pub fn shell_text(qemu: &Path, environment: &[(OsString, OsString)], arguments: &[OsString]) -> String {
     let mut text = String::new();
     for (name, value) in environment {
-        text.push_str(&format!(
-            "{}={} \\\n",
-            name.to_string_lossy(),
-            shell_quoted(value)
-        ));
+        text.push_str(&format!("{}={} \\\n", name.to_string_lossy(), shell_quoted(value)));
     }
     text.push_str(&shell_quoted(qemu.as_ref()));
     for argument in arguments {
-        let separator = if argument.as_bytes().starts_with(b"-") {
-            " \\\n  "
-        } else {
-            " "
-        };
+        let separator = if argument.as_bytes().starts_with(b"-") { " \\\n  " } else { " " };
         text.push_str(separator);
         text.push_str(&shell_quoted(argument));
     }
@@ -254,11 +208,7 @@ mod tests {
     }
 
     fn text(vm: &VmArgs) -> String {
-        shell_text(
-            Path::new("qemu-system-x86_64"),
-            &qemu_environment(vm),
-            &qemu_args(vm),
-        )
+        shell_text(Path::new("qemu-system-x86_64"), &qemu_environment(vm), &qemu_args(vm))
     }
 
     #[test]
@@ -287,35 +237,16 @@ qemu-system-x86_64 \\
 
     #[test]
     fn choices_show_in_the_arguments() {
-        let file = text(&VmArgs {
-            memory_backend: RamPlace::File("/mnt/a,b".into()),
-            ..vm()
-        });
+        let file = text(&VmArgs { memory_backend: RamPlace::File("/mnt/a,b".into()), ..vm() });
         assert!(
-            file.contains(
-                "memory-backend-file,id=plover-ram,size=268435456B,share=on,mem-path=/mnt/a,,b"
-            ),
+            file.contains("memory-backend-file,id=plover-ram,size=268435456B,share=on,mem-path=/mnt/a,,b"),
             "{file}"
         );
-        let huge = text(&VmArgs {
-            memory_backend: RamPlace::HugePages {
-                page_bytes: 2 << 20,
-            },
-            ..vm()
-        });
-        assert!(
-            huge.contains("share=on,hugetlb=on,hugetlbsize=2097152B"),
-            "{huge}"
-        );
-        let client = text(&VmArgs {
-            qemu_is_server: false,
-            ..vm()
-        });
+        let huge = text(&VmArgs { memory_backend: RamPlace::HugePages { page_bytes: 2 << 20 }, ..vm() });
+        assert!(huge.contains("share=on,hugetlb=on,hugetlbsize=2097152B"), "{huge}");
+        let client = text(&VmArgs { qemu_is_server: false, ..vm() });
         assert!(client.contains("net.sock,reconnect-ms=100"), "{client}");
-        let queues = QueueOptions {
-            pairs: 4,
-            ..QueueOptions::default()
-        };
+        let queues = QueueOptions { pairs: 4, ..QueueOptions::default() };
         assert!(text(&VmArgs { queues, ..vm() }).contains(",mq=on,vectors=10"));
     }
 

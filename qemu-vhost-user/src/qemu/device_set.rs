@@ -44,10 +44,7 @@ impl DeviceSet {
             text.push_str(&line);
             text.push('\n');
         }
-        DeviceSet {
-            hash: fnv1a(text.as_bytes()),
-            text,
-        }
+        DeviceSet { hash: fnv1a(text.as_bytes()), text }
     }
 
     /// The lines that only `self` has, each with the device that it belongs to.
@@ -75,9 +72,7 @@ fn with_owners(text: &str) -> impl Iterator<Item = String> {
         let content = line.trim_start();
         let depth = line.len() - content.len();
         owners.retain(|(owner_depth, _)| *owner_depth < depth);
-        let owner = owners
-            .last()
-            .map_or(String::new(), |(_, name)| format!("{name}: "));
+        let owner = owners.last().map_or(String::new(), |(_, name)| format!("{name}: "));
         if let Some(device) = content.strip_prefix("dev: ") {
             owners.push((depth, device.split(',').next().unwrap_or(device)));
         }
@@ -95,10 +90,7 @@ fn canonical_line(line: &str) -> Option<String> {
     if let Some(bar) = content.strip_prefix("bar ") {
         return canonical_bar(bar).map(|bar| format!("{indent}{bar}"));
     }
-    if let Some(size) = content
-        .strip_prefix("mmio ")
-        .and_then(|mmio| mmio.split_once('/'))
-    {
+    if let Some(size) = content.strip_prefix("mmio ").and_then(|mmio| mmio.split_once('/')) {
         return Some(format!("{indent}mmio {}", size.1));
     }
     if let Some((class, rest)) = content.split_once(", addr ") {
@@ -123,16 +115,12 @@ fn canonical_bar(bar: &str) -> Option<String> {
     let (kind, place) = bar.split_once(" at ")?;
     let (start, end) = place.split_once(" [")?;
     let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
-    let size = hex(end.strip_suffix(']')?)?
-        .wrapping_sub(hex(start)?)
-        .wrapping_add(1);
+    let size = hex(end.strip_suffix(']')?)?.wrapping_sub(hex(start)?).wrapping_add(1);
     Some(format!("bar {kind}, {size} bytes"))
 }
 
 fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -167,41 +155,23 @@ mod tests {
     fn boot_and_host_names_make_no_difference() {
         let after_boot = BEFORE_BOOT
             .replace("i/o at 0xffffffffffffffff [0x1e]", "i/o at 0xc000 [0xc01f]")
-            .replace(
-                "mem at 0xffffffffffffffff [0xffe]",
-                "mem at 0xfebd1000 [0xfebd1fff]",
-            )
+            .replace("mem at 0xffffffffffffffff [0xffe]", "mem at 0xfebd1000 [0xfebd1fff]")
             .replace("addr 00:02.0", "addr 01:02.0")
             .replace("busnr = 0 (0x0)", "busnr = 1 (0x1)")
             .replace("45312 (0xb100)", "1792 (0x700)")
             .replace("netdev = \"n0\"", "netdev = \"hostnet0\"")
             .replace("romfile = \"\"", "romfile = \"/usr/share/x.rom\"");
-        let (before, after) = (
-            DeviceSet::from_qtree(&[], BEFORE_BOOT),
-            DeviceSet::from_qtree(&[], &after_boot),
-        );
+        let (before, after) = (DeviceSet::from_qtree(&[], BEFORE_BOOT), DeviceSet::from_qtree(&[], &after_boot));
         assert_eq!(before, after);
-        assert!(
-            before.text.contains("bar 0: i/o, 32 bytes\n")
-                && before.text.contains("bar 1: mem, 4096 bytes\n")
-        );
+        assert!(before.text.contains("bar 0: i/o, 32 bytes\n") && before.text.contains("bar 1: mem, 4096 bytes\n"));
     }
 
     #[test]
     fn guest_visible_differences_are_named_with_their_device() {
         let mine = DeviceSet::from_qtree(&["cpu 0: max".into()], BEFORE_BOOT);
-        let theirs = DeviceSet::from_qtree(
-            &["cpu 0: qemu64".into()],
-            &BEFORE_BOOT.replace("34:56", "34:57"),
-        );
+        let theirs = DeviceSet::from_qtree(&["cpu 0: qemu64".into()], &BEFORE_BOOT.replace("34:56", "34:57"));
         assert_ne!(mine.hash, theirs.hash);
-        assert_eq!(
-            mine.lines_missing_in(&theirs),
-            [
-                "cpu 0: max",
-                "virtio-net-device: mac = \"52:54:00:12:34:56\""
-            ]
-        );
+        assert_eq!(mine.lines_missing_in(&theirs), ["cpu 0: max", "virtio-net-device: mac = \"52:54:00:12:34:56\""]);
         assert_eq!(theirs.lines_missing_in(&mine).len(), 2);
         assert!(mine.lines_missing_in(&mine).is_empty());
     }

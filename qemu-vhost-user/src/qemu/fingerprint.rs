@@ -62,15 +62,11 @@ impl Property {
 
     fn remedy(self) -> &'static str {
         match self {
-            Property::Qemu => {
-                "install the same QEMU package on both hosts and restart the VM's QEMU there"
-            }
+            Property::Qemu => "install the same QEMU package on both hosts and restart the VM's QEMU there",
             Property::Machine => "give both QEMUs the same versioned -machine",
             Property::RamSize => "give both QEMUs the same -m",
             Property::Vcpus => "give both QEMUs the same -smp",
-            Property::Accelerator => {
-                "give both QEMUs the same -accel; kvm needs /dev/kvm on both hosts"
-            }
+            Property::Accelerator => "give both QEMUs the same -accel; kvm needs /dev/kvm on both hosts",
         }
     }
 
@@ -112,18 +108,9 @@ pub enum Mismatch {
 
 fn describe(only: &[(String, Vec<String>)]) -> String {
     let sides = only.iter().map(|(replica, lines)| {
-        let shown = lines
-            .iter()
-            .take(SHOWN_LINES)
-            .map(|line| format!("«{line}»"))
-            .collect::<Vec<_>>()
-            .join(", ");
+        let shown = lines.iter().take(SHOWN_LINES).map(|line| format!("«{line}»")).collect::<Vec<_>>().join(", ");
         let rest = lines.len().saturating_sub(SHOWN_LINES);
-        let more = if rest > 0 {
-            format!(" and {rest} more")
-        } else {
-            String::new()
-        };
+        let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
         format!("only {replica} has {shown}{more}")
     });
     sides.collect::<Vec<_>>().join("; ")
@@ -138,13 +125,7 @@ pub fn compare(mine: &Fingerprint, theirs: &Fingerprint) -> Result<(), Mismatch>
         let (a_value, b_value) = (property.of(mine), property.of(theirs));
         if a_value != b_value {
             let (a, b) = (mine.replica.clone(), theirs.replica.clone());
-            return Err(Mismatch::Property {
-                property,
-                a,
-                a_value,
-                b,
-                b_value,
-            });
+            return Err(Mismatch::Property { property, a, a_value, b, b_value });
         }
     }
     compare_devices(mine, theirs)
@@ -155,31 +136,18 @@ fn compare_devices(mine: &Fingerprint, theirs: &Fingerprint) -> Result<(), Misma
         return Ok(());
     }
     let mut only = vec![
-        (
-            mine.replica.clone(),
-            mine.devices.lines_missing_in(&theirs.devices),
-        ),
-        (
-            theirs.replica.clone(),
-            theirs.devices.lines_missing_in(&mine.devices),
-        ),
+        (mine.replica.clone(), mine.devices.lines_missing_in(&theirs.devices)),
+        (theirs.replica.clone(), theirs.devices.lines_missing_in(&mine.devices)),
     ];
     only.retain(|(_, lines)| !lines.is_empty());
     if only.is_empty() {
-        only.push((
-            mine.replica.clone(),
-            vec!["the same devices in another order".into()],
-        ));
+        only.push((mine.replica.clone(), vec!["the same devices in another order".into()]));
     }
     Err(Mismatch::Devices { only })
 }
 
 fn bytes(count: u64) -> String {
-    if count.is_multiple_of(1 << 20) {
-        format!("{} MiB", count >> 20)
-    } else {
-        format!("{count} bytes")
-    }
+    if count.is_multiple_of(1 << 20) { format!("{} MiB", count >> 20) } else { format!("{count} bytes") }
 }
 
 #[cfg(test)]
@@ -189,30 +157,19 @@ mod tests {
     fn fingerprint(replica: &str) -> Fingerprint {
         Fingerprint {
             replica: replica.into(),
-            qemu_version: Version {
-                major: 10,
-                minor: 0,
-                micro: 2,
-                package: "Debian".into(),
-            },
+            qemu_version: Version { major: 10, minor: 0, micro: 2, package: "Debian".into() },
             machine: "pc-i440fx-10.0".into(),
             ram_bytes: 256 << 20,
             vcpus: 1,
             accelerator: "tcg".into(),
-            devices: DeviceSet::from_qtree(
-                &[],
-                "dev: virtio-net-pci, id \"\"\n  mac = \"52:54\"\n",
-            ),
+            devices: DeviceSet::from_qtree(&[], "dev: virtio-net-pci, id \"\"\n  mac = \"52:54\"\n"),
             warnings: Vec::new(),
         }
     }
 
     #[test]
     fn equal_replicas_match_whatever_their_names_and_warnings() {
-        let other = Fingerprint {
-            warnings: vec!["slow".into()],
-            ..fingerprint("b")
-        };
+        let other = Fingerprint { warnings: vec!["slow".into()], ..fingerprint("b") };
         assert_eq!(compare(&fingerprint("a"), &other), Ok(()));
     }
 
@@ -220,10 +177,7 @@ mod tests {
     fn a_fingerprint_survives_the_wire() {
         let mine = fingerprint("a");
         let text = serde_json::to_string(&mine).expect("to JSON");
-        assert_eq!(
-            serde_json::from_str::<Fingerprint>(&text).expect("from JSON"),
-            mine
-        );
+        assert_eq!(serde_json::from_str::<Fingerprint>(&text).expect("from JSON"), mine);
     }
 
     #[test]
@@ -232,9 +186,7 @@ mod tests {
         let message = |change: fn(&mut Fingerprint)| {
             let mut theirs = fingerprint("b");
             change(&mut theirs);
-            compare(&mine, &theirs)
-                .expect_err("they differ")
-                .to_string()
+            compare(&mine, &theirs).expect_err("they differ").to_string()
         };
         assert_eq!(
             message(|theirs| theirs.ram_bytes *= 2),
@@ -245,15 +197,9 @@ mod tests {
         assert!(message(|theirs| theirs.vcpus = 2).contains("-smp"));
         assert!(message(|theirs| theirs.accelerator = "kvm".into()).contains("-accel"));
         let devices = message(|theirs| {
-            theirs.devices = DeviceSet::from_qtree(
-                &[],
-                "dev: virtio-net-pci, id \"\"\n  mac = \"52:54\"\ndev: e1000, id \"\"\n",
-            );
+            theirs.devices =
+                DeviceSet::from_qtree(&[], "dev: virtio-net-pci, id \"\"\n  mac = \"52:54\"\ndev: e1000, id \"\"\n");
         });
-        assert!(
-            devices
-                .starts_with("different device set: only b has «dev: e1000, id \"\"»; start both"),
-            "{devices}"
-        );
+        assert!(devices.starts_with("different device set: only b has «dev: e1000, id \"\"»; start both"), "{devices}");
     }
 }

@@ -51,10 +51,7 @@ pub enum LaunchError {
 /// one win.
 pub fn command(qemu: &Path, vm: &VmArgs, user_args: &[OsString]) -> Command {
     let mut command = Command::new(qemu);
-    command
-        .args(qemu_args(vm))
-        .args(user_args)
-        .envs(qemu_environment(vm));
+    command.args(qemu_args(vm)).args(user_args).envs(qemu_environment(vm));
     command
 }
 
@@ -72,30 +69,17 @@ pub fn print_form(qemu: &Path, vm: &VmArgs, user_args: &[OsString]) -> String {
 pub fn prepare(vm: &VmArgs) -> Result<(), LaunchError> {
     use std::os::unix::ffi::OsStrExt;
     let library = &vm.agent_library;
-    if library
-        .as_os_str()
-        .as_bytes()
-        .iter()
-        .any(|byte| matches!(byte, b':' | b' '))
-    {
-        return Err(LaunchError::AgentPath {
-            path: library.clone(),
-        });
+    if library.as_os_str().as_bytes().iter().any(|byte| matches!(byte, b':' | b' ')) {
+        return Err(LaunchError::AgentPath { path: library.clone() });
     }
-    std::fs::File::open(library).map_err(|source| LaunchError::AgentLibrary {
-        path: library.clone(),
-        source,
-    })?;
+    std::fs::File::open(library).map_err(|source| LaunchError::AgentLibrary { path: library.clone(), source })?;
     let sockets = [&vm.qmp_socket, &vm.agent_socket, &vm.vhost_user_socket];
     for directory in sockets.into_iter().filter_map(|socket| socket.parent()) {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .map_err(|source| LaunchError::Directory {
-                path: directory.to_owned(),
-                source,
-            })?;
+            .map_err(|source| LaunchError::Directory { path: directory.to_owned(), source })?;
     }
     Ok(())
 }
@@ -104,17 +88,10 @@ pub fn prepare(vm: &VmArgs) -> Result<(), LaunchError> {
 ///
 /// # Errors
 /// Always: [`LaunchError`] with what to do.
-pub fn exec(
-    qemu: &Path,
-    vm: &VmArgs,
-    user_args: &[OsString],
-) -> Result<std::convert::Infallible, LaunchError> {
+pub fn exec(qemu: &Path, vm: &VmArgs, user_args: &[OsString]) -> Result<std::convert::Infallible, LaunchError> {
     prepare(vm)?;
     let source = command(qemu, vm, user_args).exec();
-    Err(LaunchError::Exec {
-        qemu: qemu.to_owned(),
-        source,
-    })
+    Err(LaunchError::Exec { qemu: qemu.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -145,41 +122,24 @@ mod tests {
         let library = std::env::current_exe().expect("some file");
         prepare(&vm(&directory, &library)).expect("prepared");
         prepare(&vm(&directory, &library)).expect("prepared again");
-        let mode = std::fs::metadata(&directory)
-            .expect("there")
-            .permissions()
-            .mode();
+        let mode = std::fs::metadata(&directory).expect("there").permissions().mode();
         std::fs::remove_dir_all(&root).expect("removed");
         assert_eq!(mode & 0o777, 0o700);
     }
 
     #[test]
     fn what_would_start_qemu_without_the_agent_is_refused() {
-        let missing = exec(
-            Path::new("/bin/true"),
-            &vm(Path::new("/tmp"), Path::new("/nonexistent/agent.so")),
-            &[],
-        );
-        assert!(matches!(
-            missing.expect_err("missing"),
-            LaunchError::AgentLibrary { .. }
-        ));
+        let missing = exec(Path::new("/bin/true"), &vm(Path::new("/tmp"), Path::new("/nonexistent/agent.so")), &[]);
+        assert!(matches!(missing.expect_err("missing"), LaunchError::AgentLibrary { .. }));
         let blank = prepare(&vm(Path::new("/tmp"), Path::new("/a b/agent.so")));
-        assert!(matches!(
-            blank.expect_err("blank"),
-            LaunchError::AgentPath { .. }
-        ));
+        assert!(matches!(blank.expect_err("blank"), LaunchError::AgentPath { .. }));
     }
 
     #[test]
     fn a_missing_qemu_is_named() {
         let library = std::env::current_exe().expect("some file");
-        let error = exec(
-            Path::new("/nonexistent/qemu"),
-            &vm(&std::env::temp_dir(), &library),
-            &[],
-        )
-        .expect_err("no QEMU");
+        let error =
+            exec(Path::new("/nonexistent/qemu"), &vm(&std::env::temp_dir(), &library), &[]).expect_err("no QEMU");
         assert!(error.to_string().contains("/nonexistent/qemu"), "{error}");
     }
 }

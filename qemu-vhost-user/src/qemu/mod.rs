@@ -29,10 +29,8 @@ fn wait_for(
 ) -> std::io::Result<bool> {
     loop {
         let left = time_left(deadline);
-        let timeout = rustix::event::Timespec::try_from(left).unwrap_or(rustix::event::Timespec {
-            tv_sec: 3600,
-            tv_nsec: 0,
-        });
+        let timeout =
+            rustix::event::Timespec::try_from(left).unwrap_or(rustix::event::Timespec { tv_sec: 3600, tv_nsec: 0 });
         let mut set = [rustix::event::PollFd::from_borrowed_fd(fd, events)];
         match rustix::event::poll(&mut set, Some(&timeout)) {
             Ok(ready) => return Ok(ready > 0),
@@ -48,10 +46,7 @@ const CONNECT_RETRY: Duration = Duration::from_millis(10);
 /// Runs `attempt` until it succeeds, fails for a reason that waiting does not cure, or the deadline passes. QEMU
 /// announces its sockets in no way that one could wait for, so this tries again every 10 ms. A deadline in the past
 /// means one attempt.
-fn connect_until<T>(
-    deadline: Instant,
-    mut attempt: impl FnMut() -> std::io::Result<T>,
-) -> std::io::Result<T> {
+fn connect_until<T>(deadline: Instant, mut attempt: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
     use std::io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
     loop {
         match attempt() {

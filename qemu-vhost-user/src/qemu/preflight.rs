@@ -26,9 +26,7 @@ const CAP_SYS_PTRACE: u32 = 19;
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// QEMU is too old.
-    #[error(
-        "QEMU {0} is too old: plover needs 10.0 or newer (Debian 12: qemu-system-x86 from bookworm-backports)"
-    )]
+    #[error("QEMU {0} is too old: plover needs 10.0 or newer (Debian 12: qemu-system-x86 from bookworm-backports)")]
     QemuTooOld(Version),
     /// q35 and others.
     #[error(
@@ -45,9 +43,7 @@ pub enum Refusal {
         blocks: Vec<String>,
     },
     /// Loads would fail.
-    #[error(
-        "the device state has a trailing description that a load refuses: add suppress-vmdesc=on to -machine"
-    )]
+    #[error("the device state has a trailing description that a load refuses: add suppress-vmdesc=on to -machine")]
     VmDescription,
     /// Loads would fail.
     #[error(
@@ -112,10 +108,7 @@ pub enum Refusal {
 }
 
 fn block_remedy(blocks: &[String]) -> &'static str {
-    if blocks
-        .iter()
-        .any(|name| name.contains("vga") || name.contains("vram") || name.contains("qxl"))
-    {
+    if blocks.iter().any(|name| name.contains("vga") || name.contains("vram") || name.contains("qxl")) {
         "start QEMU with -nodefaults -vga none and without a display device"
     } else {
         "remove the device that owns it (firmware in flash: use -bios; memory devices: put all RAM in one backend)"
@@ -183,11 +176,7 @@ fn check_version(version: &Version) -> Result<(), Refusal> {
 }
 
 fn check_machine(machine: &str) -> Result<(), Refusal> {
-    if machine.starts_with(MACHINE_FAMILY) {
-        Ok(())
-    } else {
-        Err(Refusal::Machine(machine.to_owned()))
-    }
+    if machine.starts_with(MACHINE_FAMILY) { Ok(()) } else { Err(Refusal::Machine(machine.to_owned())) }
 }
 
 /// `status` is the text of /proc/self/status.
@@ -197,11 +186,7 @@ fn check_privileges(status: &str) -> Result<(), Refusal> {
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|value| u64::from_str_radix(value.trim(), 16).ok())
         .unwrap_or(0);
-    if effective & (1 << CAP_SYS_PTRACE) == 0 {
-        Err(Refusal::Privileges)
-    } else {
-        Ok(())
-    }
+    if effective & (1 << CAP_SYS_PTRACE) == 0 { Err(Refusal::Privileges) } else { Ok(()) }
 }
 
 fn check_agent(qmp: &Qmp, agent: &mut AgentClient) -> Result<(), Refusal> {
@@ -216,10 +201,7 @@ fn check_agent(qmp: &Qmp, agent: &mut AgentClient) -> Result<(), Refusal> {
 }
 
 fn read_proc(path: &Path) -> Result<String, Refusal> {
-    let bytes = std::fs::read(path).map_err(|source| Refusal::Proc {
-        path: path.to_owned(),
-        source,
-    })?;
+    let bytes = std::fs::read(path).map_err(|source| Refusal::Proc { path: path.to_owned(), source })?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -232,8 +214,7 @@ fn gather(qmp: &mut Qmp, ram: &RamInfo) -> Result<Facts, Refusal> {
         missing_commands: qmp.missing_commands()?,
         suppress_vmdesc: qmp.qom_get("/machine", "suppress-vmdesc")?,
         send_configuration: send_configuration(&arguments),
-        rtc_clock_vm: values_of(&arguments, "rtc")
-            .any(|value| value.split(',').any(|part| part == "clock=vm")),
+        rtc_clock_vm: values_of(&arguments, "rtc").any(|value| value.split(',').any(|part| part == "clock=vm")),
         blocks: ram::parse_ramblocks(&qmp.hmp("info ramblock")?),
         backend: ram.backend.clone(),
         qtree: qmp.hmp("info qtree")?,
@@ -285,11 +266,7 @@ fn judge(facts: &Facts) -> Result<(), Refusal> {
     if facts.send_configuration.unwrap_or(true) {
         return Err(Refusal::SendConfiguration);
     }
-    if facts
-        .qtree
-        .lines()
-        .any(|line| line.trim() == "guest_announce = true")
-    {
+    if facts.qtree.lines().any(|line| line.trim() == "guest_announce = true") {
         return Err(Refusal::GuestAnnounce);
     }
     Ok(())
@@ -319,17 +296,10 @@ fn check_stream(state: &[u8]) -> Result<(), Refusal> {
     if state.starts_with(&STREAM_START) {
         return Ok(());
     }
-    Err(Refusal::TrialStream(
-        state.iter().take(STREAM_START.len()).copied().collect(),
-    ))
+    Err(Refusal::TrialStream(state.iter().take(STREAM_START.len()).copied().collect()))
 }
 
-fn fingerprint(
-    qmp: &mut Qmp,
-    facts: &Facts,
-    ram: &RamInfo,
-    replica: &str,
-) -> Result<Fingerprint, Refusal> {
+fn fingerprint(qmp: &mut Qmp, facts: &Facts, ram: &RamInfo, replica: &str) -> Result<Fingerprint, Refusal> {
     let cpus = qmp.query_cpus()?;
     let mut further = Vec::new();
     for cpu in &cpus {
@@ -370,9 +340,7 @@ fn feature_lines(cpu: u32, features: &serde_json::Value) -> Vec<String> {
         .flatten()
         .filter(|word| word["features"].as_u64().is_some_and(|bits| bits != 0))
         .map(|word| {
-            let subleaf = word["cpuid-input-ecx"]
-                .as_u64()
-                .map_or(String::new(), |ecx| format!(".{ecx:x}"));
+            let subleaf = word["cpuid-input-ecx"].as_u64().map_or(String::new(), |ecx| format!(".{ecx:x}"));
             format!(
                 "cpu {cpu}: cpuid {:x}{subleaf} {} = {:#010x}",
                 word["cpuid-input-eax"].as_u64().unwrap_or(0),

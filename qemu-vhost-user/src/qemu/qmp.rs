@@ -99,13 +99,7 @@ impl QmpError {
 
     /// The connection is unusable: connect anew, or QEMU has ended.
     pub fn is_disconnected(&self) -> bool {
-        matches!(
-            self,
-            QmpError::Connect { .. }
-                | QmpError::Io { .. }
-                | QmpError::Closed { .. }
-                | QmpError::Wire { .. }
-        )
+        matches!(self, QmpError::Connect { .. } | QmpError::Io { .. } | QmpError::Closed { .. } | QmpError::Wire { .. })
     }
 
     /// QEMU understood and said no; the connection is fine.
@@ -141,30 +135,18 @@ impl Qmp {
     pub fn connect(path: &Path, deadline: Instant) -> Result<Qmp, QmpError> {
         let stream = super::connect_until(deadline, || UnixStream::connect(path))
             .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
-            .map_err(|source| QmpError::Connect {
-                path: path.to_owned(),
-                source,
-            })?;
+            .map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
         let mut qmp = Qmp {
             stream,
             path: path.to_owned(),
             lines: LineBuffer::default(),
             events: Vec::new(),
-            greeting: Version {
-                major: 0,
-                minor: 0,
-                micro: 0,
-                package: String::new(),
-            },
+            greeting: Version { major: 0, minor: 0, micro: 0, package: String::new() },
             next_id: 1,
             timeout: DEFAULT_COMMAND_TIMEOUT,
         };
         let started = Instant::now();
-        let deadline = if deadline > started {
-            deadline
-        } else {
-            started + DEFAULT_COMMAND_TIMEOUT
-        };
+        let deadline = if deadline > started { deadline } else { started + DEFAULT_COMMAND_TIMEOUT };
         qmp.greeting = loop {
             match qmp.next_message("the greeting", started, deadline)? {
                 Message::Greeting(version) => break version,
@@ -209,12 +191,7 @@ impl Qmp {
     ///
     /// # Errors
     /// As [`Qmp::execute`].
-    pub fn execute_within(
-        &mut self,
-        command: &str,
-        arguments: Value,
-        timeout: Duration,
-    ) -> Result<Value, QmpError> {
+    pub fn execute_within(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, QmpError> {
         let started = Instant::now();
         let deadline = started + timeout;
         let id = self.next_id;
@@ -233,31 +210,16 @@ impl Qmp {
     }
 
     /// Waits for the answer to the command with this id.
-    fn answer(
-        &mut self,
-        id: u64,
-        command: &str,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<Value, QmpError> {
+    fn answer(&mut self, id: u64, command: &str, started: Instant, deadline: Instant) -> Result<Value, QmpError> {
         loop {
             match self.next_message(command, started, deadline)? {
                 Message::Event(event) => self.events.push(event),
-                Message::Return {
-                    id: Some(answered),
-                    value,
-                } if answered == id => return Ok(value),
+                Message::Return { id: Some(answered), value } if answered == id => return Ok(value),
                 // An answer without id means that QEMU could not read what we sent.
-                Message::Failure {
-                    id: answered,
-                    class,
-                    description,
-                } if answered.is_none_or(|answered| answered == id) => {
-                    return Err(QmpError::Command {
-                        command: command.to_owned(),
-                        class,
-                        description,
-                    });
+                Message::Failure { id: answered, class, description }
+                    if answered.is_none_or(|answered| answered == id) =>
+                {
+                    return Err(QmpError::Command { command: command.to_owned(), class, description });
                 }
                 // The late answer of a command that ran into its deadline.
                 Message::Return { .. } | Message::Failure { .. } | Message::Greeting(_) => {}
@@ -312,10 +274,7 @@ impl Qmp {
     }
 
     fn io_error(&self, source: io::Error) -> QmpError {
-        QmpError::Io {
-            path: self.path.clone(),
-            source,
-        }
+        QmpError::Io { path: self.path.clone(), source }
     }
 
     fn timed_out(&self, command: &str, started: Instant) -> QmpError {
@@ -341,9 +300,7 @@ impl Qmp {
                     self.wait(PollFlags::OUT, command, started, deadline)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    return Err(QmpError::Closed {
-                        path: self.path.clone(),
-                    });
+                    return Err(QmpError::Closed { path: self.path.clone() });
                 }
                 Err(error) => return Err(self.io_error(error)),
             }
@@ -351,13 +308,7 @@ impl Qmp {
         Ok(())
     }
 
-    fn wait(
-        &self,
-        events: PollFlags,
-        command: &str,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<(), QmpError> {
+    fn wait(&self, events: PollFlags, command: &str, started: Instant, deadline: Instant) -> Result<(), QmpError> {
         match super::wait_for(self.stream.as_fd(), events, deadline) {
             Ok(true) => Ok(()),
             Ok(false) => Err(self.timed_out(command, started)),
@@ -365,12 +316,7 @@ impl Qmp {
         }
     }
 
-    fn next_message(
-        &mut self,
-        command: &str,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<Message, QmpError> {
+    fn next_message(&mut self, command: &str, started: Instant, deadline: Instant) -> Result<Message, QmpError> {
         loop {
             if let Some(message) = self.buffered_message()? {
                 return Ok(message);
@@ -387,10 +333,7 @@ impl Qmp {
         };
         match wire::parse_line(&line) {
             Ok(message) => Ok(Some(message)),
-            Err(source) => Err(QmpError::Wire {
-                path: self.path.clone(),
-                source,
-            }),
+            Err(source) => Err(QmpError::Wire { path: self.path.clone(), source }),
         }
     }
 
@@ -403,9 +346,7 @@ impl Qmp {
                 // What came before the end is still worth reading; the next call meets the end again.
                 Ok(0) if any => return Ok(true),
                 Ok(0) => {
-                    return Err(QmpError::Closed {
-                        path: self.path.clone(),
-                    });
+                    return Err(QmpError::Closed { path: self.path.clone() });
                 }
                 Ok(count) => {
                     any = true;
@@ -414,15 +355,12 @@ impl Qmp {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(any),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(QmpError::Closed {
-                        path: self.path.clone(),
-                    });
+                    return Err(QmpError::Closed { path: self.path.clone() });
                 }
                 Err(error) => return Err(self.io_error(error)),
             }
             if self.lines.len() > MAX_LINE_BYTES {
-                let source =
-                    io::Error::new(io::ErrorKind::InvalidData, "a line of more than 16 MiB");
+                let source = io::Error::new(io::ErrorKind::InvalidData, "a line of more than 16 MiB");
                 return Err(self.io_error(source));
             }
         }

@@ -119,28 +119,13 @@ pub fn locate(qmp: &mut Qmp) -> Result<RamInfo, RamError> {
     let (file_id, ranges) = find_ranges(qemu_pid, block.host_address, length_bytes)?;
     let file = open_file(qemu_pid, file_id, &ranges)?;
     let page_bytes = rustix::fs::fstatfs(&file).map(|found| found.f_bsize as u64);
-    let page_bytes = page_bytes.map_err(|errno| RamError::Open {
-        pid: qemu_pid,
-        source: errno.into(),
-    })?;
+    let page_bytes = page_bytes.map_err(|errno| RamError::Open { pid: qemu_pid, source: errno.into() })?;
     let metadata = File::from(file);
     let (device, inode) = metadata
         .metadata()
         .map(|metadata| (metadata.dev(), metadata.ino()))
-        .map_err(|source| RamError::Open {
-            pid: qemu_pid,
-            source,
-        })?;
-    Ok(RamInfo {
-        qemu_pid,
-        backend,
-        file: metadata.into(),
-        length_bytes,
-        ranges,
-        device,
-        inode,
-        page_bytes,
-    })
+        .map_err(|source| RamError::Open { pid: qemu_pid, source })?;
+    Ok(RamInfo { qemu_pid, backend, file: metadata.into(), length_bytes, ranges, device, inode, page_bytes })
 }
 
 /// The backend of the machine's RAM. QEMU shows one also if the user named none (then without id).
@@ -149,21 +134,15 @@ fn machine_backend(qmp: &mut Qmp, length_bytes: u64) -> Result<String, RamError>
     let wanted: String = qmp.qom_get("/machine", "memory-backend")?;
     let wanted = wanted.rsplit('/').next().unwrap_or("").to_owned();
     if backends.len() > 1 {
-        let names: Vec<_> = backends
-            .iter()
-            .map(|backend| backend.id.clone().unwrap_or_else(|| "unnamed".into()))
-            .collect();
+        let names: Vec<_> =
+            backends.iter().map(|backend| backend.id.clone().unwrap_or_else(|| "unnamed".into())).collect();
         return Err(RamError::SeveralBackends(names.join(", ")));
     }
     let backend = backends
         .into_iter()
         .find(|backend| backend.id.as_ref() == Some(&wanted) && backend.size_bytes == length_bytes)
         .ok_or(RamError::NoBackend)?;
-    if backend.share {
-        Ok(wanted)
-    } else {
-        Err(RamError::NotShared(wanted))
-    }
+    if backend.share { Ok(wanted) } else { Err(RamError::NotShared(wanted)) }
 }
 
 /// Old machine types name the block by the backend's path.
@@ -207,12 +186,7 @@ fn parse_ramblock(line: &str) -> Option<RamBlock> {
     let _page_size = fields.next()?.parse::<u64>().ok()?;
     let mut name: Vec<&str> = fields.collect();
     name.reverse();
-    (!name.is_empty()).then(|| RamBlock {
-        name: name.join(" "),
-        used_bytes,
-        host_address,
-        read_only,
-    })
+    (!name.is_empty()).then(|| RamBlock { name: name.join(" "), used_bytes, host_address, read_only })
 }
 
 fn parse_hex(text: &str) -> Option<u64> {
@@ -256,54 +230,26 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
         inode: fields.next()?.parse().ok()?,
     };
     let path = fields.next().unwrap_or("").trim_start().to_owned();
-    (addresses.start < addresses.end).then_some(Mapping {
-        addresses,
-        shared,
-        file_offset,
-        file,
-        path,
-    })
+    (addresses.start < addresses.end).then_some(Mapping { addresses, shared, file_offset, file, path })
 }
 
-fn find_ranges(
-    pid: i32,
-    address: u64,
-    length_bytes: u64,
-) -> Result<(FileId, Vec<RamRange>), RamError> {
+fn find_ranges(pid: i32, address: u64, length_bytes: u64) -> Result<(FileId, Vec<RamRange>), RamError> {
     let path = PathBuf::from(format!("/proc/{pid}/maps"));
     // Paths in it need not be UTF-8.
     let text = std::fs::read(&path).map_err(|source| RamError::Proc { path, source })?;
-    ranges_at(
-        &parse_maps(&String::from_utf8_lossy(&text)),
-        address,
-        length_bytes,
-    )
-    .map_err(|found| RamError::NoMapping {
-        pid,
-        address,
-        length_bytes,
-        found,
-    })
+    ranges_at(&parse_maps(&String::from_utf8_lossy(&text)), address, length_bytes)
+        .map_err(|found| RamError::NoMapping { pid, address, length_bytes, found })
 }
 
 /// The mappings that together hold offset 0 to `length_bytes` of one shared file from `address` on; otherwise what is
 /// there instead.
-fn ranges_at(
-    mappings: &[Mapping],
-    address: u64,
-    length_bytes: u64,
-) -> Result<(FileId, Vec<RamRange>), String> {
+fn ranges_at(mappings: &[Mapping], address: u64, length_bytes: u64) -> Result<(FileId, Vec<RamRange>), String> {
     let covers = |mapping: &&Mapping, at: u64| mapping.addresses.contains(&at);
-    let first = mappings
-        .iter()
-        .find(|mapping| covers(mapping, address))
-        .ok_or("nothing is mapped there")?;
+    let first = mappings.iter().find(|mapping| covers(mapping, address)).ok_or("nothing is mapped there")?;
     let mut ranges = Vec::new();
     let mut done = 0;
     while done < length_bytes {
-        let at = address
-            .checked_add(done)
-            .ok_or("its addresses wrap around")?;
+        let at = address.checked_add(done).ok_or("its addresses wrap around")?;
         let Some(mapping) = mappings.iter().find(|mapping| covers(mapping, at)) else {
             return Err(format!("the mapping ends after {done} bytes"));
         };
@@ -315,16 +261,10 @@ fn ranges_at(
             ));
         }
         if at != mapping.addresses.start || mapping.file_offset != done {
-            return Err(format!(
-                "at {at:#x} «{}» is mapped from offset {:#x}",
-                mapping.path, mapping.file_offset
-            ));
+            return Err(format!("at {at:#x} «{}» is mapped from offset {:#x}", mapping.path, mapping.file_offset));
         }
         let length = (mapping.addresses.end - at).min(length_bytes - done);
-        ranges.push(RamRange {
-            addresses: at..at + length,
-            file_offset: done,
-        });
+        ranges.push(RamRange { addresses: at..at + length, file_offset: done });
         done += length;
     }
     Ok((first.file, ranges))
@@ -333,10 +273,7 @@ fn ranges_at(
 /// Opens the file through one of QEMU's own descriptors; through the mapping if QEMU closed it.
 fn open_file(pid: i32, wanted: FileId, ranges: &[RamRange]) -> Result<OwnedFd, RamError> {
     let directory = PathBuf::from(format!("/proc/{pid}/fd"));
-    let entries = std::fs::read_dir(&directory).map_err(|source| RamError::Proc {
-        path: directory.clone(),
-        source,
-    })?;
+    let entries = std::fs::read_dir(&directory).map_err(|source| RamError::Proc { path: directory.clone(), source })?;
     let descriptors = entries.flatten().map(|entry| entry.path());
     let mapped = ranges.first().map(|range| {
         let Range { start, end } = range.addresses;
@@ -357,10 +294,7 @@ fn open_file(pid: i32, wanted: FileId, ranges: &[RamRange]) -> Result<OwnedFd, R
             Err(error) => last_error = error,
         }
     }
-    Err(RamError::Open {
-        pid,
-        source: last_error,
-    })
+    Err(RamError::Open { pid, source: last_error })
 }
 
 fn is_file(metadata: &std::fs::Metadata, wanted: FileId) -> bool {

@@ -48,38 +48,19 @@ impl StateFile {
             .into_iter()
             .find(|directory| is_tmpfs(directory))
             .unwrap_or(run_directory);
-        let owner: String = owner
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-            .collect();
+        let owner: String = owner.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         remove_stale(directory, &owner);
-        let path = directory.join(format!(
-            "plover-{owner}-{}-{number}.state",
-            std::process::id()
-        ));
+        let path = directory.join(format!("plover-{owner}-{}-{number}.state", std::process::id()));
         // What is there under this name was left by a dead process with our id.
         if let Err(source) = std::fs::remove_file(&path)
             && source.kind() != io::ErrorKind::NotFound
         {
-            return Err(StateFileError {
-                action: "replace",
-                path,
-                source,
-            });
+            return Err(StateFileError { action: "replace", path, source });
         }
-        match OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-        {
+        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
             Ok(_) => Ok(StateFile { path }),
-            Err(source) => Err(StateFileError {
-                action: "create",
-                path,
-                source,
-            }),
+            Err(source) => Err(StateFileError { action: "create", path, source }),
         }
     }
 
@@ -120,11 +101,7 @@ impl StateFile {
     }
 
     fn error(&self, action: &'static str, source: io::Error) -> StateFileError {
-        StateFileError {
-            action,
-            path: self.path.clone(),
-            source,
-        }
+        StateFileError { action, path: self.path.clone(), source }
     }
 }
 
@@ -155,10 +132,7 @@ fn remove_stale(directory: &Path, owner: &str) {
 
 /// Process id in the name of a state file of this owner.
 fn maker_of(name: &str, owner: &str) -> Option<u32> {
-    let numbers = name
-        .strip_prefix("plover-")?
-        .strip_prefix(owner)?
-        .strip_prefix('-')?;
+    let numbers = name.strip_prefix("plover-")?.strip_prefix(owner)?.strip_prefix('-')?;
     let (pid, count) = numbers.strip_suffix(".state")?.split_once('-')?;
     count.parse::<u32>().ok()?;
     pid.parse().ok()
@@ -177,13 +151,9 @@ mod tests {
     fn the_file_is_private_and_goes_away() {
         use std::os::unix::fs::PermissionsExt;
         let file = StateFile::create(&std::env::temp_dir(), "a vm/../x").expect("create");
-        let other =
-            StateFile::create(&std::env::temp_dir(), "a vm/../x").expect("create a second one");
+        let other = StateFile::create(&std::env::temp_dir(), "a vm/../x").expect("create a second one");
         assert_ne!(file.path(), other.path());
-        let mode = std::fs::metadata(file.path())
-            .expect("metadata")
-            .permissions()
-            .mode();
+        let mode = std::fs::metadata(file.path()).expect("metadata").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let mut state = vec![1, 2, 3];
         file.write(b"long content").expect("write");
@@ -218,15 +188,8 @@ mod tests {
 
     #[test]
     fn a_missing_directory_is_named() {
-        let file = StateFile {
-            path: PathBuf::from("/nonexistent/plover.state"),
-        };
-        let error = file
-            .read_into(&mut Vec::new())
-            .expect_err("there is no such file");
-        assert!(
-            error.to_string().contains("/nonexistent/plover.state"),
-            "{error}"
-        );
+        let file = StateFile { path: PathBuf::from("/nonexistent/plover.state") };
+        let error = file.read_into(&mut Vec::new()).expect_err("there is no such file");
+        assert!(error.to_string().contains("/nonexistent/plover.state"), "{error}");
     }
 }

@@ -36,17 +36,13 @@ fn rig() -> PathBuf {
 }
 
 fn qemu_binary() -> PathBuf {
-    std::env::var_os("PLOVER_QEMU")
-        .map_or_else(|| rig().join("bin/qemu-system-x86_64"), PathBuf::from)
+    std::env::var_os("PLOVER_QEMU").map_or_else(|| rig().join("bin/qemu-system-x86_64"), PathBuf::from)
 }
 
 /// Cargo puts the library beside the test's own program.
 fn agent_library() -> PathBuf {
     let program = std::env::current_exe().expect("the test's program");
-    let library = program
-        .parent()
-        .expect("a directory")
-        .join("libplover_agent.so");
+    let library = program.parent().expect("a directory").join("libplover_agent.so");
     assert!(library.exists(), "{} is missing", library.display());
     library
 }
@@ -64,8 +60,7 @@ pub struct Vm {
 
 impl Vm {
     pub fn new(name: &str) -> Vm {
-        let directory =
-            std::env::temp_dir().join(format!("plover-e2e-{}-{name}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("plover-e2e-{}-{name}", std::process::id()));
         let args = VmArgs {
             name: name.into(),
             memory_bytes: MEMORY_BYTES,
@@ -123,24 +118,13 @@ impl Vm {
              rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on audit=0 net.ifnames=0 plover.ip=10.77.0.50/24 {}",
             self.service
         );
-        let mut arguments: Vec<OsString> = [
-            "-accel",
-            "tcg,thread=single",
-            "-cpu",
-            "max,la57=off",
-            "-smp",
-            "1",
-            "-bios",
-            "qboot.rom",
-        ]
-        .map(Into::into)
-        .into();
+        let mut arguments: Vec<OsString> =
+            ["-accel", "tcg,thread=single", "-cpu", "max,la57=off", "-smp", "1", "-bios", "qboot.rom"]
+                .map(Into::into)
+                .into();
         arguments.extend(["-kernel".into(), rig().join("vmlinux").into()]);
         let initrd = self.service.split([' ', '=']).nth(1).unwrap_or("redis");
-        arguments.extend([
-            "-initrd".into(),
-            rig().join(format!("initrd/{initrd}.cpio")).into(),
-        ]);
+        arguments.extend(["-initrd".into(), rig().join(format!("initrd/{initrd}.cpio")).into()]);
         arguments.extend(["-append".into(), append.into(), "-serial".into()]);
         let mut console = OsString::from("file:");
         console.push(self.directory.join("console"));
@@ -190,12 +174,9 @@ impl Vm {
                 Ok(())
             });
         }
-        self.children
-            .push(command.spawn().expect("QEMU (cargo xtask setup makes it)"));
+        self.children.push(command.spawn().expect("QEMU (cargo xtask setup makes it)"));
         let socket = self.args.vhost_user_socket.clone();
-        let backend = until("QEMU's vhost-user socket", || {
-            UnixStream::connect(&socket).ok()
-        });
+        let backend = until("QEMU's vhost-user socket", || UnixStream::connect(&socket).ok());
         std::thread::spawn(move || answer_vhost_user(backend));
     }
 
@@ -243,9 +224,7 @@ fn answer_vhost_user(mut socket: UnixStream) -> Option<()> {
         let mut header = [0; 12];
         // Descriptors that come along are dropped by the kernel, since no room is given for them.
         socket.read_exact(&mut header).ok()?;
-        let word = |at: usize| {
-            u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
-        };
+        let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let mut payload = vec![0; word(8) as usize];
         socket.read_exact(&mut payload).ok()?;
         let answer = match word(0) {

@@ -14,9 +14,7 @@ use rig::client::protocol::{Job, Output};
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [name, parameters] = arguments.as_slice() else {
-        eprintln!(
-            "usage: rig-client redis-load|registers|ping|verify-redis|probe PARAMETERS-AS-JSON"
-        );
+        eprintln!("usage: rig-client redis-load|registers|ping|verify-redis|probe PARAMETERS-AS-JSON");
         return ExitCode::from(2);
     };
     let job = match Job::from_arguments(name, parameters) {

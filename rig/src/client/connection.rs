@@ -108,11 +108,7 @@ impl Connection {
             get_percent: p.get_percent,
             batch: p.batch,
             sequence: 0,
-            budget: if p.requests_per_connection == 0 {
-                u64::MAX
-            } else {
-                p.requests_per_connection
-            },
+            budget: if p.requests_per_connection == 0 { u64::MAX } else { p.requests_per_connection },
             requests: VecDeque::with_capacity(p.in_flight as usize),
             output: Vec::with_capacity(p.in_flight as usize * request_bytes),
             sent: 0,
@@ -134,10 +130,8 @@ impl Connection {
         self.set_template.clear();
         resp::command(&mut self.set_template, &[b"SET", &key, b""]);
         // The value's own header and bytes follow per request; cut off the empty one.
-        self.set_template
-            .truncate(self.set_template.len() - b"$0\r\n\r\n".len());
-        self.set_template
-            .extend_from_slice(format!("${}\r\n", self.value_bytes).as_bytes());
+        self.set_template.truncate(self.set_template.len() - b"$0\r\n\r\n".len());
+        self.set_template.extend_from_slice(format!("${}\r\n", self.value_bytes).as_bytes());
     }
 
     /// Begins a handshake.
@@ -145,11 +139,7 @@ impl Connection {
     /// # Errors
     /// The kernel refuses at once.
     pub fn connect(&mut self, address: SocketAddr) -> Result<(), Errno> {
-        let family = if address.is_ipv4() {
-            AddressFamily::INET
-        } else {
-            AddressFamily::INET6
-        };
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let tcp = Some(ipproto::TCP);
         let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, tcp)?;
@@ -223,26 +213,16 @@ impl Connection {
             self.sequence
         };
         let start = self.output.len();
-        let template = if sequence == 0 {
-            &self.get_template
-        } else {
-            &self.set_template
-        };
+        let template = if sequence == 0 { &self.get_template } else { &self.set_template };
         self.output.extend_from_slice(template);
         // Both templates begin «*n CRLF $3 CRLF XXX CRLF $kk CRLF key»; the key's number is the end of its name.
         let key_end = start + b"*2\r\n$3\r\nGET\r\n$22\r\n".len() + KEY_BYTES;
         value::hex(&mut self.output[key_end - 5..key_end], u64::from(key));
         if sequence != 0 {
-            self.owned
-                .token(sequence)
-                .write_value(self.value_bytes, &mut self.output);
+            self.owned.token(sequence).write_value(self.value_bytes, &mut self.output);
             self.output.extend_from_slice(b"\r\n");
         }
-        self.requests.push_back(Request {
-            sent_us: now_us,
-            key,
-            sequence,
-        });
+        self.requests.push_back(Request { sent_us: now_us, key, sequence });
     }
 
     /// Sends what is left of the output.
@@ -295,27 +275,16 @@ impl Connection {
                 break Some(Loss::Unsolicited);
             };
             if request.sent_us != group_sent_us {
-                tally
-                    .meter
-                    .latency(now_us.saturating_sub(group_sent_us), group);
+                tally.meter.latency(now_us.saturating_sub(group_sent_us), group);
                 (group_sent_us, group) = (request.sent_us, 0);
             }
             group += 1;
             answers += 1;
-            check(
-                request,
-                reply,
-                &mut self.owned,
-                self.value_bytes,
-                now_us,
-                tally,
-            );
+            check(request, reply, &mut self.owned, self.value_bytes, now_us, tally);
             at += used;
         };
         if answers > 0 {
-            tally
-                .meter
-                .latency(now_us.saturating_sub(group_sent_us), group);
+            tally.meter.latency(now_us.saturating_sub(group_sent_us), group);
             tally.meter.answers(now_us, answers, self.last_answer_us);
             self.last_answer_us = now_us;
             self.waiting_since_us = now_us;
@@ -331,9 +300,7 @@ impl Connection {
         self.socket = None;
         // A connection that used up its generations stays down: fresh keys are what makes the check exact.
         let worn_out = self.owned.generation == value::MAX_CONNECTIONS;
-        self.state = State::Down {
-            retry_us: if worn_out { u64::MAX } else { retry_us },
-        };
+        self.state = State::Down { retry_us: if worn_out { u64::MAX } else { retry_us } };
         self.output.clear();
         self.sent = 0;
         self.filled = 0;
@@ -351,11 +318,7 @@ impl Connection {
 
     /// The owned keys, with unanswered writes marked as uncertain.
     pub fn settle(&mut self) -> Generation {
-        for request in self
-            .requests
-            .drain(..)
-            .filter(|request| request.sequence != 0)
-        {
+        for request in self.requests.drain(..).filter(|request| request.sequence != 0) {
             self.owned.maybe.push((request.key, request.sequence));
         }
         self.owned.clone()
@@ -363,23 +326,14 @@ impl Connection {
 }
 
 /// Compares one answer with what had been acknowledged before it.
-fn check(
-    request: Request,
-    reply: Reply,
-    owned: &mut Generation,
-    value_bytes: usize,
-    now_us: u64,
-    tally: &mut Tally,
-) {
+fn check(request: Request, reply: Reply, owned: &mut Generation, value_bytes: usize, now_us: u64, tally: &mut Tally) {
     let acknowledged = owned.acknowledged[request.key as usize];
     let right = match (request.sequence, reply) {
         (_, Reply::Error(text)) => {
             tally.error(text);
             return;
         }
-        (0, Reply::Bulk(got)) if acknowledged != 0 => {
-            owned.token(acknowledged).is_value(got, value_bytes)
-        }
+        (0, Reply::Bulk(got)) if acknowledged != 0 => owned.token(acknowledged).is_value(got, value_bytes),
         (0, Reply::Nil) => acknowledged == 0,
         (0, _) => false,
         (sequence, Reply::Simple(b"OK")) => {

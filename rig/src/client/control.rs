@@ -72,9 +72,7 @@ fn listen(sender: &ControlSender, deadline: Instant) {
         let now = Instant::now();
         if now >= limit {
             if stopping {
-                eprintln!(
-                    "rig-client: still busy {DEADLINE_GRACE:?} after its deadline, giving up"
-                );
+                eprintln!("rig-client: still busy {DEADLINE_GRACE:?} after its deadline, giving up");
                 std::process::exit(EXIT_DEADLINE);
             }
             stopping = true;
@@ -98,10 +96,7 @@ fn wait(parent: Option<&OwnedFd>, timeout: Duration) -> bool {
     if let Some(parent) = parent {
         fds.push(PollFd::from_borrowed_fd(parent.as_fd(), PollFlags::IN));
     }
-    let timeout = Timespec {
-        tv_sec: timeout.as_secs() as i64,
-        tv_nsec: timeout.subsec_nanos().into(),
-    };
+    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
     // A signal or an error ends the wait early, and the caller's loop comes back.
     if poll(&mut fds, Some(&timeout)).is_err() {
         return false;
@@ -166,8 +161,7 @@ impl Mouth {
     /// Says it. Progress is dropped when the parent does not read; everything else waits for it.
     pub fn say(&self, output: Output) {
         match self.lines.try_send(output) {
-            Ok(())
-            | Err(TrySendError::Full(Output::Progress(_)) | TrySendError::Disconnected(_)) => {}
+            Ok(()) | Err(TrySendError::Full(Output::Progress(_)) | TrySendError::Disconnected(_)) => {}
             // A dead writer means a closed stdout: nobody listens any more.
             Err(TrySendError::Full(important)) => drop(self.lines.send(important)),
         }

@@ -56,16 +56,9 @@ pub struct FakeRedis {
 impl FakeRedis {
     /// Starts one on a free loopback port.
     pub fn start(faults: Faults) -> FakeRedis {
-        let listener =
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a loopback port is free");
-        let address = listener
-            .local_addr()
-            .expect("a bound socket has an address");
-        let shared = Arc::new(Shared {
-            faults,
-            state: Mutex::default(),
-            stop: AtomicBool::new(false),
-        });
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a loopback port is free");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let shared = Arc::new(Shared { faults, state: Mutex::default(), stop: AtomicBool::new(false) });
         let accepting = shared.clone();
         let acceptor = std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -76,11 +69,7 @@ impl FakeRedis {
                 std::thread::spawn(move || serve(&stream, &shared));
             }
         });
-        FakeRedis {
-            address,
-            shared,
-            acceptor: Some(acceptor),
-        }
+        FakeRedis { address, shared, acceptor: Some(acceptor) }
     }
 }
 
@@ -102,9 +91,7 @@ enum Outcome {
 }
 
 fn serve(stream: &TcpStream, shared: &Shared) {
-    stream
-        .set_nodelay(true)
-        .expect("a TCP socket takes TCP_NODELAY");
+    stream.set_nodelay(true).expect("a TCP socket takes TCP_NODELAY");
     let mut input = BufReader::new(stream);
     let mut output = Vec::new();
     let mut silent = false;
@@ -143,17 +130,10 @@ fn read_command(input: &mut impl BufRead) -> Option<Vec<Vec<u8>>> {
     let mut arguments = Vec::new();
     for _ in 0..count {
         let length = read_line(input)?;
-        let length: usize = length
-            .strip_prefix('$')?
-            .parse()
-            .expect("the client sends a length");
+        let length: usize = length.strip_prefix('$')?.parse().expect("the client sends a length");
         let mut bytes = vec![0; length + 2];
         input.read_exact(&mut bytes).ok()?;
-        assert_eq!(
-            bytes.split_off(length),
-            b"\r\n",
-            "an argument ends with CR LF"
-        );
+        assert_eq!(bytes.split_off(length), b"\r\n", "an argument ends with CR LF");
         arguments.push(bytes);
     }
     Some(arguments)
@@ -167,10 +147,7 @@ fn read_line(input: &mut impl BufRead) -> Option<String> {
 
 fn execute(command: &[Vec<u8>], shared: &Shared) -> Outcome {
     let faults = &shared.faults;
-    let mut state = shared
-        .state
-        .lock()
-        .expect("no server thread panics with the lock");
+    let mut state = shared.state.lock().expect("no server thread panics with the lock");
     state.commands += 1;
     let now = Some(state.commands);
     if let Some((at, pause)) = faults.pause
@@ -189,11 +166,7 @@ fn execute(command: &[Vec<u8>], shared: &Shared) -> Outcome {
         return Outcome::Answer(b"-OOM command not allowed\r\n".to_vec());
     }
     let answer = apply(command, &mut state, faults);
-    if faults.close_after == now {
-        Outcome::Close
-    } else {
-        Outcome::Answer(answer)
-    }
+    if faults.close_after == now { Outcome::Close } else { Outcome::Answer(answer) }
 }
 
 fn apply(command: &[Vec<u8>], state: &mut State, faults: &Faults) -> Vec<u8> {
@@ -202,21 +175,14 @@ fn apply(command: &[Vec<u8>], state: &mut State, faults: &Faults) -> Vec<u8> {
         [b"SET", key, value] => {
             state.sets += 1;
             if faults.forget_set != Some(state.sets) {
-                state
-                    .first_values
-                    .entry(key.to_vec())
-                    .or_insert_with(|| value.to_vec());
+                state.first_values.entry(key.to_vec()).or_insert_with(|| value.to_vec());
                 state.values.insert(key.to_vec(), value.to_vec());
             }
             b"+OK\r\n".to_vec()
         }
         [b"GET", key] => {
             let stale = faults.stale_from.is_some_and(|from| state.commands >= from);
-            let values = if stale {
-                &state.first_values
-            } else {
-                &state.values
-            };
+            let values = if stale { &state.first_values } else { &state.values };
             match values.get(*key) {
                 None => b"$-1\r\n".to_vec(),
                 Some(value) => {

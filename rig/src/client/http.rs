@@ -23,21 +23,12 @@ pub fn get(address: SocketAddr, timeout: Duration) -> io::Result<Vec<u8>> {
 
 fn body(mut answer: Vec<u8>) -> io::Result<Vec<u8>> {
     let head = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
-    let status = answer
-        .get(..12)
-        .filter(|line| line.starts_with(b"HTTP/1."))
-        .map(|line| &line[9..12]);
+    let status = answer.get(..12).filter(|line| line.starts_with(b"HTTP/1.")).map(|line| &line[9..12]);
     match (head, status) {
         (Some(head), Some(b"200")) => Ok(answer.split_off(head + 4)),
         _ => {
-            let line = answer
-                .split(|&byte| byte == b'\r')
-                .next()
-                .unwrap_or_default();
-            Err(io::Error::other(format!(
-                "GET / was answered with {:?}",
-                String::from_utf8_lossy(line)
-            )))
+            let line = answer.split(|&byte| byte == b'\r').next().unwrap_or_default();
+            Err(io::Error::other(format!("GET / was answered with {:?}", String::from_utf8_lossy(line))))
         }
     }
 }

@@ -17,21 +17,11 @@ const RETRY: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// A sentence that says what, where and why.
-pub fn run(
-    job: &Job,
-    control: &mut Control,
-    emit: &mut dyn FnMut(Output),
-) -> Result<Report, String> {
+pub fn run(job: &Job, control: &mut Control, emit: &mut dyn FnMut(Output)) -> Result<Report, String> {
     match job {
-        Job::RedisLoad(p) => redis::run(p, control, emit)
-            .map(Report::RedisLoad)
-            .map_err(|e| e.to_string()),
-        Job::Registers(p) => register::run(p, control, emit)
-            .map(Report::Registers)
-            .map_err(|e| e.to_string()),
-        Job::Ping(p) => ping::run(p, control, emit)
-            .map(Report::Ping)
-            .map_err(|e| e.to_string()),
+        Job::RedisLoad(p) => redis::run(p, control, emit).map(Report::RedisLoad).map_err(|e| e.to_string()),
+        Job::Registers(p) => register::run(p, control, emit).map(Report::Registers).map_err(|e| e.to_string()),
+        Job::Ping(p) => ping::run(p, control, emit).map(Report::Ping).map_err(|e| e.to_string()),
         Job::VerifyRedis(p) => verify_redis(p).map(Report::VerifyRedis),
         Job::Probe(p) => probe(p, control),
     }
@@ -39,15 +29,9 @@ pub fn run(
 
 fn verify_redis(p: &VerifyParameters) -> Result<super::protocol::Verification, String> {
     let path = p.ledger_file.display();
-    let json = std::fs::read(&p.ledger_file)
-        .map_err(|error| format!("cannot read the ledger {path}: {error}"))?;
-    let mut ledger: Ledger =
-        serde_json::from_slice(&json).map_err(|error| format!("{path} is no ledger: {error}"))?;
-    Ok(verify::verify(
-        p.address,
-        &mut ledger,
-        Duration::from_millis(p.timeout_ms),
-    ))
+    let json = std::fs::read(&p.ledger_file).map_err(|error| format!("cannot read the ledger {path}: {error}"))?;
+    let mut ledger: Ledger = serde_json::from_slice(&json).map_err(|error| format!("{path} is no ledger: {error}"))?;
+    Ok(verify::verify(p.address, &mut ledger, Duration::from_millis(p.timeout_ms)))
 }
 
 fn probe(p: &ProbeParameters, control: &mut Control) -> Result<Report, String> {
@@ -56,20 +40,13 @@ fn probe(p: &ProbeParameters, control: &mut Control) -> Result<Report, String> {
     loop {
         let error = match attempt(p) {
             Ok(()) => {
-                return Ok(Report::Probe {
-                    ready_after_ms: start.elapsed().as_micros() as f64 / 1000.0,
-                });
+                return Ok(Report::Probe { ready_after_ms: start.elapsed().as_micros() as f64 / 1000.0 });
             }
             Err(error) => error,
         };
         let stopped = matches!(control.poll(), Some((_, Command::Stop(true))));
         if stopped || start.elapsed() >= limit {
-            return Err(format!(
-                "{:?} at {} is not ready after {:?}: {error}",
-                p.service,
-                p.address,
-                start.elapsed()
-            ));
+            return Err(format!("{:?} at {} is not ready after {:?}: {error}", p.service, p.address, start.elapsed()));
         }
         std::thread::sleep(RETRY);
     }

@@ -27,12 +27,7 @@ pub struct Generation {
 impl Generation {
     /// Keys nobody has written yet.
     pub fn new(connection: u16, generation: u16, keys: u32) -> Generation {
-        Generation {
-            connection,
-            generation,
-            acknowledged: vec![0; keys as usize],
-            maybe: Vec::new(),
-        }
+        Generation { connection, generation, acknowledged: vec![0; keys as usize], maybe: Vec::new() }
     }
 
     /// The write with this sequence number.

@@ -47,12 +47,7 @@ impl fmt::Display for Operation {
             Action::Read(None) => write!(f, "read nothing")?,
         }
         match self.returned_ns {
-            Some(returned_ns) => write!(
-                f,
-                " [{:.1} µs, {:.1} µs]",
-                us(self.invoked_ns),
-                us(returned_ns)
-            ),
+            Some(returned_ns) => write!(f, " [{:.1} µs, {:.1} µs]", us(self.invoked_ns), us(returned_ns)),
             None => write!(f, " [{:.1} µs, never answered]", us(self.invoked_ns)),
         }
     }
@@ -125,30 +120,20 @@ fn clusters(history: &[Operation]) -> Result<Vec<Cluster>, String> {
         returned_ns: operation.returned_ns.map(|ns| ns + 1),
         ..*operation
     };
-    let initial = Operation {
-        client: u32::MAX,
-        action: Action::Read(None),
-        invoked_ns: 0,
-        returned_ns: Some(0),
-    };
+    let initial = Operation { client: u32::MAX, action: Action::Read(None), invoked_ns: 0, returned_ns: Some(0) };
     let mut clusters: HashMap<Option<u64>, Cluster> = HashMap::new();
     clusters.insert(None, Cluster::new(initial));
     for operation in history.iter().map(shift) {
         if let Action::Write(value) = operation.action {
             let before = clusters.insert(Some(value), Cluster::new(operation));
-            assert!(
-                before.is_none(),
-                "value {value} was written twice: the recorder is at fault"
-            );
+            assert!(before.is_none(), "value {value} was written twice: the recorder is at fault");
         }
     }
     for operation in history.iter().map(shift) {
         let Action::Read(value) = operation.action else {
             continue;
         };
-        let returned_ns = operation
-            .returned_ns
-            .expect("an unanswered read says nothing: leave it out");
+        let returned_ns = operation.returned_ns.expect("an unanswered read says nothing: leave it out");
         let Some(cluster) = clusters.get_mut(&value) else {
             return Err(format!("{operation}, which nobody wrote"));
         };
@@ -162,8 +147,7 @@ fn clusters(history: &[Operation]) -> Result<Vec<Cluster>, String> {
 }
 
 fn check_zones(clusters: Vec<Cluster>) -> Verdict {
-    let (mut forward, mut backward): (Vec<_>, Vec<_>) =
-        clusters.into_iter().partition(Cluster::is_forward);
+    let (mut forward, mut backward): (Vec<_>, Vec<_>) = clusters.into_iter().partition(Cluster::is_forward);
     forward.sort_by_key(|cluster| cluster.first_return_ns);
     backward.sort_by_key(|cluster| cluster.last_invoked_ns);
     for pair in forward.windows(2) {

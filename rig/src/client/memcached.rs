@@ -12,16 +12,8 @@ pub fn probe(address: SocketAddr, timeout: Duration) -> io::Result<()> {
     let mut stream = TcpStream::connect_timeout(&address, timeout)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
-    exchange(
-        &mut stream,
-        b"set plover:probe 0 60 5\r\nready\r\n",
-        b"STORED\r\n",
-    )?;
-    exchange(
-        &mut stream,
-        b"get plover:probe\r\n",
-        b"VALUE plover:probe 0 5\r\nready\r\nEND\r\n",
-    )
+    exchange(&mut stream, b"set plover:probe 0 60 5\r\nready\r\n", b"STORED\r\n")?;
+    exchange(&mut stream, b"get plover:probe\r\n", b"VALUE plover:probe 0 5\r\nready\r\nEND\r\n")
 }
 
 fn exchange(stream: &mut TcpStream, request: &[u8], expected: &[u8]) -> io::Result<()> {
@@ -31,8 +23,5 @@ fn exchange(stream: &mut TcpStream, request: &[u8], expected: &[u8]) -> io::Resu
     if answer == expected {
         return Ok(());
     }
-    Err(io::Error::other(format!(
-        "memcached answered {:?}",
-        String::from_utf8_lossy(&answer)
-    )))
+    Err(io::Error::other(format!("memcached answered {:?}", String::from_utf8_lossy(&answer))))
 }

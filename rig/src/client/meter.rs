@@ -26,8 +26,8 @@ struct Window {
 
 impl Window {
     fn new(label: &str, start_us: u64) -> Window {
-        let latency = Histogram::new_with_bounds(1, MAX_LATENCY_US, 2)
-            .expect("constant bounds of the histogram are valid");
+        let latency =
+            Histogram::new_with_bounds(1, MAX_LATENCY_US, 2).expect("constant bounds of the histogram are valid");
         Window {
             label: label.to_owned(),
             start_us,
@@ -73,11 +73,7 @@ fn summary(histogram: &Histogram<u64>) -> LatencySummary {
         p90_us: histogram.value_at_quantile(0.9),
         p99_us: histogram.value_at_quantile(0.99),
         p999_us: histogram.value_at_quantile(0.999),
-        max_us: if histogram.is_empty() {
-            0
-        } else {
-            histogram.max()
-        },
+        max_us: if histogram.is_empty() { 0 } else { histogram.max() },
     }
 }
 
@@ -113,9 +109,7 @@ impl Meter {
     }
 
     fn window(&mut self) -> &mut Window {
-        self.windows
-            .last_mut()
-            .expect("a window is open from the start")
+        self.windows.last_mut().expect("a window is open from the start")
     }
 
     /// `count` answers arrived at once, on a connection that had been silent since `connection_since_us`.
@@ -139,9 +133,7 @@ impl Meter {
     pub fn latency(&mut self, latency_us: u64, count: u32) {
         // The histogram would take the value of no answers into its maximum.
         if count > 0 {
-            self.window()
-                .latency
-                .saturating_record_n(latency_us.max(1), u64::from(count));
+            self.window().latency.saturating_record_n(latency_us.max(1), u64::from(count));
         }
     }
 
@@ -176,23 +168,13 @@ impl Meter {
 
     /// Ends the last window. `waiting` says that answers are still due, so that silence until now is a gap.
     pub fn finish(mut self, now_us: u64, waiting: bool) -> Measured {
-        let end_us = if waiting {
-            now_us
-        } else {
-            self.last_answer_us.max(self.window().start_us)
-        };
+        let end_us = if waiting { now_us } else { self.last_answer_us.max(self.window().start_us) };
         self.close(end_us);
         let mut total = Window::new("total", 0).latency;
         for window in &self.windows {
-            total
-                .add(&window.latency)
-                .expect("all histograms of the meter have the same bounds");
+            total.add(&window.latency).expect("all histograms of the meter have the same bounds");
         }
-        Measured {
-            windows: self.closed,
-            series: self.series,
-            latency: summary(&total),
-        }
+        Measured { windows: self.closed, series: self.series, latency: summary(&total) }
     }
 }
 
@@ -210,11 +192,7 @@ mod tests {
         meter.mark("cut", 320_000);
         meter.answers(330_000, 1, 310_000);
         let measured = meter.finish(400_000, false);
-        let gaps: Vec<_> = measured
-            .windows
-            .iter()
-            .map(|w| (w.label.as_str(), w.gap_ms))
-            .collect();
+        let gaps: Vec<_> = measured.windows.iter().map(|w| (w.label.as_str(), w.gap_ms)).collect();
         assert_eq!(gaps, [("start", 8.9), ("killed", 300.1), ("cut", 20.0)]);
         assert_eq!(measured.windows[1].gap_start_ms, 9.9);
         assert_eq!(measured.windows[1].connection_gap_ms, 305.0);

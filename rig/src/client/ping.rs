@@ -42,11 +42,7 @@ pub enum PingError {
 ///
 /// # Errors
 /// [`PingError`] when it could not run. Lost answers are a result.
-pub fn run(
-    p: &PingParameters,
-    control: &mut Control,
-    emit: &mut dyn FnMut(Output),
-) -> Result<PingReport, PingError> {
+pub fn run(p: &PingParameters, control: &mut Control, emit: &mut dyn FnMut(Output)) -> Result<PingReport, PingError> {
     if p.interval_ms == 0 {
         return Err(PingError::Interval);
     }
@@ -61,10 +57,7 @@ pub fn run(
             match command {
                 Command::Mark(label) => {
                     pinger.meter.mark(&label, at_us);
-                    emit(Output::Marked {
-                        label,
-                        t_ms: at_us as f64 / 1000.0,
-                    });
+                    emit(Output::Marked { label, t_ms: at_us as f64 / 1000.0 });
                 }
                 Command::Stop(true) => stop_us = stop_us.or(Some(at_us)),
                 Command::Stop(false) | Command::InFlight(_) => {}
@@ -88,9 +81,7 @@ pub fn run(
             emit(Output::Progress(pinger.progress(now_us)));
         }
         let before_us = now_us;
-        pinger
-            .wait(next_send_us.saturating_sub(now_us).clamp(100, TICK_US))
-            .map_err(PingError::Poll)?;
+        pinger.wait(next_send_us.saturating_sub(now_us).clamp(100, TICK_US)).map_err(PingError::Poll)?;
         now_us = pinger.now_us();
         let late_us = (now_us - before_us).saturating_sub(TICK_US);
         pinger.longest_stall_us = pinger.longest_stall_us.max(late_us);
@@ -118,8 +109,7 @@ struct Pinger {
 impl Pinger {
     fn new(target: Ipv4Addr) -> Result<Pinger, PingError> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let open =
-            |kind| rustix::net::socket_with(AddressFamily::INET, kind, flags, Some(ipproto::ICMP));
+        let open = |kind| rustix::net::socket_with(AddressFamily::INET, kind, flags, Some(ipproto::ICMP));
         let (socket, raw) = match open(SocketType::DGRAM) {
             Ok(socket) => (socket, false),
             Err(_) => (open(SocketType::RAW).map_err(PingError::Socket)?, true),
@@ -165,10 +155,7 @@ impl Pinger {
     fn wait(&self, timeout_us: u64) -> Result<(), Errno> {
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
         let timeout = Duration::from_micros(timeout_us);
-        let timeout = Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
+        let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error),
@@ -178,8 +165,7 @@ impl Pinger {
     fn receive(&mut self, now_us: u64) {
         let mut buffer = [0; 256];
         // An error of the socket (say, «host unreachable» from an earlier request) is reported once and then gone.
-        while let Ok((count, _)) = rustix::net::recv(&self.socket, &mut buffer, RecvFlags::empty())
-        {
+        while let Ok((count, _)) = rustix::net::recv(&self.socket, &mut buffer, RecvFlags::empty()) {
             let Some(number) = answer(&buffer[..count], self.raw, self.mark) else {
                 continue;
             };
@@ -218,11 +204,7 @@ impl Pinger {
             lost: self.sent - self.answered,
             duplicates: self.duplicates,
             send_errors: self.send_errors,
-            gap_ms: measured
-                .windows
-                .iter()
-                .map(|window| window.gap_ms)
-                .fold(0.0, f64::max),
+            gap_ms: measured.windows.iter().map(|window| window.gap_ms).fold(0.0, f64::max),
             windows: measured.windows,
             latency: measured.latency,
             longest_stall_ms: self.longest_stall_us as f64 / 1000.0,
@@ -245,11 +227,7 @@ fn request(mark: u64, number: u64) -> [u8; PACKET_BYTES] {
 
 /// The number of the request that `packet` answers, if it answers one of ours. A raw socket delivers the IP header too.
 fn answer(packet: &[u8], raw: bool, mark: u64) -> Option<u64> {
-    let header_bytes = if raw {
-        usize::from(packet.first()? & 15) * 4
-    } else {
-        0
-    };
+    let header_bytes = if raw { usize::from(packet.first()? & 15) * 4 } else { 0 };
     let echo = packet.get(header_bytes..header_bytes + PACKET_BYTES)?;
     let theirs = u64::from_be_bytes(echo[8..16].try_into().ok()?);
     if echo[0] != ECHO_REPLY || theirs != mark {
@@ -260,10 +238,7 @@ fn answer(packet: &[u8], raw: bool, mark: u64) -> Option<u64> {
 
 /// Internet checksum (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
-        .sum();
+    let sum: u32 = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) + (folded >> 16)) as u16
 }
@@ -275,11 +250,7 @@ mod tests {
     #[test]
     fn only_answers_to_our_own_requests_count() {
         let mut packet = request(7, 70_000).to_vec();
-        assert_eq!(
-            checksum(&packet),
-            0,
-            "a packet with its checksum sums to zero"
-        );
+        assert_eq!(checksum(&packet), 0, "a packet with its checksum sums to zero");
         assert_eq!(answer(&packet, false, 7), None, "a request is no answer");
         packet[0] = ECHO_REPLY;
         assert_eq!(answer(&packet, false, 7), Some(70_000));

@@ -63,17 +63,11 @@ pub struct ClientProcess {
 
 impl ClientProcess {
     /// Takes the pipes of a client that was started with [`Job::arguments`](super::protocol::Job::arguments).
-    pub fn new(
-        stdin: impl Write + Send + 'static,
-        stdout: impl Read + Send + 'static,
-    ) -> ClientProcess {
+    pub fn new(stdin: impl Write + Send + 'static, stdout: impl Read + Send + 'static) -> ClientProcess {
         let shared = Arc::new(Shared::default());
         let reader = shared.clone();
         std::thread::spawn(move || listen(stdout, &reader));
-        ClientProcess {
-            stdin: Box::new(stdin),
-            shared,
-        }
+        ClientProcess { stdin: Box::new(stdin), shared }
     }
 
     /// Takes the pipes out of `child`, which must have been spawned with piped stdin and stdout.
@@ -81,14 +75,8 @@ impl ClientProcess {
     /// # Panics
     /// If a pipe is missing.
     pub fn from_child(child: &mut std::process::Child) -> ClientProcess {
-        let stdin = child
-            .stdin
-            .take()
-            .expect("the client is spawned with a piped stdin");
-        let stdout = child
-            .stdout
-            .take()
-            .expect("the client is spawned with a piped stdout");
+        let stdin = child.stdin.take().expect("the client is spawned with a piped stdin");
+        let stdout = child.stdout.take().expect("the client is spawned with a piped stdout");
         ClientProcess::new(stdin, stdout)
     }
 
@@ -99,10 +87,7 @@ impl ClientProcess {
     pub fn command(&mut self, command: &Command) -> Result<(), ClientError> {
         let mut line = serde_json::to_vec(command).expect("a command is plain data");
         line.push(b'\n');
-        self.stdin
-            .write_all(&line)
-            .and_then(|()| self.stdin.flush())
-            .map_err(|_| ClientError::Gone)
+        self.stdin.write_all(&line).and_then(|()| self.stdin.flush()).map_err(|_| ClientError::Gone)
     }
 
     /// Opens a window of this name.
@@ -151,9 +136,7 @@ impl ClientProcess {
         timeout: Duration,
         wanted: impl Fn(&Progress) -> bool,
     ) -> Result<Progress, ClientError> {
-        self.wait("the wanted progress", timeout, |state| {
-            state.progress.filter(&wanted)
-        })
+        self.wait("the wanted progress", timeout, |state| state.progress.filter(&wanted))
     }
 
     /// Waits until the client has confirmed the mark; returns its time since the client's start, in milliseconds.
@@ -162,12 +145,7 @@ impl ClientProcess {
     /// It ended, failed, or took longer than `timeout`.
     pub fn wait_marked(&self, label: &str, timeout: Duration) -> Result<f64, ClientError> {
         self.wait("marked", timeout, |state| {
-            state
-                .marks
-                .iter()
-                .rev()
-                .find(|(marked, _)| marked == label)
-                .map(|&(_, t_ms)| t_ms)
+            state.marks.iter().rev().find(|(marked, _)| marked == label).map(|&(_, t_ms)| t_ms)
         })
     }
 
@@ -199,18 +177,9 @@ impl ClientProcess {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(ClientError::Timeout {
-                    what,
-                    waited: timeout,
-                    progress: state.progress,
-                });
+                return Err(ClientError::Timeout { what, waited: timeout, progress: state.progress });
             }
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -228,9 +197,7 @@ fn listen(stdout: impl Read, shared: &Shared) {
             Ok(Output::Marked { label, t_ms }) => state.marks.push((label, t_ms)),
             Ok(Output::Report(report)) => state.report = Some(*report),
             Ok(Output::Failed { error }) => state.failed = Some(error),
-            Err(error) => {
-                state.failed = Some(format!("said {line:?}, which is no output: {error}"))
-            }
+            Err(error) => state.failed = Some(format!("said {line:?}, which is no output: {error}")),
         }
         drop(state);
         shared.changed.notify_all();

@@ -503,17 +503,11 @@ mod tests {
 
     #[test]
     fn a_job_survives_the_command_line() {
-        let job = Job::RedisLoad(LoadParameters {
-            connections: 3,
-            ..Default::default()
-        });
+        let job = Job::RedisLoad(LoadParameters { connections: 3, ..Default::default() });
         let [name, parameters] = job.arguments();
         assert_eq!(name, "redis-load");
         assert_eq!(Job::from_arguments(&name, &parameters).unwrap(), job);
-        assert_eq!(
-            Job::from_arguments("ping", "{}").unwrap(),
-            Job::Ping(PingParameters::default())
-        );
+        assert_eq!(Job::from_arguments("ping", "{}").unwrap(), Job::Ping(PingParameters::default()));
     }
 
     #[test]

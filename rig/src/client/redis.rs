@@ -94,67 +94,25 @@ pub fn run(
     report.acknowledged_writes_lost = ledger.missing.len() as u64;
     if let Some(path) = &parameters.ledger_file {
         let json = serde_json::to_vec(&ledger).expect("a ledger is plain data");
-        std::fs::write(path, json).map_err(|source| LoadError::Ledger {
-            path: path.display().to_string(),
-            source,
-        })?;
+        std::fs::write(path, json).map_err(|source| LoadError::Ledger { path: path.display().to_string(), source })?;
     }
     Ok(report)
 }
 
 fn check_parameters(p: &LoadParameters) -> Result<(), LoadError> {
     let check = |ok: bool, name, value: u64, range| {
-        if ok {
-            Ok(())
-        } else {
-            Err(LoadError::Parameter { name, value, range })
-        }
+        if ok { Ok(()) } else { Err(LoadError::Parameter { name, value, range }) }
     };
     let connections = p.connections;
-    check(
-        (1..=MAX_CONNECTIONS).contains(&connections),
-        "connections",
-        connections.into(),
-        "1 to 4095",
-    )?;
-    check(
-        (1..=65_536).contains(&p.in_flight),
-        "in_flight",
-        p.in_flight.into(),
-        "1 to 65536",
-    )?;
-    check(
-        (1..=p.in_flight).contains(&p.batch),
-        "batch",
-        p.batch.into(),
-        "1 to in_flight",
-    )?;
+    check((1..=MAX_CONNECTIONS).contains(&connections), "connections", connections.into(), "1 to 4095")?;
+    check((1..=65_536).contains(&p.in_flight), "in_flight", p.in_flight.into(), "1 to 65536")?;
+    check((1..=p.in_flight).contains(&p.batch), "batch", p.batch.into(), "1 to in_flight")?;
     let keys = p.keys_per_connection;
-    check(
-        (1..=MAX_KEYS).contains(&keys),
-        "keys_per_connection",
-        keys.into(),
-        "1 to 1048575",
-    )?;
+    check((1..=MAX_KEYS).contains(&keys), "keys_per_connection", keys.into(), "1 to 1048575")?;
     let size = p.value_bytes;
-    check(
-        (TOKEN_BYTES..=1 << 20).contains(&size),
-        "value_bytes",
-        size as u64,
-        "16 to 1048576",
-    )?;
-    check(
-        p.get_percent <= 100,
-        "get_percent",
-        p.get_percent.into(),
-        "0 to 100",
-    )?;
-    check(
-        p.progress_ms >= 10,
-        "progress_ms",
-        p.progress_ms,
-        "at least 10",
-    )
+    check((TOKEN_BYTES..=1 << 20).contains(&size), "value_bytes", size as u64, "16 to 1048576")?;
+    check(p.get_percent <= 100, "get_percent", p.get_percent.into(), "0 to 100")?;
+    check(p.progress_ms >= 10, "progress_ms", p.progress_ms, "at least 10")
 }
 
 /// A number that other runs against the same server do not have.
@@ -189,16 +147,9 @@ impl<'a> Load<'a> {
             start: Instant::now(),
             in_flight: p.in_flight,
             poll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            connections: (0..p.connections)
-                .map(|number| Connection::new(number, run, p))
-                .collect(),
+            connections: (0..p.connections).map(|number| Connection::new(number, run, p)).collect(),
             tally: Tally::new(run, 0),
-            ledger: Ledger {
-                run,
-                value_bytes: p.value_bytes,
-                generations: Vec::new(),
-                missing: Default::default(),
-            },
+            ledger: Ledger { run, value_bytes: p.value_bytes, generations: Vec::new(), missing: Default::default() },
             serving: false,
             stop_us: None,
             next_progress_us: 0,
@@ -216,11 +167,7 @@ impl<'a> Load<'a> {
         loop {
             let now_us = self.now_us();
             self.retry_connections(now_us);
-            let connected = self
-                .connections
-                .iter()
-                .filter(|c| c.state == State::Up)
-                .count();
+            let connected = self.connections.iter().filter(|c| c.state == State::Up).count();
             if connected == self.connections.len() {
                 break;
             }
@@ -254,40 +201,23 @@ impl<'a> Load<'a> {
 
     fn wait(&self, events: &mut Vec<epoll::Event>, timeout_us: u64) -> Result<(), Errno> {
         events.clear();
-        let timeout = Timespec {
-            tv_sec: (timeout_us / 1_000_000) as i64,
-            tv_nsec: ((timeout_us % 1_000_000) * 1000) as i64,
-        };
-        match epoll::wait(
-            &self.poll,
-            rustix::buffer::spare_capacity(events),
-            Some(&timeout),
-        ) {
+        let timeout =
+            Timespec { tv_sec: (timeout_us / 1_000_000) as i64, tv_nsec: ((timeout_us % 1_000_000) * 1000) as i64 };
+        match epoll::wait(&self.poll, rustix::buffer::spare_capacity(events), Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    fn serve(
-        &mut self,
-        control: &mut Control,
-        emit: &mut dyn FnMut(Output),
-    ) -> Result<(), LoadError> {
+    fn serve(&mut self, control: &mut Control, emit: &mut dyn FnMut(Output)) -> Result<(), LoadError> {
         let mut events = Vec::with_capacity(64);
         for number in 0..self.connections.len() {
-            self.attend(number, 0, |connection, in_flight, _| {
-                connection.refill(in_flight, 0)
-            });
+            self.attend(number, 0, |connection, in_flight, _| connection.refill(in_flight, 0));
         }
         let mut now_us = self.now_us();
         loop {
             let before_us = now_us;
-            self.wait(
-                &mut events,
-                self.next_tick_us
-                    .saturating_sub(before_us)
-                    .clamp(1, TICK_US),
-            )?;
+            self.wait(&mut events, self.next_tick_us.saturating_sub(before_us).clamp(1, TICK_US))?;
             now_us = self.now_us();
             let late_us = (now_us - before_us).saturating_sub(TICK_US);
             self.longest_stall_us = self.longest_stall_us.max(late_us);
@@ -311,10 +241,7 @@ impl<'a> Load<'a> {
         match command {
             Command::Mark(label) => {
                 self.tally.meter.mark(&label, at_us);
-                emit(Output::Marked {
-                    label,
-                    t_ms: at_us as f64 / 1000.0,
-                });
+                emit(Output::Marked { label, t_ms: at_us as f64 / 1000.0 });
             }
             Command::InFlight(in_flight) => self.in_flight = in_flight.clamp(1, self.p.in_flight),
             Command::Stop(stop) => {
@@ -332,16 +259,10 @@ impl<'a> Load<'a> {
         }
         let stopping = self.stop_us.is_some();
         self.attend(number, now_us, |connection, in_flight, tally| {
-            if flags
-                .intersects(epoll::EventFlags::IN | epoll::EventFlags::ERR | epoll::EventFlags::HUP)
-            {
+            if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
                 connection.receive(now_us, tally)?;
             }
-            if stopping {
-                connection.flush()
-            } else {
-                connection.refill(in_flight, now_us)
-            }
+            if stopping { connection.flush() } else { connection.refill(in_flight, now_us) }
         });
     }
 
@@ -361,8 +282,7 @@ impl<'a> Load<'a> {
             Ok(()) if connection.unsent() != was_blocked => self.watch(number),
             Ok(()) => {}
             Err(loss) => {
-                self.tally
-                    .connection_lost(number as u16, now_us, &loss.to_string());
+                self.tally.connection_lost(number as u16, now_us, &loss.to_string());
                 self.close(number, now_us + RETRY_US);
             }
         }
@@ -391,9 +311,7 @@ impl<'a> Load<'a> {
             Ok(()) => {
                 self.watch(number);
                 if self.serving && self.stop_us.is_none() {
-                    self.attend(number, now_us, |c, in_flight, _| {
-                        c.refill(in_flight, now_us)
-                    });
+                    self.attend(number, now_us, |c, in_flight, _| c.refill(in_flight, now_us));
                 }
             }
             Err(_) => self.close(number, now_us + RETRY_US),
@@ -442,10 +360,7 @@ impl<'a> Load<'a> {
             }
         }
         if let Some(stop_us) = self.stop_us {
-            let drained = self
-                .connections
-                .iter()
-                .all(|connection| connection.in_flight() == 0);
+            let drained = self.connections.iter().all(|connection| connection.in_flight() == 0);
             return drained || now_us >= stop_us + self.p.drain_ms * 1000;
         }
         self.retry_connections(now_us);
@@ -457,8 +372,7 @@ impl<'a> Load<'a> {
             t_ms: now_us as f64 / 1000.0,
             ops: self.tally.meter.operations(),
             acknowledged_writes: self.tally.acknowledged_writes,
-            last_answer_ms: now_us.saturating_sub(self.tally.meter.last_answer_us()) as f64
-                / 1000.0,
+            last_answer_ms: now_us.saturating_sub(self.tally.meter.last_answer_us()) as f64 / 1000.0,
             connections_lost: self.tally.connections_lost,
             wrong_reads: self.tally.wrong_reads,
             errors: self.tally.errors,
@@ -467,24 +381,16 @@ impl<'a> Load<'a> {
 
     fn finish(mut self, cpu: Duration) -> (LoadReport, Ledger) {
         let now_us = self.now_us();
-        let waiting = self
-            .connections
-            .iter()
-            .any(|connection| connection.in_flight() > 0);
+        let waiting = self.connections.iter().any(|connection| connection.in_flight() > 0);
         for connection in &mut self.connections {
             self.ledger.generations.push(connection.settle());
         }
         let tally = self.tally;
         let operations = tally.meter.operations();
-        let end_us = if waiting {
-            now_us
-        } else {
-            tally.meter.last_answer_us()
-        };
+        let end_us = if waiting { now_us } else { tally.meter.last_answer_us() };
         let measured = tally.meter.finish(now_us, waiting);
-        let longest = |value: fn(&super::protocol::WindowReport) -> f64| {
-            measured.windows.iter().map(value).fold(0.0, f64::max)
-        };
+        let longest =
+            |value: fn(&super::protocol::WindowReport) -> f64| measured.windows.iter().map(value).fold(0.0, f64::max);
         self.ledger.missing = tally.missing;
         let report = LoadReport {
             run: self.run,
@@ -499,12 +405,7 @@ impl<'a> Load<'a> {
             error_samples: tally.error_samples,
             connections_lost: tally.connections_lost,
             loss_samples: tally.loss_samples,
-            unanswered_writes: self
-                .ledger
-                .generations
-                .iter()
-                .map(|g| g.maybe.len() as u64)
-                .sum(),
+            unanswered_writes: self.ledger.generations.iter().map(|g| g.maybe.len() as u64).sum(),
             gap_ms: longest(|window| window.gap_ms),
             connection_gap_ms: longest(|window| window.connection_gap_ms),
             windows: measured.windows,
@@ -532,8 +433,5 @@ pub fn probe(address: SocketAddr, timeout: Duration) -> io::Result<()> {
     if &answer == b"+PONG\r\n" {
         return Ok(());
     }
-    Err(io::Error::other(format!(
-        "PING was answered with {:?}",
-        String::from_utf8_lossy(&answer)
-    )))
+    Err(io::Error::other(format!("PING was answered with {:?}", String::from_utf8_lossy(&answer))))
 }

@@ -77,16 +77,11 @@ pub fn run(
         let stop = &stop;
         let threads: Vec<_> = (0..)
             .zip(streams)
-            .map(|(number, stream)| {
-                scope.spawn(move || Client::new(p, number, run, start, stop).work(stream))
-            })
+            .map(|(number, stream)| scope.spawn(move || Client::new(p, number, run, start, stop).work(stream)))
             .collect();
         wait_for_stop(p, control, emit, start);
         stop.store(true, Ordering::Relaxed);
-        threads
-            .into_iter()
-            .map(|thread| thread.join().expect("a register client does not panic"))
-            .collect()
+        threads.into_iter().map(|thread| thread.join().expect("a register client does not panic")).collect()
     });
     report(p, run, outcomes)
 }
@@ -99,10 +94,7 @@ fn connect_all(p: &RegisterParameters) -> Result<Vec<TcpStream>, RegisterError> 
             Ok(stream) => streams.push(stream),
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(source) => {
-                return Err(RegisterError::Connect {
-                    address: p.address,
-                    source,
-                });
+                return Err(RegisterError::Connect { address: p.address, source });
             }
         }
     }
@@ -117,12 +109,7 @@ fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn wait_for_stop(
-    p: &RegisterParameters,
-    control: &mut Control,
-    emit: &mut dyn FnMut(Output),
-    start: Instant,
-) {
+fn wait_for_stop(p: &RegisterParameters, control: &mut Control, emit: &mut dyn FnMut(Output), start: Instant) {
     let limit = Duration::from_millis(p.duration_ms);
     while p.duration_ms == 0 || start.elapsed() < limit {
         match control.poll() {
@@ -158,26 +145,10 @@ enum Answer {
 }
 
 impl<'a> Client<'a> {
-    fn new(
-        p: &'a RegisterParameters,
-        number: u32,
-        run: u32,
-        start: Instant,
-        stop: &'a AtomicBool,
-    ) -> Client<'a> {
+    fn new(p: &'a RegisterParameters, number: u32, run: u32, start: Instant, stop: &'a AtomicBool) -> Client<'a> {
         let rng = Rng::new(p.seed ^ u64::from(number) << 32);
         let outcome = Outcome::default();
-        Client {
-            p,
-            number,
-            run,
-            start,
-            stop,
-            rng,
-            sequence: 0,
-            stop_deadline: None,
-            outcome,
-        }
+        Client { p, number, run, start, stop, rng, sequence: 0, stop_deadline: None, outcome }
     }
 
     fn stopping(&self) -> bool {
@@ -219,41 +190,25 @@ impl<'a> Client<'a> {
         } else {
             self.sequence += 1;
             let value = u64::from(self.number + 1) << 40 | self.sequence;
-            resp::command(
-                &mut request,
-                &[b"SET", name.as_bytes(), value.to_string().as_bytes()],
-            );
+            resp::command(&mut request, &[b"SET", name.as_bytes(), value.to_string().as_bytes()]);
             Action::Write(value)
         };
         let invoked_ns = self.now_ns();
-        let answer = stream
-            .write_all(&request)
-            .and_then(|()| self.answer(stream));
+        let answer = stream.write_all(&request).and_then(|()| self.answer(stream));
         let returned_ns = self.now_ns();
-        let operation = |action, returned_ns| Operation {
-            client: self.number,
-            action,
-            invoked_ns,
-            returned_ns,
-        };
+        let operation = |action, returned_ns| Operation { client: self.number, action, invoked_ns, returned_ns };
         match (action, &answer) {
             (Action::Read(_), Ok(Answer::Value(value))) => {
-                self.outcome
-                    .history
-                    .push((key, operation(Action::Read(*value), Some(returned_ns))));
+                self.outcome.history.push((key, operation(Action::Read(*value), Some(returned_ns))));
                 self.outcome.answered += 1;
             }
             (Action::Write(_), Ok(Answer::Stored)) => {
-                self.outcome
-                    .history
-                    .push((key, operation(action, Some(returned_ns))));
+                self.outcome.history.push((key, operation(action, Some(returned_ns))));
                 self.outcome.answered += 1;
             }
             (_, Ok(Answer::Refused)) => self.outcome.errors += 1,
             (_, Ok(_)) => {
-                return Err(io::Error::other(
-                    "the answer belongs to another kind of request",
-                ));
+                return Err(io::Error::other("the answer belongs to another kind of request"));
             }
             // A read that was not answered says nothing; a write may have happened.
             (Action::Read(_), Err(_)) => {}
@@ -309,9 +264,7 @@ fn understand(reply: Reply) -> io::Result<Answer> {
         Reply::Simple(b"OK") => Ok(Answer::Stored),
         Reply::Error(_) => Ok(Answer::Refused),
         Reply::Bulk(digits) => {
-            let value = std::str::from_utf8(digits)
-                .ok()
-                .and_then(|digits| digits.parse().ok());
+            let value = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok());
             // A value that is no number was written by nobody: 0 is never written either, so the checker finds it.
             Ok(Answer::Value(Some(value.unwrap_or(0))))
         }
@@ -323,11 +276,7 @@ fn key_name(run: u32, key: u32) -> String {
     format!("{run:08x}:shared:{key}")
 }
 
-fn report(
-    p: &RegisterParameters,
-    run: u32,
-    outcomes: Vec<Outcome>,
-) -> Result<RegisterReport, RegisterError> {
+fn report(p: &RegisterParameters, run: u32, outcomes: Vec<Outcome>) -> Result<RegisterReport, RegisterError> {
     let mut histories: HashMap<u32, Vec<Operation>> = HashMap::new();
     let mut report = RegisterReport {
         operations: 0,
@@ -348,20 +297,14 @@ fn report(
     }
     if let Some(path) = &p.history_file {
         let json = serde_json::to_vec(&histories).expect("a history is plain data");
-        std::fs::write(path, json).map_err(|source| RegisterError::History {
-            path: path.display().to_string(),
-            source,
-        })?;
+        std::fs::write(path, json)
+            .map_err(|source| RegisterError::History { path: path.display().to_string(), source })?;
     }
     for key in 0..p.keys {
         let history = histories.remove(&key).unwrap_or_default();
         let verdict = linear::check(&history);
         report.linearizable &= verdict == Verdict::Linearizable;
-        report.keys.push(KeyVerdict {
-            key: key_name(run, key),
-            operations: history.len() as u64,
-            verdict,
-        });
+        report.keys.push(KeyVerdict { key: key_name(run, key), operations: history.len() as u64, verdict });
     }
     Ok(report)
 }

@@ -28,9 +28,7 @@ pub enum Reply<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum RespError {
     /// The first byte names no reply type of ours.
-    #[error(
-        "reply starts with byte {0:#04x}, which is no RESP2 status, error, integer or bulk string"
-    )]
+    #[error("reply starts with byte {0:#04x}, which is no RESP2 status, error, integer or bulk string")]
     UnknownType(u8),
     /// A line without an end within [`MAX_LINE_BYTES`].
     #[error("reply line is longer than {MAX_LINE_BYTES} bytes")]
@@ -76,12 +74,7 @@ pub fn parse(input: &[u8], max_bulk_bytes: usize) -> Result<Option<(Reply<'_>, u
     }
 }
 
-fn bulk(
-    input: &[u8],
-    start: usize,
-    announced: i64,
-    limit: usize,
-) -> Result<Option<(Reply<'_>, usize)>, RespError> {
+fn bulk(input: &[u8], start: usize, announced: i64, limit: usize) -> Result<Option<(Reply<'_>, usize)>, RespError> {
     if announced == -1 {
         return Ok(Some((Reply::Nil, start)));
     }
@@ -165,11 +158,7 @@ mod tests {
     fn every_prefix_of_a_reply_asks_for_more() {
         for bytes in [&b"+OK\r\n"[..], b":17\r\n", b"$5\r\nhello\r\n", b"$-1\r\n"] {
             for cut in 0..bytes.len() {
-                assert_eq!(
-                    parse(&bytes[..cut], 64),
-                    Ok(None),
-                    "{cut} bytes of {bytes:?}"
-                );
+                assert_eq!(parse(&bytes[..cut], 64), Ok(None), "{cut} bytes of {bytes:?}");
             }
         }
     }
@@ -180,18 +169,9 @@ mod tests {
         assert_eq!(parse(b"$x\r\n", 64), Err(RespError::BadNumber));
         assert_eq!(parse(b"$-2\r\n", 64), Err(RespError::BadNumber));
         assert_eq!(parse(b"$\r\n", 64), Err(RespError::BadNumber));
-        assert_eq!(
-            parse(b"$65\r\n", 64),
-            Err(RespError::BulkTooLong {
-                announced: 65,
-                limit: 64
-            })
-        );
+        assert_eq!(parse(b"$65\r\n", 64), Err(RespError::BulkTooLong { announced: 65, limit: 64 }));
         assert_eq!(parse(b"$1\r\nabc", 64), Err(RespError::BadTerminator));
-        assert_eq!(
-            parse(&[b'+'; 2 * MAX_LINE_BYTES], 64),
-            Err(RespError::LineTooLong)
-        );
+        assert_eq!(parse(&[b'+'; 2 * MAX_LINE_BYTES], 64), Err(RespError::LineTooLong));
     }
 
     #[test]
@@ -200,9 +180,7 @@ mod tests {
         let mut rng = Rng::new(1);
         for _ in 0..200_000 {
             let length = rng.below(24) as usize;
-            let bytes: Vec<u8> = (0..length)
-                .map(|_| alphabet[rng.below(alphabet.len() as u32) as usize])
-                .collect();
+            let bytes: Vec<u8> = (0..length).map(|_| alphabet[rng.below(alphabet.len() as u32) as usize]).collect();
             if let Ok(Some((_, used))) = parse(&bytes, 16) {
                 assert!(used <= bytes.len() && used >= 3, "{bytes:?} used {used}");
             }

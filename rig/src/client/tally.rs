@@ -69,8 +69,7 @@ impl Tally {
         self.wrong_reads += 1;
         let acknowledged = owned.acknowledged[key as usize];
         if acknowledged != 0 {
-            self.missing
-                .insert((owned.connection, owned.generation, key, acknowledged));
+            self.missing.insert((owned.connection, owned.generation, key, acknowledged));
         }
         if self.wrong_read_samples.len() < SAMPLES {
             self.wrong_read_samples.push(WrongRead {
@@ -88,10 +87,7 @@ impl Tally {
         self.connections_lost += 1;
         self.meter.connection_lost();
         if self.loss_samples.len() < SAMPLES {
-            self.loss_samples.push(format!(
-                "connection {connection} at {} ms: {why}",
-                now_us / 1000
-            ));
+            self.loss_samples.push(format!("connection {connection} at {} ms: {why}", now_us / 1000));
         }
     }
 }
@@ -110,10 +106,7 @@ pub fn describe(reply: Reply) -> String {
         Reply::Nil => "nothing".to_owned(),
         Reply::Bulk(bytes) => match Token::of_value(bytes) {
             Some(token) if token.is_value(bytes, bytes.len()) => token.to_string(),
-            Some(token) => format!(
-                "a damaged value of {} bytes that begins like {token}",
-                bytes.len()
-            ),
+            Some(token) => format!("a damaged value of {} bytes that begins like {token}", bytes.len()),
             None => format!("{} foreign bytes", bytes.len()),
         },
         other => format!("{other:?}"),

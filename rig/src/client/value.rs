@@ -53,10 +53,7 @@ impl Token {
     /// Whether `bytes` are exactly the value of `size` bytes that this write stored.
     pub fn is_value(self, bytes: &[u8], size: usize) -> bool {
         let digits = self.digits();
-        bytes.len() == size
-            && bytes
-                .chunks(TOKEN_BYTES)
-                .all(|chunk| *chunk == digits[..chunk.len()])
+        bytes.len() == size && bytes.chunks(TOKEN_BYTES).all(|chunk| *chunk == digits[..chunk.len()])
     }
 
     /// The write that stored `bytes`, if they begin with a token.
@@ -70,11 +67,7 @@ impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let connection = self.0 >> 52;
         let generation = self.0 >> SEQUENCE_BITS & 0xfff;
-        write!(
-            f,
-            "write {} of connection {connection} generation {generation}",
-            self.sequence()
-        )
+        write!(f, "write {} of connection {connection} generation {generation}", self.sequence())
     }
 }
 
@@ -121,10 +114,7 @@ mod tests {
 
     #[test]
     fn key_names_have_fixed_width() {
-        assert_eq!(
-            &key_name(0xdead_beef, 63, 1, 0x1234),
-            b"deadbeef:03f:001:01234"
-        );
+        assert_eq!(&key_name(0xdead_beef, 63, 1, 0x1234), b"deadbeef:03f:001:01234");
     }
 
     #[test]

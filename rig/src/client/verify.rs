@@ -22,20 +22,13 @@ const RETRY: Duration = Duration::from_millis(100);
 pub fn verify(address: SocketAddr, ledger: &mut Ledger, timeout: Duration) -> Verification {
     let mut result = Verification::default();
     if let Err(error) = read_all(address, ledger, Instant::now() + timeout, &mut result) {
-        result.incomplete = Some(format!(
-            "reading the keys back from {address} stopped after {} keys: {error}",
-            result.keys_checked
-        ));
+        result.incomplete =
+            Some(format!("reading the keys back from {address} stopped after {} keys: {error}", result.keys_checked));
     }
     result
 }
 
-fn read_all(
-    address: SocketAddr,
-    ledger: &mut Ledger,
-    deadline: Instant,
-    result: &mut Verification,
-) -> io::Result<()> {
+fn read_all(address: SocketAddr, ledger: &mut Ledger, deadline: Instant, result: &mut Verification) -> io::Result<()> {
     let mut reader = Reader::connect(address, deadline, ledger.value_bytes)?;
     for owned in &ledger.generations {
         let keys = owned.acknowledged.len() as u32;
@@ -55,9 +48,7 @@ fn read_all(
                 result.keys_checked += 1;
                 if !compare(owned, key, reply, ledger.value_bytes, result) {
                     let acknowledged = owned.acknowledged[key as usize];
-                    ledger
-                        .missing
-                        .insert((owned.connection, owned.generation, key, acknowledged));
+                    ledger.missing.insert((owned.connection, owned.generation, key, acknowledged));
                     record_loss(owned, ledger.run, key, reply, result);
                 }
             }
@@ -67,13 +58,7 @@ fn read_all(
 }
 
 /// Whether a key holds its last acknowledged write, or one of the unanswered writes after it.
-fn compare(
-    owned: &Generation,
-    key: u32,
-    reply: Reply,
-    value_bytes: usize,
-    result: &mut Verification,
-) -> bool {
+fn compare(owned: &Generation, key: u32, reply: Reply, value_bytes: usize, result: &mut Verification) -> bool {
     let acknowledged = owned.acknowledged[key as usize];
     let got = match reply {
         Reply::Nil => return acknowledged == 0,
@@ -86,10 +71,7 @@ fn compare(
     if acknowledged != 0 && token == owned.token(acknowledged) {
         return true;
     }
-    let applied = owned
-        .maybe
-        .iter()
-        .any(|&(k, sequence)| k == key && token == owned.token(sequence));
+    let applied = owned.maybe.iter().any(|&(k, sequence)| k == key && token == owned.token(sequence));
     result.maybe_writes_applied += u64::from(applied);
     applied
 }
@@ -123,12 +105,7 @@ impl Reader {
                     stream.set_nodelay(true)?;
                     stream.set_write_timeout(Some(left))?;
                     let limit_bytes = value_bytes.max(4096);
-                    return Ok(Reader {
-                        stream,
-                        input: Vec::new(),
-                        at: 0,
-                        limit_bytes,
-                    });
+                    return Ok(Reader { stream, input: Vec::new(), at: 0, limit_bytes });
                 }
                 Err(error) if left < RETRY => return Err(error),
                 Err(_) => std::thread::sleep(RETRY),

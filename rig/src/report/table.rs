@@ -25,10 +25,7 @@ pub struct Style {
 
 impl Style {
     /// Nothing but ASCII.
-    pub const PLAIN: Style = Style {
-        colour: false,
-        unicode: false,
-    };
+    pub const PLAIN: Style = Style { colour: false, unicode: false };
 
     /// What stdout and the locale suggest; `NO_COLOR` is respected.
     pub fn detect() -> Style {
@@ -45,11 +42,7 @@ impl Style {
     }
 
     fn paint(self, code: &str, text: &str) -> String {
-        if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
     fn heading(self, text: &str) -> String {
@@ -70,10 +63,7 @@ pub(super) fn render(report: &DemoReport, style: Style) -> String {
     line(&mut out, &style.paint(BOLD, &title));
     out += &style.heading("What happened");
     for event in &report.events {
-        line(
-            &mut out,
-            &format!("  {:>9}  {}", seconds(event.t_ms), event.text),
-        );
+        line(&mut out, &format!("  {:>9}  {}", seconds(event.t_ms), event.text));
     }
     chart(&mut out, report, style);
     failures(&mut out, &report.failures, style);
@@ -101,24 +91,11 @@ fn chart(out: &mut String, report: &DemoReport, style: Style) {
         sums[cell_of(slot)] += u64::from(answers);
         counts[cell_of(slot)] += 1;
     }
-    let rates: Vec<f64> = sums
-        .iter()
-        .zip(&counts)
-        .map(|(&sum, &n)| sum as f64 * 10.0 / n as f64)
-        .collect();
+    let rates: Vec<f64> = sums.iter().zip(&counts).map(|(&sum, &n)| sum as f64 * 10.0 / n as f64).collect();
     let peak = rates.iter().copied().fold(1.0, f64::max);
-    let levels: Vec<char> = if style.unicode {
-        " ▁▂▃▄▅▆▇█"
-    } else {
-        " .:-=+*#@"
-    }
-    .chars()
-    .collect();
+    let levels: Vec<char> = if style.unicode { " ▁▂▃▄▅▆▇█" } else { " .:-=+*#@" }.chars().collect();
     let top = (levels.len() - 1) as f64;
-    let row: String = rates
-        .iter()
-        .map(|rate| levels[(rate / peak * top).ceil() as usize])
-        .collect();
+    let row: String = rates.iter().map(|rate| levels[(rate / peak * top).ceil() as usize]).collect();
     let mut marks = vec![' '; cells];
     for (number, failure) in report.failures.iter().enumerate() {
         let slot = (failure.at_ms / 100.0) as usize;
@@ -126,22 +103,14 @@ fn chart(out: &mut String, report: &DemoReport, style: Style) {
         marks[cell_of(slot.min(series.len() - 1))] = digit;
     }
     let span = seconds(series.len() as f64 * 100.0);
-    out.push_str(&style.heading(&format!(
-        "Answers over time ({span} wide, highest {} per second)",
-        grouped(peak)
-    )));
+    out.push_str(&style.heading(&format!("Answers over time ({span} wide, highest {} per second)", grouped(peak))));
     line(out, &format!("  |{row}|"));
     line(out, &format!("   {}", marks.iter().collect::<String>()));
 }
 
 fn failures(out: &mut String, failures: &[Failure], style: Style) {
     out.push_str(&style.heading("Failures, as the client felt them"));
-    let width = failures
-        .iter()
-        .map(|f| f.kind.chars().count())
-        .max()
-        .unwrap_or(0)
-        .max(4);
+    let width = failures.iter().map(|f| f.kind.chars().count()).max().unwrap_or(0).max(4);
     line(
         out,
         &format!(
@@ -152,11 +121,7 @@ fn failures(out: &mut String, failures: &[Failure], style: Style) {
     let ms = |value: f64| format!("{} ms", grouped(value));
     for (number, failure) in (1..).zip(failures) {
         let gap = format!("{:>12}", ms(failure.gap_ms));
-        let colour = if failure.gap_ms <= failure.gap_limit_ms {
-            GREEN
-        } else {
-            RED
-        };
+        let colour = if failure.gap_ms <= failure.gap_limit_ms { GREEN } else { RED };
         line(
             out,
             &format!(
@@ -167,21 +132,14 @@ fn failures(out: &mut String, failures: &[Failure], style: Style) {
                 ms(failure.gap_limit_ms),
                 ms(failure.connection_gap_ms),
                 failure.ping_gap_ms.map_or("-".into(), ms),
-                failure
-                    .protected_again_ms
-                    .map_or("never".into(), |ms| format!("after {}", seconds(ms))),
+                failure.protected_again_ms.map_or("never".into(), |ms| format!("after {}", seconds(ms))),
             ),
         );
     }
 }
 
 fn throughput(out: &mut String, report: &DemoReport, style: Style) {
-    let OpsPerSecond {
-        unreplicated,
-        protected,
-        degraded,
-        ..
-    } = report.ops_per_s;
+    let OpsPerSecond { unreplicated, protected, degraded, .. } = report.ops_per_s;
     let mut group = |heading: String, rows: &[(&str, Option<f64>)], whole: Option<f64>| {
         out.push_str(&style.heading(&heading));
         let longest = rows.iter().filter_map(|row| row.1).fold(0.0, f64::max);
@@ -190,49 +148,25 @@ fn throughput(out: &mut String, report: &DemoReport, style: Style) {
                 line(out, &format!("  {name:<12}  {:>11}", "not measured"));
                 continue;
             };
-            let cells = if longest > 0.0 {
-                (rate / longest * BAR_CELLS as f64).round() as usize
-            } else {
-                0
-            };
+            let cells = if longest > 0.0 { (rate / longest * BAR_CELLS as f64).round() as usize } else { 0 };
             let bar = if style.unicode { "█" } else { "#" }.repeat(cells);
             let ratio = match share(Some(rate), whole) {
                 Some(share) if name != "unreplicated" => format!("{share:.2} of unreplicated"),
                 _ => String::new(),
             };
             let space = " ".repeat(BAR_CELLS - cells);
-            line(
-                out,
-                &format!("  {name:<12}  {:>11}  {bar}{space}  {ratio}", grouped(rate)),
-            );
+            line(out, &format!("  {name:<12}  {:>11}  {bar}{space}  {ratio}", grouped(rate)));
         }
     };
     group(
-        format!(
-            "Answers per second ({} connections, {} in flight each)",
-            report.connections, report.in_flight
-        ),
-        &[
-            ("unreplicated", unreplicated),
-            ("protected", protected),
-            ("degraded", degraded),
-        ],
+        format!("Answers per second ({} connections, {} in flight each)", report.connections, report.in_flight),
+        &[("unreplicated", unreplicated), ("protected", protected), ("degraded", degraded)],
         unreplicated,
     );
-    let OpsPerSecond {
-        protected_unpipelined,
-        unreplicated_unpipelined,
-        ..
-    } = report.ops_per_s;
+    let OpsPerSecond { protected_unpipelined, unreplicated_unpipelined, .. } = report.ops_per_s;
     group(
-        format!(
-            "Answers per second ({} connections, 1 in flight each)",
-            report.connections
-        ),
-        &[
-            ("unreplicated", unreplicated_unpipelined),
-            ("protected", protected_unpipelined),
-        ],
+        format!("Answers per second ({} connections, 1 in flight each)", report.connections),
+        &[("unreplicated", unreplicated_unpipelined), ("protected", protected_unpipelined)],
         unreplicated_unpipelined,
     );
 }
@@ -242,21 +176,9 @@ fn syncvm(out: &mut String, figures: &SyncvmFigures, style: Style) {
     let percent = figures.divergent_pages as f64 * 100.0 / figures.dirty_pages.max(1) as f64;
     let mut row = |name: &str, text: String| line(out, &format!("  {name:<16}  {text}"));
     row("syncvms", grouped(figures.count as f64));
-    row(
-        "guest stopped",
-        format!(
-            "{:.1} ms (median), {:.1} ms (99 %)",
-            figures.stop_ms_p50, figures.stop_ms_p99
-        ),
-    );
+    row("guest stopped", format!("{:.1} ms (median), {:.1} ms (99 %)", figures.stop_ms_p50, figures.stop_ms_p99));
     row("pages dirty", grouped(figures.dirty_pages as f64));
-    row(
-        "pages different",
-        format!(
-            "{} ({percent:.1} % of the dirty)",
-            grouped(figures.divergent_pages as f64)
-        ),
-    );
+    row("pages different", format!("{} ({percent:.1} % of the dirty)", grouped(figures.divergent_pages as f64)));
     let times_less = figures.full_transfer_bytes as f64 / figures.bytes_sent.max(1) as f64;
     row(
         "sent",
@@ -271,36 +193,17 @@ fn syncvm(out: &mut String, figures: &SyncvmFigures, style: Style) {
 fn promises(out: &mut String, report: &DemoReport, style: Style) {
     out.push_str(&style.heading("Promises"));
     let promises = report.promises();
-    let width = promises
-        .iter()
-        .map(|promise| promise.name.chars().count())
-        .max()
-        .unwrap_or(0);
+    let width = promises.iter().map(|promise| promise.name.chars().count()).max().unwrap_or(0);
     for promise in &promises {
-        let (word, colour) = if promise.kept {
-            ("kept  ", GREEN)
-        } else {
-            ("BROKEN", RED)
-        };
-        line(
-            out,
-            &format!(
-                "  {}  {:<width$}  {}",
-                style.paint(colour, word),
-                promise.name,
-                promise.figure
-            ),
-        );
+        let (word, colour) = if promise.kept { ("kept  ", GREEN) } else { ("BROKEN", RED) };
+        line(out, &format!("  {}  {:<width$}  {}", style.paint(colour, word), promise.name, promise.figure));
     }
     for sample in &report.samples {
         line(out, &format!("          seen: {sample}"));
     }
     let broken = promises.iter().filter(|promise| !promise.kept).count();
     let verdict = match broken {
-        0 => style.paint(
-            GREEN,
-            "Verdict: the guest survived, and no client could tell.",
-        ),
+        0 => style.paint(GREEN, "Verdict: the guest survived, and no client could tell."),
         1 => style.paint(RED, "Verdict: FAILED, 1 promise broken."),
         more => style.paint(RED, &format!("Verdict: FAILED, {more} promises broken.")),
     };
@@ -333,9 +236,5 @@ fn bytes(count: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{count} bytes")
-    } else {
-        format!("{value:.1} {}", units[unit])
-    }
+    if unit == 0 { format!("{count} bytes") } else { format!("{value:.1} {}", units[unit]) }
 }

@@ -1,17 +1,11 @@
 //! The table against its golden text, and each promise broken once.
 
-use super::{
-    CUT_GAP_LIMIT_MS, DemoReport, Event, Failure, KILLED_GAP_LIMIT_MS, OpsPerSecond, Style,
-    SyncvmFigures,
-};
+use super::{CUT_GAP_LIMIT_MS, DemoReport, Event, Failure, KILLED_GAP_LIMIT_MS, OpsPerSecond, Style, SyncvmFigures};
 
 const GOLDEN: &str = include_str!("golden.txt");
 
 fn report() -> DemoReport {
-    let event = |t_ms, text: &str| Event {
-        t_ms,
-        text: text.into(),
-    };
+    let event = |t_ms, text: &str| Event { t_ms, text: text.into() };
     let mut series = vec![4_500; 600];
     series[205..209].fill(0);
     series[209..300].fill(9_000);
@@ -84,10 +78,7 @@ fn the_table_is_the_golden_one() {
 
 #[test]
 fn colour_and_blocks_change_no_word() {
-    let styled = report().render(Style {
-        colour: true,
-        unicode: true,
-    });
+    let styled = report().render(Style { colour: true, unicode: true });
     assert!(styled.contains("\x1b[32mkept"));
     assert!(styled.contains('█'));
     let words = |text: &str| -> Vec<String> {
@@ -95,11 +86,7 @@ fn colour_and_blocks_change_no_word() {
             .iter()
             .fold(text.to_owned(), |text, code| text.replace(code, ""));
         let is_word = |word: &&str| word.chars().any(char::is_alphanumeric);
-        plain
-            .split_whitespace()
-            .filter(is_word)
-            .map(Into::into)
-            .collect()
+        plain.split_whitespace().filter(is_word).map(Into::into).collect()
     };
     assert_eq!(words(&styled), words(GOLDEN));
 }
@@ -110,31 +97,14 @@ fn every_promise_can_be_broken() {
         let mut report = report();
         change(&mut report);
         assert!(!report.is_success());
-        let names: Vec<_> = report
-            .promises()
-            .into_iter()
-            .filter(|p| !p.kept)
-            .map(|p| p.name)
-            .collect();
+        let names: Vec<_> = report.promises().into_iter().filter(|p| !p.kept).map(|p| p.name).collect();
         let text = report.render(Style::PLAIN);
-        assert!(
-            text.contains("BROKEN") && text.contains("Verdict: FAILED, 1 promise broken."),
-            "{text}"
-        );
+        assert!(text.contains("BROKEN") && text.contains("Verdict: FAILED, 1 promise broken."), "{text}");
         names.join(", ")
     };
-    assert_eq!(
-        broken(|r| r.acknowledged_writes_lost = 1),
-        "no acknowledged write lost"
-    );
-    assert_eq!(
-        broken(|r| r.acknowledged_writes = 0),
-        "no acknowledged write lost"
-    );
-    assert_eq!(
-        broken(|r| r.verification_incomplete = Some("no server".into())),
-        "no acknowledged write lost"
-    );
+    assert_eq!(broken(|r| r.acknowledged_writes_lost = 1), "no acknowledged write lost");
+    assert_eq!(broken(|r| r.acknowledged_writes = 0), "no acknowledged write lost");
+    assert_eq!(broken(|r| r.verification_incomplete = Some("no server".into())), "no acknowledged write lost");
     assert_eq!(broken(|r| r.connections_lost = 1), "no connection lost");
     assert_eq!(broken(|r| r.wrong_answers = 1), "no wrong answer");
     for linearizable in [None, Some(false)] {
@@ -142,27 +112,12 @@ fn every_promise_can_be_broken() {
         report.linearizable = linearizable;
         assert!(!report.is_success(), "{linearizable:?}");
     }
-    assert_eq!(
-        broken(|r| r.checked_operations = 0),
-        "shared keys linearizable"
-    );
-    assert_eq!(
-        broken(|r| r.ops_per_s.protected = Some(39_999.0)),
-        "protected throughput"
-    );
-    assert_eq!(
-        broken(|r| r.ops_per_s.unreplicated = None),
-        "protected throughput"
-    );
+    assert_eq!(broken(|r| r.checked_operations = 0), "shared keys linearizable");
+    assert_eq!(broken(|r| r.ops_per_s.protected = Some(39_999.0)), "protected throughput");
+    assert_eq!(broken(|r| r.ops_per_s.unreplicated = None), "protected throughput");
     assert_eq!(broken(|r| r.failures.clear()), "survives a failure");
-    assert_eq!(
-        broken(|r| r.failures[1].gap_ms = 2_501.0),
-        "link cut: short gap"
-    );
-    assert_eq!(
-        broken(|r| r.failures[0].protected_again_ms = None),
-        "host killed: protected again"
-    );
+    assert_eq!(broken(|r| r.failures[1].gap_ms = 2_501.0), "link cut: short gap");
+    assert_eq!(broken(|r| r.failures[0].protected_again_ms = None), "host killed: protected again");
 }
 
 #[test]
@@ -187,15 +142,9 @@ fn the_json_has_the_promised_fields() {
         "/syncvm/stop_ms_p50",
         "/syncvm/stop_ms_p99",
     ] {
-        assert!(
-            json.pointer(pointer).is_some_and(|value| !value.is_null()),
-            "{pointer} is missing"
-        );
+        assert!(json.pointer(pointer).is_some_and(|value| !value.is_null()), "{pointer} is missing");
     }
-    assert_eq!(
-        serde_json::from_value::<DemoReport>(json).expect("it reads back"),
-        report()
-    );
+    assert_eq!(serde_json::from_value::<DemoReport>(json).expect("it reads back"), report());
 }
 
 #[test]

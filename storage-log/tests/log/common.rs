@@ -11,11 +11,7 @@ impl Scratch {
     /// In memory where the system has a place for that: the content of files is what counts.
     pub fn new() -> Scratch {
         let memory = Path::new("/dev/shm");
-        Scratch::below(if memory.is_dir() {
-            memory.to_owned()
-        } else {
-            std::env::temp_dir()
-        })
+        Scratch::below(if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() })
     }
 
     /// Where temporary files go, on a disk as a rule.
@@ -43,21 +39,12 @@ impl Drop for Scratch {
 }
 
 pub fn options(segment_bytes: u64) -> Options {
-    Options {
-        segment_bytes,
-        max_bytes: 1 << 30,
-        queue_bytes: 1 << 20,
-    }
+    Options { segment_bytes, max_bytes: 1 << 30, queue_bytes: 1 << 20 }
 }
 
 pub fn entry(log: &mut FileLog, index: u64, view: u64, bytes: &[u8]) -> Ticket {
     let (a, b) = bytes.split_at(bytes.len() / 3);
-    log.append(Record::Entry {
-        index,
-        view,
-        parts: [a, b],
-    })
-    .unwrap()
+    log.append(Record::Entry { index, view, parts: [a, b] }).unwrap()
 }
 
 /// Flushes and waits until `ticket` is durable or the log has failed; says which.
@@ -69,20 +56,14 @@ pub fn settle(log: &mut FileLog, ticket: Ticket) -> bool {
 
 /// Waits for the log's event until `done`.
 pub fn await_log(log: &FileLog, done: impl Fn(&FileLog) -> bool) {
-    let timeout = rustix::event::Timespec {
-        tv_sec: 20,
-        tv_nsec: 0,
-    };
+    let timeout = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
     loop {
         log.clear_event();
         if done(log) {
             return;
         }
         let event = log.event_fd();
-        let mut fds = [rustix::event::PollFd::new(
-            &event,
-            rustix::event::PollFlags::IN,
-        )];
+        let mut fds = [rustix::event::PollFd::new(&event, rustix::event::PollFlags::IN)];
         let ready = rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
         assert!(ready > 0, "the log did nothing within 20 s");
     }

@@ -12,13 +12,7 @@ const DIR_VARIABLE: &str = "PLOVER_LOG_TEST_DIR";
 
 fn spawn(test: &str, dir: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            test,
-            "--ignored",
-            "--nocapture",
-            "--test-threads=1",
-        ])
+        .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
         .env(DIR_VARIABLE, dir)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -33,9 +27,7 @@ fn child_dir() -> Option<std::path::PathBuf> {
 
 /// What entry `index` holds.
 fn payload(index: u64) -> Vec<u8> {
-    (0..(index * 37 % 900) as usize)
-        .map(|b| (b as u64 ^ index) as u8)
-        .collect()
+    (0..(index * 37 % 900) as usize).map(|b| (b as u64 ^ index) as u8).collect()
 }
 
 #[test]
@@ -79,16 +71,10 @@ fn acknowledged_entries_survive_kill_9() {
             }
         }
         child.wait().unwrap();
-        assert!(
-            seen >= wanted,
-            "the child died by itself after {seen} lines"
-        );
+        assert!(seen >= wanted, "the child died by itself after {seen} lines");
         let (_, recovered) = FileLog::open(dir.path(), options(20_000)).unwrap();
         let last = recovered.entries.last().unwrap().index;
-        assert!(
-            last >= acknowledged,
-            "entry {acknowledged} was acknowledged, the last one found is {last}"
-        );
+        assert!(last >= acknowledged, "entry {acknowledged} was acknowledged, the last one found is {last}");
         assert!(recovered.state.is_some());
         for (found, index) in recovered.entries.iter().zip(1..) {
             assert_eq!((found.index, &found.bytes), (index, &payload(index)));
@@ -102,10 +88,7 @@ fn child_hits_a_limit() {
     let Some(dir) = child_dir() else { return };
     // SAFETY: ignoring a signal installs no handler; this process runs this test only.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let limit = libc::rlimit {
-        rlim_cur: 10_000,
-        rlim_max: 10_000,
-    };
+    let limit = libc::rlimit { rlim_cur: 10_000, rlim_max: 10_000 };
     // SAFETY: the pointer is to a valid rlimit and is only read.
     let result = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
     assert_eq!(result, 0);
@@ -119,10 +102,7 @@ fn child_hits_a_limit() {
         acknowledged = index;
     }
     let error = log.failed().expect("the write failed");
-    assert!(
-        !error.is_full() && error.to_string().contains("00000000000000000001.log"),
-        "{error}"
-    );
+    assert!(!error.is_full() && error.to_string().contains("00000000000000000001.log"), "{error}");
     let durable = log.durable();
     assert_eq!(durable.0, acknowledged);
     // Small enough to fit below the limit, and still refused: the log is over.
@@ -135,9 +115,7 @@ fn child_hits_a_limit() {
 #[test]
 fn a_failed_write_is_final() {
     let dir = Scratch::on_disk();
-    let output = spawn("crash::child_hits_a_limit", dir.path())
-        .wait_with_output()
-        .unwrap();
+    let output = spawn("crash::child_hits_a_limit", dir.path()).wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}");
     let (_, index) = text.split_once("acknowledged ").expect("the child reports");
@@ -145,8 +123,5 @@ fn a_failed_write_is_final() {
     assert_eq!(acknowledged, 9);
     let (_, recovered) = FileLog::open(dir.path(), options(1 << 20)).unwrap();
     assert_eq!(recovered.entries.len() as u64, acknowledged);
-    assert!(
-        recovered.torn_bytes > 0,
-        "the failed write left a part behind, and it was cut"
-    );
+    assert!(recovered.torn_bytes > 0, "the failed write left a part behind, and it was cut");
 }

@@ -6,10 +6,7 @@ use std::path::{Path, PathBuf};
 use storage_log::{FileLog, LogError, LogStore, Record, Recovered};
 
 fn segments(dir: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|file| file.unwrap().path())
-        .collect();
+    let mut files: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path()).collect();
     files.sort();
     files
 }
@@ -36,11 +33,7 @@ fn expected(records: usize, torn_bytes: u64) -> Recovered {
         view: 1,
         bytes: vec![index as u8; index as usize * 5],
     });
-    Recovered {
-        state: (records > 0).then(|| b"state".to_vec()),
-        entries: entries.collect(),
-        torn_bytes,
-    }
+    Recovered { state: (records > 0).then(|| b"state".to_vec()), entries: entries.collect(), torn_bytes }
 }
 
 #[test]
@@ -53,11 +46,7 @@ fn every_cut_leaves_the_whole_records_before_it() {
         let dir = Scratch::new();
         let file = dir.path().join("00000000000000000001.log");
         std::fs::write(&file, &bytes[..cut as usize]).unwrap();
-        let records = ends
-            .iter()
-            .filter(|&&end| end <= cut)
-            .count()
-            .saturating_sub(1);
+        let records = ends.iter().filter(|&&end| end <= cut).count().saturating_sub(1);
         // A whole header without records is no torn write.
         let whole = if cut < ends[0] { 0 } else { ends[records] };
         let (mut log, recovered) = FileLog::open(dir.path(), options(1 << 20)).unwrap();
@@ -67,14 +56,8 @@ fn every_cut_leaves_the_whole_records_before_it() {
         assert!(settle(&mut log, ticket), "cut at {cut}");
         drop(log);
         let (_, recovered) = FileLog::open(dir.path(), options(1 << 20)).unwrap();
-        assert_eq!(
-            recovered.entries.last().map(|e| e.bytes.as_slice()),
-            Some(&b"new"[..])
-        );
-        assert_eq!(
-            (recovered.entries.len(), recovered.torn_bytes),
-            (records.max(1), 0)
-        );
+        assert_eq!(recovered.entries.last().map(|e| e.bytes.as_slice()), Some(&b"new"[..]));
+        assert_eq!((recovered.entries.len(), recovered.torn_bytes), (records.max(1), 0));
     }
 }
 
@@ -94,39 +77,15 @@ fn every_flipped_bit_is_noticed() {
         if (bit / 8) as u64 >= last_commit {
             // Indistinguishable from the write that a crash interrupted.
             let (_, recovered) = result.unwrap();
-            assert_eq!(
-                recovered,
-                expected(4, bytes.len() as u64 - last_commit),
-                "bit {bit}"
-            );
+            assert_eq!(recovered, expected(4, bytes.len() as u64 - last_commit), "bit {bit}");
             continue;
         }
-        let error = result
-            .err()
-            .unwrap_or_else(|| panic!("bit {bit} was not noticed"));
-        let LogError::Damaged {
-            file: named,
-            offset,
-            ..
-        } = &error
-        else {
-            panic!("bit {bit}: {error}")
-        };
-        let record = *ends
-            .iter()
-            .rev()
-            .find(|&&end| end <= (bit / 8) as u64)
-            .unwrap_or(&0);
+        let error = result.err().unwrap_or_else(|| panic!("bit {bit} was not noticed"));
+        let LogError::Damaged { file: named, offset, .. } = &error else { panic!("bit {bit}: {error}") };
+        let record = *ends.iter().rev().find(|&&end| end <= (bit / 8) as u64).unwrap_or(&0);
         assert_eq!((named, *offset), (&file, record), "bit {bit}");
-        assert!(
-            error.to_string().contains("let the replica join anew"),
-            "{error}"
-        );
-        assert_eq!(
-            std::fs::read(&file).unwrap(),
-            flipped,
-            "a refused log stays as it is"
-        );
+        assert!(error.to_string().contains("let the replica join anew"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), flipped, "a refused log stays as it is");
     }
 }
 
@@ -179,9 +138,7 @@ fn a_closed_segment_is_never_cut() {
             _ => std::fs::rename(&files[0], &files[1]).unwrap(),
         }
         let error = FileLog::open(dir.path(), options(500)).err();
-        let Some(LogError::Damaged { file, .. }) = &error else {
-            panic!("{damage}: {error:?}")
-        };
+        let Some(LogError::Damaged { file, .. }) = &error else { panic!("{damage}: {error:?}") };
         // A first segment that is missing cannot be told from a truncated one; here the second names it.
         assert_eq!(*file, files[1], "{damage}");
     }

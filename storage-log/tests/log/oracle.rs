@@ -102,14 +102,8 @@ fn truncation_gives_space_back_and_keeps_the_state() {
     let last = crate::common::entry(&mut log, 202, 1, b"x");
     assert!(settle(&mut log, last));
     drop(log);
-    let on_disk: u64 = std::fs::read_dir(dir.path())
-        .unwrap()
-        .map(|file| file.unwrap().metadata().unwrap().len())
-        .sum();
-    assert!(
-        before > 40_000 && on_disk < 10_000,
-        "{before} bytes before, {on_disk} after"
-    );
+    let on_disk: u64 = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+    assert!(before > 40_000 && on_disk < 10_000, "{before} bytes before, {on_disk} after");
     let (log, recovered) = FileLog::open(dir.path(), options(4096)).unwrap();
     assert_eq!(recovered.state.as_deref(), Some(&b"promise"[..]));
     assert_eq!(recovered.entries.first().map(|e| e.index), Some(191));
@@ -120,33 +114,19 @@ fn truncation_gives_space_back_and_keeps_the_state() {
 #[test]
 fn a_full_log_refuses_entries_takes_states_and_recovers_by_truncation() {
     let dir = Scratch::new();
-    let options = Options {
-        segment_bytes: 1000,
-        max_bytes: 5000,
-        queue_bytes: 1 << 20,
-    };
+    let options = Options { segment_bytes: 1000, max_bytes: 5000, queue_bytes: 1 << 20 };
     let (mut log, _) = FileLog::open(dir.path(), options).unwrap();
     let mut index = 0;
     let error = loop {
-        let record = Record::Entry {
-            index: index + 1,
-            view: 1,
-            parts: [&[1; 300], &[]],
-        };
+        let record = Record::Entry { index: index + 1, view: 1, parts: [&[1; 300], &[]] };
         match log.append(record) {
             Ok(ticket) => assert!(settle(&mut log, ticket)),
             Err(error) => break error,
         }
         index += 1;
     };
-    assert!(
-        error.is_full() && matches!(error, LogError::LogFull { max_bytes: 5000 }),
-        "{error}"
-    );
-    assert!(
-        log.failed().is_none() && (10..20).contains(&index),
-        "{index} entries"
-    );
+    assert!(error.is_full() && matches!(error, LogError::LogFull { max_bytes: 5000 }), "{error}");
+    assert!(log.failed().is_none() && (10..20).contains(&index), "{index} entries");
     log.truncate_prefix(index - 1);
     let ticket = log.append(Record::State(b"still votes")).unwrap();
     assert!(settle(&mut log, ticket));
@@ -158,21 +138,14 @@ fn a_full_log_refuses_entries_takes_states_and_recovers_by_truncation() {
 #[test]
 fn the_queue_is_bounded_without_blocking() {
     let dir = Scratch::new();
-    let options = Options {
-        queue_bytes: 10_000,
-        ..Options::default()
-    };
+    let options = Options { queue_bytes: 10_000, ..Options::default() };
     let (mut log, _) = FileLog::open(dir.path(), options).unwrap();
     // Nothing is flushed, so the bound is reached whatever the disk does.
     let mut ticket = Ticket(0);
     let mut index = 0;
     let error = loop {
         index += 1;
-        match log.append(Record::Entry {
-            index,
-            view: 1,
-            parts: [&[1; 900], &[]],
-        }) {
+        match log.append(Record::Entry { index, view: 1, parts: [&[1; 900], &[]] }) {
             Ok(appended) => ticket = appended,
             Err(error) => break error,
         }
@@ -192,10 +165,7 @@ fn two_logs_never_share_a_directory() {
     let (log, _) = FileLog::open(dir.path(), Options::default()).unwrap();
     let error = FileLog::open(dir.path(), Options::default()).unwrap_err();
     assert!(matches!(error, LogError::Locked { .. }));
-    assert!(
-        error.to_string().contains(dir.path().to_str().unwrap()),
-        "{error}"
-    );
+    assert!(error.to_string().contains(dir.path().to_str().unwrap()), "{error}");
     drop(log);
     FileLog::open(dir.path(), Options::default()).unwrap();
 }

@@ -32,9 +32,7 @@ impl DirtySet {
             if out.len() - form_at - 1 > raw_bytes {
                 out.truncate(form_at);
                 out.push(FORM_WORDS);
-                self.words
-                    .iter()
-                    .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+                self.words.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
                 return;
             }
         }
@@ -48,20 +46,14 @@ impl DirtySet {
         let mut reader = Reader(bytes);
         let theirs = reader.u64("page count")?;
         if theirs != pages as u64 {
-            return Err(WireError::Value {
-                field: "page count",
-                value: theirs,
-            });
+            return Err(WireError::Value { field: "page count", value: theirs });
         }
         let mut set = Self::new(pages);
         match reader.u8("form")? {
             FORM_RUNS => set.decode_runs(&mut reader)?,
             FORM_WORDS => set.decode_words(&mut reader)?,
             form => {
-                return Err(WireError::Value {
-                    field: "form of a dirty set",
-                    value: form.into(),
-                });
+                return Err(WireError::Value { field: "form of a dirty set", value: form.into() });
             }
         }
         reader.end()?;
@@ -75,16 +67,10 @@ impl DirtySet {
             let count = reader.varint("run length")?;
             let end = first.and_then(|first| first.checked_add(count));
             let (Some(first), Some(end)) = (first, end) else {
-                return Err(WireError::Value {
-                    field: "run length",
-                    value: count,
-                });
+                return Err(WireError::Value { field: "run length", value: count });
             };
             if end > self.pages as u64 || count == 0 {
-                return Err(WireError::Value {
-                    field: "run length",
-                    value: count,
-                });
+                return Err(WireError::Value { field: "run length", value: count });
             }
             self.insert_range(first as usize, count as usize);
             at = end;
@@ -101,10 +87,7 @@ impl DirtySet {
             && used != 0
             && last >> used != 0
         {
-            return Err(WireError::Value {
-                field: "last bitmap word",
-                value: last,
-            });
+            return Err(WireError::Value { field: "last bitmap word", value: last });
         }
         Ok(())
     }

@@ -41,10 +41,7 @@ pub struct GuestError {
 impl GuestError {
     /// An error of `operation` with any displayable cause.
     pub fn new(operation: &'static str, detail: impl std::fmt::Display) -> Self {
-        Self {
-            operation,
-            detail: detail.to_string(),
-        }
+        Self { operation, detail: detail.to_string() }
     }
 }
 
@@ -72,9 +69,7 @@ pub enum SyncError {
         reason: String,
     },
     /// The two sides are configured differently.
-    #[error(
-        "{what} differs: {ours} here, {theirs} at the peer; give both replicas the same configuration"
-    )]
+    #[error("{what} differs: {ours} here, {theirs} at the peer; give both replicas the same configuration")]
     Mismatch {
         /// What.
         what: &'static str,
@@ -102,9 +97,7 @@ pub enum SyncError {
         number: u64,
     },
     /// A message of another group.
-    #[error(
-        "a message of group {theirs:#x} arrived on the channel of group {ours:#x}; check the peer addresses"
-    )]
+    #[error("a message of group {theirs:#x} arrived on the channel of group {ours:#x}; check the peer addresses")]
     ForeignGroup {
         /// This group.
         ours: u64,

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{
-    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase,
-    Stopwatch, SyncError, SyncReport, verify,
+    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
+    SyncReport, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::HashPool;
@@ -124,11 +124,8 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
         batch: &[PageNumber],
         kind: Kind,
     ) -> Result<(), SyncError> {
-        let hashes = self
-            .pool
-            .hash_pages(self.config.hash, self.guest.ram(), batch);
-        self.link
-            .send(header, kind, &[hashes.as_flattened()], deadlines.next())
+        let hashes = self.pool.hash_pages(self.config.hash, self.guest.ram(), batch);
+        self.link.send(header, kind, &[hashes.as_flattened()], deadlines.next())
     }
 
     /// The guest's memory is no longer anything that I5 allows.
@@ -161,20 +158,11 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
     number: u64,
 ) -> Result<SyncReport, SyncError> {
     ctx.link.reset_counts();
-    let header = Header {
-        group: ctx.config.group,
-        view: ctx.view,
-        number,
-        scope: Scope::Sync,
-        round: 0,
-    };
+    let header = Header { group: ctx.config.group, view: ctx.view, number, scope: Scope::Sync, round: 0 };
     let mut run = Run {
         header,
         deadlines: ctx.config.deadlines(),
-        report: SyncReport {
-            number,
-            ..SyncReport::default()
-        },
+        report: SyncReport { number, ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
         ctx,
@@ -193,10 +181,7 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
 
 impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Everything that can be given up without a trace.
-    fn before_ack<'s>(
-        &mut self,
-        staging: &'s mut Staging,
-    ) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
+    fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
         self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
         self.send_hashes(&union)?;
@@ -223,10 +208,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// The leader's set first, then ours: the two sides never send at the same time.
     fn exchange_sets(&mut self) -> Result<(Terms, DirtySet), SyncError> {
         let terms = self.ctx.terms();
-        let (leader, mut union) =
-            self.ctx
-                .link
-                .recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        let (leader, mut union) = self.ctx.link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
         self.check_basis(&leader, &union)?;
         // `open` would take a basis for itself when everything is dirty here; the leader's is what counts.
         let basis = self.ctx.pairing.basis();
@@ -234,9 +216,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.ctx.pairing.adopt(basis);
         self.report.dirty_peer = union.count();
         let ours = self.ctx.pairing.in_flight();
-        self.ctx
-            .link
-            .send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
         union.union_with(ours);
         self.report.union_pages = union.count();
         self.report.phases.exchange_us = self.watch.lap();
@@ -253,28 +233,20 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         if set.is_all() || (ours.is_some() && ours == leader.basis) {
             return Ok(());
         }
-        Err(SyncError::NotWhole {
-            ours,
-            theirs: leader.basis,
-        })
+        Err(SyncError::NotWhole { ours, theirs: leader.basis })
     }
 
     fn send_hashes(&mut self, union: &DirtySet) -> Result<(), SyncError> {
         let pages: Vec<PageNumber> = union.iter().collect();
         for batch in pages.chunks(BATCH_PAGES) {
-            self.ctx
-                .send_hashes(&self.header, &self.deadlines, batch, Kind::Hashes)?;
+            self.ctx.send_hashes(&self.header, &self.deadlines, batch, Kind::Hashes)?;
         }
         self.report.phases.compare_us = self.watch.lap();
         self.point(Phase::FollowerHashed);
         Ok(())
     }
 
-    fn receive<'s>(
-        &mut self,
-        staging: &'s mut Staging,
-        union: &DirtySet,
-    ) -> Result<VerifiedTransfer<'s>, SyncError> {
+    fn receive<'s>(&mut self, staging: &'s mut Staging, union: &DirtySet) -> Result<VerifiedTransfer<'s>, SyncError> {
         staging.begin();
         let mut first = true;
         let end = loop {
@@ -289,10 +261,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 Kind::Device => staging.device_chunk(body, self.ctx.config.max_device_bytes)?,
                 Kind::End => break End::decode(body)?,
                 got => {
-                    return Err(SyncError::Unexpected {
-                        got,
-                        wanted: "a part of the transfer",
-                    });
+                    return Err(SyncError::Unexpected { got, wanted: "a part of the transfer" });
                 }
             }
         };
@@ -300,8 +269,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.divergent_pages = transfer.pages();
         self.report.zero_pages = transfer.zero_pages();
         self.report.device_bytes = transfer.device_state().len();
-        self.report.full_transfer_bytes =
-            (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;
+        self.report.full_transfer_bytes = (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;
         self.report.phases.transfer_us = self.watch.lap();
         self.point(Phase::FollowerStaged);
         Ok(transfer)
@@ -322,15 +290,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     /// From here on there is no way back.
-    fn after_ack(
-        &mut self,
-        transfer: &VerifiedTransfer<'_>,
-        leader: &Terms,
-    ) -> Result<(), SyncError> {
-        let sent = self
-            .ctx
-            .link
-            .send(&self.header, Kind::Ack, &[], self.deadlines.next());
+    fn after_ack(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
+        let sent = self.ctx.link.send(&self.header, Kind::Ack, &[], self.deadlines.next());
         if let Err(error) = &sent {
             // It may have arrived all the same, and then the leader has released this slot's frames.
             tracing::warn!(%error, number = self.header.number, "acknowledgement uncertain; applying anyway");
@@ -351,9 +312,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     fn apply(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
-        let FollowerContext {
-            guest, observer, ..
-        } = &mut *self.ctx;
+        let FollowerContext { guest, observer, .. } = &mut *self.ctx;
         transfer.apply(guest.ram(), || {
             observer.crash_point(Phase::FollowerAppliedHalf);
         });
@@ -394,14 +353,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn fail(&mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
         self.ctx.link.send_abort(&self.header, &error);
-        let runs = self.ctx.standing == Standing::Whole
-            && self.stopped_at.is_some()
-            && self.ctx.observer.may_run();
+        let runs = self.ctx.standing == Standing::Whole && self.stopped_at.is_some() && self.ctx.observer.may_run();
         match if runs { self.resume() } else { Ok(()) } {
-            Err(SyncError::Guest(resume)) => SyncError::NotResumed {
-                cause: Box::new(error),
-                resume,
-            },
+            Err(SyncError::Guest(resume)) => SyncError::NotResumed { cause: Box::new(error), resume },
             _ => error,
         }
     }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{
-    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase,
-    Stopwatch, SyncError, SyncReport, verify,
+    BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
+    SyncReport, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::{HASH_BYTES, HashPool, PageHashValue};
@@ -42,11 +42,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     /// When the pairing is for another RAM size.
     #[must_use]
     pub fn new(parts: Parts<G, C, O>, pairing: Pairing) -> Self {
-        assert_eq!(
-            pairing.pages(),
-            parts.guest.ram().pages(),
-            "a pairing of another guest"
-        );
+        assert_eq!(pairing.pages(), parts.guest.ram().pages(), "a pairing of another guest");
         Self {
             guest: parts.guest,
             observer: parts.observer,
@@ -110,12 +106,8 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
         kind: Kind,
         divergent: &mut Vec<PageNumber>,
     ) -> Result<(), SyncError> {
-        let ours = self
-            .pool
-            .hash_pages(self.config.hash, self.guest.ram(), batch);
-        let theirs = self
-            .link
-            .expect(header, kind, "a batch of hashes", deadlines)?;
+        let ours = self.pool.hash_pages(self.config.hash, self.guest.ram(), batch);
+        let theirs = self.link.expect(header, kind, "a batch of hashes", deadlines)?;
         compare(batch, &ours, theirs, divergent)
     }
 }
@@ -127,11 +119,7 @@ fn compare(
     divergent: &mut Vec<PageNumber>,
 ) -> Result<(), SyncError> {
     if theirs.len() != ours.len() * HASH_BYTES {
-        return Err(WireError::Value {
-            field: "number of hash bytes",
-            value: theirs.len() as u64,
-        }
-        .into());
+        return Err(WireError::Value { field: "number of hash bytes", value: theirs.len() as u64 }.into());
     }
     for ((&page, ours), theirs) in batch.iter().zip(ours).zip(theirs.chunks_exact(HASH_BYTES)) {
         if ours != theirs {
@@ -164,20 +152,11 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
 ) -> Result<SyncReport, SyncError> {
     ctx.link.reset_counts();
     ctx.last_number = ctx.last_number.max(number);
-    let header = Header {
-        group: ctx.config.group,
-        view: ctx.view,
-        number,
-        scope: Scope::Sync,
-        round: 0,
-    };
+    let header = Header { group: ctx.config.group, view: ctx.view, number, scope: Scope::Sync, round: 0 };
     let mut run = Run {
         header,
         deadlines: ctx.config.deadlines(),
-        report: SyncReport {
-            number,
-            ..SyncReport::default()
-        },
+        report: SyncReport { number, ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
         ctx,
@@ -243,14 +222,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let link = &mut self.ctx.link;
         let ours = self.ctx.pairing.in_flight();
         link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
-        let (_, mut union) =
-            link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        let (_, mut union) = link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
         self.report.dirty_peer = union.count();
         union.union_with(ours);
         self.report.union_pages = union.count();
         self.report.device_bytes = device_bytes;
-        self.report.full_transfer_bytes =
-            (self.report.dirty_local * PAGE_BYTES + device_bytes) as u64;
+        self.report.full_transfer_bytes = (self.report.dirty_local * PAGE_BYTES + device_bytes) as u64;
         self.report.phases.exchange_us = self.watch.lap();
         self.point(Phase::LeaderExchanged);
         Ok(union)
@@ -261,13 +238,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let pages: Vec<PageNumber> = union.iter().collect();
         let mut divergent = Vec::new();
         for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-            self.ctx.compare_batch(
-                &self.header,
-                &self.deadlines,
-                batch,
-                Kind::Hashes,
-                &mut divergent,
-            )?;
+            self.ctx.compare_batch(&self.header, &self.deadlines, batch, Kind::Hashes, &mut divergent)?;
             if index == 0 {
                 self.point(Phase::LeaderHashed);
             }
@@ -280,9 +251,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 5, first half: from here on the guest is not needed any more.
     fn copy(&mut self, divergent: &[PageNumber], device: Vec<u8>) {
-        self.ctx
-            .outgoing
-            .copy_pages(self.ctx.guest.ram(), divergent);
+        self.ctx.outgoing.copy_pages(self.ctx.guest.ram(), divergent);
         self.ctx.outgoing.set_device(device);
         self.report.zero_pages = self.ctx.outgoing.zero_pages();
         self.report.phases.copy_us = self.watch.lap();
@@ -302,12 +271,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 5, second half.
     fn send_transfer(&mut self) -> Result<(), SyncError> {
-        let LeaderContext {
-            outgoing,
-            link,
-            observer,
-            ..
-        } = &mut *self.ctx;
+        let LeaderContext { outgoing, link, observer, .. } = &mut *self.ctx;
         let half = self.report.divergent_pages / 2;
         let mut half_sent = false;
         outgoing.send_all(|pages, kind, parts| {
@@ -325,12 +289,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 7. Only here is the dirty set forgotten.
     fn await_ack(&mut self) -> Result<(), SyncError> {
-        self.ctx.link.expect(
-            &self.header,
-            Kind::Ack,
-            "the acknowledgement",
-            &self.deadlines,
-        )?;
+        self.ctx.link.expect(&self.header, Kind::Ack, "the acknowledgement", &self.deadlines)?;
         self.ctx.pairing.commit();
         self.report.phases.ack_us = self.watch.lap();
         self.point(Phase::LeaderAcked);
@@ -352,17 +311,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             self.ctx.pairing.forget_peer();
         }
         // The guest first: its clients wait. The peer can wait for the courtesy.
-        let resumed = if self.stopped_at.is_some() && self.ctx.observer.may_run() {
-            self.resume()
-        } else {
-            Ok(())
-        };
+        let resumed = if self.stopped_at.is_some() && self.ctx.observer.may_run() { self.resume() } else { Ok(()) };
         self.ctx.link.send_abort(&self.header, &error);
         match resumed {
-            Err(SyncError::Guest(resume)) => SyncError::NotResumed {
-                cause: Box::new(error),
-                resume,
-            },
+            Err(SyncError::Guest(resume)) => SyncError::NotResumed { cause: Box::new(error), resume },
             _ => error,
         }
     }

@@ -23,13 +23,7 @@ pub(crate) struct Link<C> {
 
 impl<C: Channel> Link<C> {
     pub fn new(channel: C) -> Self {
-        Self {
-            channel,
-            put_back: None,
-            message: Vec::new(),
-            bytes_sent: 0,
-            bytes_received: 0,
-        }
+        Self { channel, put_back: None, message: Vec::new(), bytes_sent: 0, bytes_received: 0 }
     }
 
     /// Begins counting for a new exchange.
@@ -43,26 +37,14 @@ impl<C: Channel> Link<C> {
         self.put_back = None;
     }
 
-    pub fn send(
-        &mut self,
-        header: &Header,
-        kind: Kind,
-        parts: &[&[u8]],
-        deadline: Instant,
-    ) -> Result<(), SyncError> {
+    pub fn send(&mut self, header: &Header, kind: Kind, parts: &[&[u8]], deadline: Instant) -> Result<(), SyncError> {
         let head = header.encode();
-        let mut slices = [
-            IoSlice::new(&head),
-            IoSlice::new(&[]),
-            IoSlice::new(&[]),
-            IoSlice::new(&[]),
-        ];
+        let mut slices = [IoSlice::new(&head), IoSlice::new(&[]), IoSlice::new(&[]), IoSlice::new(&[])];
         assert!(parts.len() < slices.len(), "at most three parts");
         for (slot, part) in slices[1..].iter_mut().zip(parts) {
             *slot = IoSlice::new(part);
         }
-        self.channel
-            .send(kind as u16, &slices[..=parts.len()], deadline)?;
+        self.channel.send(kind as u16, &slices[..=parts.len()], deadline)?;
         let body: usize = parts.iter().map(|part| part.len()).sum();
         self.bytes_sent += (head.len() + body) as u64;
         Ok(())
@@ -79,10 +61,7 @@ impl<C: Channel> Link<C> {
                 Ordering::Less => {}
                 Ordering::Greater => {
                     self.put_back = Some((kind as u16, std::mem::take(&mut self.message)));
-                    return Err(SyncError::Superseded {
-                        view: header.view,
-                        number: header.number,
-                    });
+                    return Err(SyncError::Superseded { view: header.view, number: header.number });
                 }
             }
             if Instant::now() >= deadline {
@@ -106,15 +85,9 @@ impl<C: Channel> Link<C> {
         };
         let (header, _) = Header::decode(&self.message)?;
         if header.group != group {
-            return Err(SyncError::ForeignGroup {
-                ours: group,
-                theirs: header.group,
-            });
+            return Err(SyncError::ForeignGroup { ours: group, theirs: header.group });
         }
-        let kind = Kind::from_code(code).ok_or(WireError::Value {
-            field: "message kind",
-            value: code.into(),
-        })?;
+        let kind = Kind::from_code(code).ok_or(WireError::Value { field: "message kind", value: code.into() })?;
         Ok((kind, header))
     }
 
@@ -125,11 +98,9 @@ impl<C: Channel> Link<C> {
 
     /// Whether a message is kept for the next [`Self::recv`] and satisfies `test`.
     pub fn kept(&self, test: impl FnOnce(Kind, &Header) -> bool) -> bool {
-        self.put_back.as_ref().is_some_and(|(code, message)| {
-            match (Kind::from_code(*code), Header::decode(message)) {
-                (Some(kind), Ok((header, _))) => test(kind, &header),
-                _ => false,
-            }
+        self.put_back.as_ref().is_some_and(|(code, message)| match (Kind::from_code(*code), Header::decode(message)) {
+            (Some(kind), Ok((header, _))) => test(kind, &header),
+            _ => false,
         })
     }
 
@@ -155,10 +126,7 @@ impl<C: Channel> Link<C> {
 
     fn abort(&self) -> Result<SyncError, SyncError> {
         let abort = Abort::decode(self.body())?;
-        Ok(SyncError::PeerAborted {
-            needs_rejoin: abort.needs_rejoin,
-            reason: abort.reason,
-        })
+        Ok(SyncError::PeerAborted { needs_rejoin: abort.needs_rejoin, reason: abort.reason })
     }
 
     /// Tells the peer that this side gave up, so that it need not wait for its deadline. Best effort.
@@ -166,10 +134,7 @@ impl<C: Channel> Link<C> {
         if error.channel_broken() || matches!(error, SyncError::PeerAborted { .. }) {
             return;
         }
-        let abort = Abort {
-            needs_rejoin: error.needs_rejoin(),
-            reason: error.to_string(),
-        };
+        let abort = Abort { needs_rejoin: error.needs_rejoin(), reason: error.to_string() };
         let deadline = Instant::now() + ABORT_PATIENCE;
         if let Err(error) = self.send(header, Kind::Abort, &[&abort.encode()], deadline) {
             tracing::debug!(%error, "the peer could not be told that the exchange was given up");
@@ -189,12 +154,7 @@ impl<C: Channel> Link<C> {
         set.encode(&mut wire);
         let terms = terms.encode();
         for piece in Piece::cut(&wire) {
-            self.send(
-                header,
-                kind,
-                &[&terms, &piece.head(), piece.bytes],
-                deadlines.next(),
-            )?;
+            self.send(header, kind, &[&terms, &piece.head(), piece.bytes], deadlines.next())?;
         }
         Ok(())
     }
@@ -228,12 +188,7 @@ impl<C: Channel> Link<C> {
         deadlines: &Deadlines,
     ) -> Result<(), SyncError> {
         for piece in Piece::cut(whole) {
-            self.send(
-                header,
-                kind,
-                &[&piece.head(), piece.bytes],
-                deadlines.next(),
-            )?;
+            self.send(header, kind, &[&piece.head(), piece.bytes], deadlines.next())?;
         }
         Ok(())
     }

@@ -85,17 +85,10 @@ impl FromStr for Phase {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|phase| phase.name() == name)
-            .ok_or_else(|| {
-                let names: Vec<_> = Self::ALL.iter().map(|phase| phase.name()).collect();
-                format!(
-                    "no syncvm phase named {name:?}; there are {}",
-                    names.join(", ")
-                )
-            })
+        Self::ALL.iter().copied().find(|phase| phase.name() == name).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|phase| phase.name()).collect();
+            format!("no syncvm phase named {name:?}; there are {}", names.join(", "))
+        })
     }
 }
 
@@ -108,11 +101,6 @@ mod tests {
         for &phase in Phase::ALL {
             assert_eq!(phase.to_string().parse(), Ok(phase));
         }
-        assert!(
-            "leader-asleep"
-                .parse::<Phase>()
-                .unwrap_err()
-                .contains("leader-acked")
-        );
+        assert!("leader-asleep".parse::<Phase>().unwrap_err().contains("leader-acked"));
     }
 }

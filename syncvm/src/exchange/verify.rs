@@ -3,9 +3,7 @@
 //!
 //! It does not trust the dirty sets, which is its purpose: a tracker that misses pages is found here.
 
-use super::{
-    BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Observer, SyncError,
-};
+use super::{BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Observer, SyncError};
 use crate::page::PageNumber;
 use crate::transfer::{Header, Kind};
 
@@ -13,11 +11,9 @@ use crate::transfer::{Header, Kind};
 const NAMED_PAGES: usize = 16;
 
 fn batches(pages: usize) -> impl Iterator<Item = Vec<PageNumber>> {
-    (0..pages).step_by(BATCH_PAGES).map(move |first| {
-        (first..pages.min(first + BATCH_PAGES))
-            .map(|page| PageNumber(page as u32))
-            .collect()
-    })
+    (0..pages)
+        .step_by(BATCH_PAGES)
+        .map(move |first| (first..pages.min(first + BATCH_PAGES)).map(|page| PageNumber(page as u32)).collect())
 }
 
 /// The leader compares and tells the follower.
@@ -28,41 +24,22 @@ pub(super) fn lead<G: Guest, C: Channel, O: Observer>(
 ) -> Result<(), SyncError> {
     let mut divergent = Vec::new();
     for batch in batches(ctx.pairing.pages()) {
-        ctx.compare_batch(
-            header,
-            deadlines,
-            &batch,
-            Kind::VerifyHashes,
-            &mut divergent,
-        )?;
+        ctx.compare_batch(header, deadlines, &batch, Kind::VerifyHashes, &mut divergent)?;
     }
     let limit = ctx.config.max_device_bytes;
-    let theirs = ctx.link.recv_pieces(
-        header,
-        Kind::VerifyDevice,
-        "the device state",
-        limit,
-        deadlines,
-    )?;
+    let theirs = ctx.link.recv_pieces(header, Kind::VerifyDevice, "the device state", limit, deadlines)?;
     let ours = ctx.outgoing.device();
     let different = (0..ours.len().max(theirs.len())).filter(|&at| ours.get(at) != theirs.get(at));
     let device_bytes = different.clone().count();
     let first_device_byte = different.clone().next();
     let equal = divergent.is_empty() && device_bytes == 0;
-    ctx.link
-        .send(header, Kind::Verdict, &[&[equal.into()]], deadlines.next())?;
+    ctx.link.send(header, Kind::Verdict, &[&[equal.into()]], deadlines.next())?;
     if equal {
         return Ok(());
     }
     let pages = divergent.len();
     divergent.truncate(NAMED_PAGES);
-    Err(SyncError::Diverged {
-        number: header.number,
-        pages,
-        first_pages: divergent,
-        device_bytes,
-        first_device_byte,
-    })
+    Err(SyncError::Diverged { number: header.number, pages, first_pages: divergent, device_bytes, first_device_byte })
 }
 
 /// The follower sends its side and waits for the verdict. `Ok(false)`: the leader is gone, so nobody can say;
@@ -87,8 +64,7 @@ pub(super) fn follow<G: Guest, C: Channel, O: Observer>(
             ctx.lose_guest();
             Err(SyncError::PeerAborted {
                 needs_rejoin: true,
-                reason: "the guests differ after the syncvm (invariant I4); see the leader's log"
-                    .into(),
+                reason: "the guests differ after the syncvm (invariant I4); see the leader's log".into(),
             })
         }
         Err(error) => {
@@ -107,10 +83,7 @@ fn send_and_wait<G: Guest, C: Channel, O: Observer>(
     for batch in batches(ctx.pairing.pages()) {
         ctx.send_hashes(header, deadlines, &batch, Kind::VerifyHashes)?;
     }
-    ctx.link
-        .send_pieces(header, Kind::VerifyDevice, device, deadlines)?;
-    let verdict = ctx
-        .link
-        .expect(header, Kind::Verdict, "the verdict", deadlines)?;
+    ctx.link.send_pieces(header, Kind::VerifyDevice, device, deadlines)?;
+    let verdict = ctx.link.expect(header, Kind::Verdict, "the verdict", deadlines)?;
     Ok(verdict == [1])
 }

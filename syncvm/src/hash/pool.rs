@@ -63,10 +63,7 @@ impl HashPool {
     /// When the system cannot start a thread.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        let shared = Arc::new(Shared {
-            slot: Mutex::new(Slot::default()),
-            changed: Condvar::new(),
-        });
+        let shared = Arc::new(Shared { slot: Mutex::new(Slot::default()), changed: Condvar::new() });
         let workers = (0..workers)
             .map(|number| {
                 let shared = Arc::clone(&shared);
@@ -76,11 +73,7 @@ impl HashPool {
                     .expect("the system starts a hash worker")
             })
             .collect();
-        Self {
-            shared,
-            turn: Mutex::new(()),
-            workers,
-        }
+        Self { shared, turn: Mutex::new(()), workers }
     }
 
     /// How many threads help the caller.
@@ -94,12 +87,7 @@ impl HashPool {
     /// # Panics
     /// When a page lies beyond the RAM file.
     #[must_use]
-    pub fn hash_pages(
-        &self,
-        kind: HashKind,
-        ram: &GuestRam,
-        pages: &[PageNumber],
-    ) -> Vec<PageHashValue> {
+    pub fn hash_pages(&self, kind: HashKind, ram: &GuestRam, pages: &[PageNumber]) -> Vec<PageHashValue> {
         assert!(
             pages.iter().all(|page| page.index() < ram.pages()),
             "a page to hash lies beyond the {} pages of RAM",
@@ -151,10 +139,7 @@ fn worker(shared: &Shared) {
         let job = {
             let mut slot = lock(&shared.slot);
             while !slot.closing && (slot.generation == seen || slot.job.is_none()) {
-                slot = shared
-                    .changed
-                    .wait(slot)
-                    .unwrap_or_else(PoisonError::into_inner);
+                slot = shared.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
             }
             if slot.closing {
                 return;
@@ -226,10 +211,7 @@ impl Job {
         let mut results = lock(&self.results);
         while results.pages_left > 0 {
             assert!(!results.worker_panicked, "a hash worker panicked");
-            results = self
-                .finished
-                .wait(results)
-                .unwrap_or_else(PoisonError::into_inner);
+            results = self.finished.wait(results).unwrap_or_else(PoisonError::into_inner);
         }
         std::mem::take(&mut results.hashes)
     }
@@ -253,22 +235,11 @@ mod tests {
         let hash = HashKind::Xxh3_128;
         let hashes = HashPool::new(0).hash_pages(hash, &ram, &pages);
         for (page, value) in hashes.iter().enumerate() {
-            let content = if [70, 71, 999].contains(&page) {
-                page as u8
-            } else {
-                0
-            };
-            assert_eq!(
-                *value,
-                hash.function()(&[content; PAGE_BYTES]),
-                "page {page}"
-            );
+            let content = if [70, 71, 999].contains(&page) { page as u8 } else { 0 };
+            assert_eq!(*value, hash.function()(&[content; PAGE_BYTES]), "page {page}");
         }
         let blocks = rustix::fs::fstat(ram.fd()).unwrap().st_blocks;
-        assert!(
-            blocks <= 2 * 64 * 8,
-            "{blocks} blocks of 512 bytes are allocated"
-        );
+        assert!(blocks <= 2 * 64 * 8, "{blocks} blocks of 512 bytes are allocated");
     }
 
     #[test]
@@ -278,9 +249,7 @@ mod tests {
         ftruncate(&fd, u64::from(PAGES) * 4096).unwrap();
         let ram = GuestRam::new(fd, None).unwrap();
         for page in 1..PAGES {
-            let bytes: Vec<u8> = (0..PAGE_BYTES)
-                .map(|i| (i as u32 * page % 253) as u8)
-                .collect();
+            let bytes: Vec<u8> = (0..PAGE_BYTES).map(|i| (i as u32 * page % 253) as u8).collect();
             ram.write_page(PageNumber(page), &bytes);
         }
         let pages: Vec<PageNumber> = (0..PAGES).rev().map(PageNumber).collect();

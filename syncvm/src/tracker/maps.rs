@@ -38,17 +38,12 @@ impl Mapping {
 /// When the process cannot be looked at or does not map the file.
 pub fn find_mappings(pid: u32, ram: BorrowedFd<'_>) -> Result<Vec<Mapping>, TrackerError> {
     let path = format!("/proc/{pid}/maps");
-    let failed = |source| TrackerError::Proc {
-        path: path.clone(),
-        source,
-    };
+    let failed = |source| TrackerError::Proc { path: path.clone(), source };
     let file = File::from(ram.try_clone_to_owned().map_err(failed)?);
     let metadata = file.metadata().map_err(failed)?;
     let text = std::fs::read_to_string(&path).map_err(failed)?;
-    let mappings: Vec<Mapping> = text
-        .lines()
-        .filter_map(|line| parse_line(line, metadata.dev(), metadata.ino()))
-        .collect();
+    let mappings: Vec<Mapping> =
+        text.lines().filter_map(|line| parse_line(line, metadata.dev(), metadata.ino())).collect();
     if mappings.is_empty() {
         return Err(TrackerError::NotMapped { pid });
     }
@@ -62,10 +57,7 @@ fn parse_line(line: &str, device: u64, inode: u64) -> Option<Mapping> {
     let permissions = fields.next()?;
     let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
     let (major, minor) = fields.next()?.split_once(':')?;
-    let this_device = libc::makedev(
-        u32::from_str_radix(major, 16).ok()?,
-        u32::from_str_radix(minor, 16).ok()?,
-    );
+    let this_device = libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
     let this_inode: u64 = fields.next()?.parse().ok()?;
     let shared = permissions.contains('w') && permissions.ends_with('s');
     if !shared || this_device != device || this_inode != inode {
@@ -73,19 +65,11 @@ fn parse_line(line: &str, device: u64, inode: u64) -> Option<Mapping> {
     }
     let start = u64::from_str_radix(start, 16).ok()?;
     let end = u64::from_str_radix(end, 16).ok()?;
-    Some(Mapping {
-        start,
-        bytes: end.checked_sub(start)?,
-        first_page: (offset / PAGE_BYTES as u64) as usize,
-    })
+    Some(Mapping { start, bytes: end.checked_sub(start)?, first_page: (offset / PAGE_BYTES as u64) as usize })
 }
 
 /// The mappings cut to the file, which together must cover every page of it.
-pub(super) fn covering(
-    mappings: &[Mapping],
-    pid: u32,
-    pages: usize,
-) -> Result<Vec<Mapping>, TrackerError> {
+pub(super) fn covering(mappings: &[Mapping], pid: u32, pages: usize) -> Result<Vec<Mapping>, TrackerError> {
     let mut covered = DirtySet::new(pages);
     let mut cut = Vec::new();
     for mapping in mappings {
@@ -97,11 +81,7 @@ pub(super) fn covering(
         }
     }
     if !covered.is_all() {
-        return Err(TrackerError::PartlyMapped {
-            pid,
-            mapped: covered.count(),
-            pages,
-        });
+        return Err(TrackerError::PartlyMapped { pid, mapped: covered.count(), pages });
     }
     Ok(cut)
 }
@@ -112,13 +92,8 @@ mod tests {
 
     #[test]
     fn lines_of_maps_are_understood_and_others_ignored() {
-        let line =
-            "7f00a000-7f00c000 rw-s 00001000 00:01 4242                       /memfd:ram (deleted)";
-        let expected = Mapping {
-            start: 0x7f00_a000,
-            bytes: 0x2000,
-            first_page: 1,
-        };
+        let line = "7f00a000-7f00c000 rw-s 00001000 00:01 4242                       /memfd:ram (deleted)";
+        let expected = Mapping { start: 0x7f00_a000, bytes: 0x2000, first_page: 1 };
         assert_eq!(parse_line(line, libc::makedev(0, 1), 4242), Some(expected));
         assert_eq!(parse_line(line, libc::makedev(0, 1), 4243), None);
         assert_eq!(parse_line(line, libc::makedev(0, 2), 4242), None);
@@ -129,20 +104,9 @@ mod tests {
 
     #[test]
     fn a_partial_mapping_is_refused() {
-        let mapping = Mapping {
-            start: 0x1000,
-            bytes: 0x3000,
-            first_page: 0,
-        };
+        let mapping = Mapping { start: 0x1000, bytes: 0x3000, first_page: 0 };
         assert_eq!(covering(&[mapping], 1, 3).unwrap(), [mapping]);
         assert_eq!(covering(&[mapping], 1, 2).unwrap()[0].bytes, 0x2000);
-        assert!(matches!(
-            covering(&[mapping], 1, 4),
-            Err(TrackerError::PartlyMapped {
-                mapped: 3,
-                pages: 4,
-                ..
-            })
-        ));
+        assert!(matches!(covering(&[mapping], 1, 4), Err(TrackerError::PartlyMapped { mapped: 3, pages: 4, .. })));
     }
 }

@@ -57,10 +57,7 @@ impl SoftDirtyTracker {
 
     fn clear(&mut self) -> Result<(), TrackerError> {
         let written = self.clear_refs.write_all(CLEAR_SOFT_DIRTY);
-        written.map_err(|source| TrackerError::Proc {
-            path: format!("{}/clear_refs", self.path),
-            source,
-        })
+        written.map_err(|source| TrackerError::Proc { path: format!("{}/clear_refs", self.path), source })
     }
 
     fn read(&mut self, into: &mut DirtySet, stats: &mut HarvestStats) -> io::Result<()> {
@@ -70,8 +67,7 @@ impl SoftDirtyTracker {
             for chunk in (0..count).step_by(ENTRIES) {
                 let take = ENTRIES.min(count - chunk);
                 let bytes = &mut self.entries[..take * 8];
-                self.pagemap
-                    .read_exact_at(bytes, (first + chunk as u64) * 8)?;
+                self.pagemap.read_exact_at(bytes, (first + chunk as u64) * 8)?;
                 stats.calls += 1;
                 for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
                     let entry = u64::from_le_bytes(*entry);
@@ -91,10 +87,7 @@ impl DirtyTracker for SoftDirtyTracker {
     fn harvest(&mut self, into: &mut DirtySet) -> Result<HarvestStats, TrackerError> {
         let mut stats = HarvestStats::default();
         self.read(into, &mut stats)
-            .map_err(|source| TrackerError::Proc {
-                path: format!("{}/pagemap", self.path),
-                source,
-            })?;
+            .map_err(|source| TrackerError::Proc { path: format!("{}/pagemap", self.path), source })?;
         self.clear()?;
         stats.calls += 1;
         Ok(stats)

@@ -87,11 +87,7 @@ unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -
 
 /// Opens the conversation with a userfaultfd.
 pub fn uffd_api(uffd: BorrowedFd<'_>, features: u64) -> io::Result<()> {
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features,
-        ioctls: 0,
-    };
+    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
     // SAFETY: UFFDIO_API takes a struct uffdio_api and follows no pointers.
     unsafe { ioctl(uffd, iowr::<UffdioApi>(0xAA, 0x3F), &mut api) }?;
     Ok(())
@@ -99,11 +95,7 @@ pub fn uffd_api(uffd: BorrowedFd<'_>, features: u64) -> io::Result<()> {
 
 /// Registers a range of the userfaultfd's process for write protection.
 pub fn uffd_register_wp(uffd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
-    let mut register = UffdioRegister {
-        range: UffdioRange { start, len },
-        mode: UFFDIO_REGISTER_MODE_WP,
-        ioctls: 0,
-    };
+    let mut register = UffdioRegister { range: UffdioRange { start, len }, mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
     // SAFETY: UFFDIO_REGISTER takes a struct uffdio_register; the addresses in it are those of the
     // userfaultfd's own process, where an asynchronous write protection changes no behaviour.
     unsafe { ioctl(uffd, iowr::<UffdioRegister>(0xAA, 0x00), &mut register) }?;
@@ -112,10 +104,7 @@ pub fn uffd_register_wp(uffd: BorrowedFd<'_>, start: u64, len: u64) -> io::Resul
 
 /// Write-protects a registered range.
 pub fn uffd_write_protect(uffd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
-    let mut protect = UffdioWriteprotect {
-        range: UffdioRange { start, len },
-        mode: UFFDIO_WRITEPROTECT_MODE_WP,
-    };
+    let mut protect = UffdioWriteprotect { range: UffdioRange { start, len }, mode: UFFDIO_WRITEPROTECT_MODE_WP };
     // SAFETY: as for registering.
     unsafe { ioctl(uffd, iowr::<UffdioWriteprotect>(0xAA, 0x06), &mut protect) }?;
     Ok(())

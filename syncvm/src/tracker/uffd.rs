@@ -34,36 +34,21 @@ impl UffdTracker {
     /// # Errors
     /// When the kernel lacks something, the userfaultfd was already in use, or the mappings do not cover
     /// the RAM file.
-    pub fn new(
-        uffd: OwnedFd,
-        pid: u32,
-        mappings: &[Mapping],
-        pages: usize,
-    ) -> Result<Self, TrackerError> {
+    pub fn new(uffd: OwnedFd, pid: u32, mappings: &[Mapping], pages: usize) -> Result<Self, TrackerError> {
         let mappings = covering(mappings, pid, pages)?;
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(&path).map_err(|source| TrackerError::Proc { path, source })?;
-        let features = sys::UFFD_FEATURE_WP_ASYNC
-            | sys::UFFD_FEATURE_WP_UNPOPULATED
-            | sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
-        sys::uffd_api(uffd.as_fd(), features).map_err(kernel(
-            "UFFDIO_API with WP_ASYNC",
-            " (it needs Linux 6.7 or later)",
-        ))?;
+        let features =
+            sys::UFFD_FEATURE_WP_ASYNC | sys::UFFD_FEATURE_WP_UNPOPULATED | sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+        sys::uffd_api(uffd.as_fd(), features)
+            .map_err(kernel("UFFDIO_API with WP_ASYNC", " (it needs Linux 6.7 or later)"))?;
         for mapping in &mappings {
-            sys::uffd_register_wp(uffd.as_fd(), mapping.start, mapping.bytes).map_err(kernel(
-                "UFFDIO_REGISTER",
-                " (is the userfaultfd QEMU's own?)",
-            ))?;
+            sys::uffd_register_wp(uffd.as_fd(), mapping.start, mapping.bytes)
+                .map_err(kernel("UFFDIO_REGISTER", " (is the userfaultfd QEMU's own?)"))?;
             sys::uffd_write_protect(uffd.as_fd(), mapping.start, mapping.bytes)
                 .map_err(kernel("UFFDIO_WRITEPROTECT", ""))?;
         }
-        let mut tracker = Self {
-            _uffd: uffd,
-            pagemap,
-            mappings,
-            regions: vec![PageRegion::default(); REGIONS],
-        };
+        let mut tracker = Self { _uffd: uffd, pagemap, mappings, regions: vec![PageRegion::default(); REGIONS] };
         // The first scan proves that PAGEMAP_SCAN exists, before anybody relies on it.
         tracker.harvest(&mut DirtySet::new(pages))?;
         Ok(tracker)
@@ -71,11 +56,7 @@ impl UffdTracker {
 }
 
 fn kernel(request: &'static str, hint: &'static str) -> impl Fn(io::Error) -> TrackerError {
-    move |source| TrackerError::Kernel {
-        request,
-        hint,
-        source,
-    }
+    move |source| TrackerError::Kernel { request, hint, source }
 }
 
 impl DirtyTracker for UffdTracker {
@@ -84,8 +65,7 @@ impl DirtyTracker for UffdTracker {
         for mapping in &self.mappings {
             let mut at = mapping.start;
             while at < mapping.end() {
-                let scanned =
-                    sys::scan_written(self.pagemap.as_fd(), at, mapping.end(), &mut self.regions);
+                let scanned = sys::scan_written(self.pagemap.as_fd(), at, mapping.end(), &mut self.regions);
                 let (filled, walked_to) = match scanned {
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     other => other.map_err(kernel(

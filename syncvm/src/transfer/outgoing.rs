@@ -98,19 +98,12 @@ impl Outgoing {
     ///
     /// # Errors
     /// Whatever `send` fails with.
-    pub fn send_all<E>(
-        &self,
-        mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn send_all<E>(&self, mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>) -> Result<(), E> {
         let mut checksum = Checksum::default();
         self.send_pages(&mut checksum, &mut send)?;
         for piece in Piece::cut(&self.device) {
             checksum.add(Kind::Device, &[&piece.head(), piece.bytes]);
-            send(
-                self.pages.len(),
-                Kind::Device,
-                &[&piece.head(), piece.bytes],
-            )?;
+            send(self.pages.len(), Kind::Device, &[&piece.head(), piece.bytes])?;
         }
         let end = End {
             pages: self.pages.len() as u64,

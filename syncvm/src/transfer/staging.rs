@@ -138,19 +138,12 @@ impl Staging {
         ];
         for (field, announced, received) in counts {
             if announced != received {
-                return Err(TransferError::Count {
-                    field,
-                    announced,
-                    received,
-                });
+                return Err(TransferError::Count { field, announced, received });
             }
         }
         let received = self.checksum.value();
         if end.checksum != received {
-            return Err(TransferError::Checksum {
-                announced: end.checksum,
-                received,
-            });
+            return Err(TransferError::Checksum { announced: end.checksum, received });
         }
         Ok(VerifiedTransfer { staging: self })
     }

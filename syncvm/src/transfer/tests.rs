@@ -67,10 +67,7 @@ fn a_whole_transfer_arrives_as_it_was() {
     let mut staging = Staging::new(PAGES);
     for _reuse in 0..2 {
         let transfer = collect(&mut staging, &messages, &union).unwrap();
-        assert_eq!(
-            (transfer.pages(), transfer.device_state().len()),
-            (550, 60_000)
-        );
+        assert_eq!((transfer.pages(), transfer.device_state().len()), (550, 60_000));
         let mut halves = 0;
         transfer.apply(&target, || halves += 1);
         assert_eq!(halves, 1);
@@ -90,82 +87,47 @@ fn a_lost_doubled_or_reordered_message_is_refused() {
     for index in 0..messages.len() - 1 {
         let mut lost = messages.clone();
         lost.remove(index);
-        assert!(
-            collect(&mut staging, &lost, &union).is_err(),
-            "lost {index}"
-        );
+        assert!(collect(&mut staging, &lost, &union).is_err(), "lost {index}");
         let mut doubled = messages.clone();
         doubled.insert(index, messages[index].clone());
-        assert!(
-            collect(&mut staging, &doubled, &union).is_err(),
-            "doubled {index}"
-        );
+        assert!(collect(&mut staging, &doubled, &union).is_err(), "doubled {index}");
     }
     let mut swapped = messages.clone();
     swapped.swap(0, 1);
     let refused = collect(&mut staging, &swapped, &union).unwrap_err();
-    assert!(
-        matches!(refused, TransferError::Checksum { .. }),
-        "{refused}"
-    );
+    assert!(matches!(refused, TransferError::Checksum { .. }), "{refused}");
 }
 
 #[test]
 fn pages_outside_the_union_are_refused() {
     let (messages, mut union, _) = sample();
     let mut smaller = DirtySet::new(PAGES);
-    union
-        .iter()
-        .filter(|page| page.0 != 300)
-        .for_each(|page| smaller.insert(page));
+    union.iter().filter(|page| page.0 != 300).for_each(|page| smaller.insert(page));
     union = smaller;
     let refused = collect(&mut Staging::new(PAGES), &messages, &union).unwrap_err();
     let page = PageNumber(300);
     assert_eq!(refused, TransferError::NotInUnion { page });
-    let beyond = [
-        1u32.to_le_bytes().as_slice(),
-        &u32::MAX.to_le_bytes(),
-        &[FLAG_ZERO],
-    ]
-    .concat();
+    let beyond = [1u32.to_le_bytes().as_slice(), &u32::MAX.to_le_bytes(), &[FLAG_ZERO]].concat();
     let refused = Staging::new(PAGES).page_chunk(&beyond, &DirtySet::all(PAGES));
     assert!(matches!(refused, Err(TransferError::NotInUnion { .. })));
 }
 
 #[test]
 fn headers_terms_and_aborts_come_back() {
-    let header = Header {
-        group: 1,
-        view: 2,
-        number: 3,
-        scope: Scope::Sync,
-        round: 4,
-    };
+    let header = Header { group: 1, view: 2, number: 3, scope: Scope::Sync, round: 4 };
     let mut message = header.encode().to_vec();
     message.push(7);
     assert_eq!(Header::decode(&message), Ok((header, &[7u8][..])));
     for basis in [None, Some(header.basis())] {
-        let terms = Terms {
-            ram_pages: 5,
-            hash: 1,
-            verify: true,
-            basis,
-        };
+        let terms = Terms { ram_pages: 5, hash: 1, verify: true, basis };
         let mut body = terms.encode();
         assert_eq!(body.len(), Terms::BYTES);
-        let piece = Piece {
-            total_bytes: 1,
-            offset_bytes: 0,
-            bytes: &[8],
-        };
+        let piece = Piece { total_bytes: 1, offset_bytes: 0, bytes: &[8] };
         body.extend(piece.head());
         body.push(8);
         assert_eq!(Terms::decode(&body), Ok((terms, piece)));
     }
-    let abort = Abort {
-        needs_rejoin: true,
-        reason: "because".into(),
-    };
+    let abort = Abort { needs_rejoin: true, reason: "because".into() };
     assert_eq!(Abort::decode(&abort.encode()), Ok(abort));
     for code in 0..40 {
         assert!(Kind::from_code(code).is_none_or(|kind| kind as u16 == code));
@@ -179,20 +141,11 @@ fn long_things_go_in_pieces_and_a_gap_is_noticed() {
     let pieces: Vec<Piece<'_>> = Piece::cut(&whole).collect();
     assert_eq!(pieces.len(), 3);
     let mut back = Vec::new();
-    let done: Vec<bool> = pieces
-        .iter()
-        .map(|p| p.append_to(&mut back, 1 << 22).unwrap())
-        .collect();
+    let done: Vec<bool> = pieces.iter().map(|p| p.append_to(&mut back, 1 << 22).unwrap()).collect();
     assert_eq!(done, [false, false, true]);
     assert_eq!(back, whole);
-    assert!(
-        pieces[2].append_to(&mut Vec::new(), 1 << 22).is_err(),
-        "not the next"
-    );
-    assert!(
-        pieces[0].append_to(&mut Vec::new(), 1 << 20).is_err(),
-        "too long"
-    );
+    assert!(pieces[2].append_to(&mut Vec::new(), 1 << 22).is_err(), "not the next");
+    assert!(pieces[0].append_to(&mut Vec::new(), 1 << 20).is_err(), "too long");
     assert_eq!(Piece::cut(&[]).count(), 1);
 }
 

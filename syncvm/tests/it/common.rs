@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use syncvm::exchange::{
-    Channel, ChannelError, ExchangeConfig, FollowerContext, Guest, GuestError, LeaderContext,
-    Observer, Parts, Phase, SyncError, SyncReport, follow_syncvm, lead_syncvm,
+    Channel, ChannelError, ExchangeConfig, FollowerContext, Guest, GuestError, LeaderContext, Observer, Parts, Phase,
+    SyncError, SyncReport, follow_syncvm, lead_syncvm,
 };
 use syncvm::hash::HashPool;
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber, Pairing};
@@ -128,10 +128,7 @@ impl FakeGuest {
     fn refused(&mut self, what: Refusal) -> Result<(), GuestError> {
         if self.refuse == Some(what) {
             self.refuse = None;
-            return Err(GuestError::new(
-                "obey",
-                format!("{what:?} refused by the test"),
-            ));
+            return Err(GuestError::new("obey", format!("{what:?} refused by the test")));
         }
         Ok(())
     }
@@ -233,9 +230,7 @@ pub fn channel_pair(fault: Option<Fault>) -> (MemoryChannel, MemoryChannel) {
 impl MemoryChannel {
     fn deliver(&mut self, kind: u16, message: Vec<u8>) -> Result<(), ChannelError> {
         let to_peer = self.to_peer.as_ref().ok_or(ChannelError::Closed)?;
-        to_peer
-            .send((kind, message))
-            .map_err(|_| ChannelError::Closed)
+        to_peer.send((kind, message)).map_err(|_| ChannelError::Closed)
     }
 }
 
@@ -244,11 +239,7 @@ impl Channel for MemoryChannel {
         let message: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         assert!(message.len() <= syncvm::transfer::MAX_MESSAGE_BYTES);
         let number = self.sent.fetch_add(1, Ordering::SeqCst);
-        let Some(fault) = self
-            .fault
-            .as_ref()
-            .filter(|fault| number >= fault.at_message)
-        else {
+        let Some(fault) = self.fault.as_ref().filter(|fault| number >= fault.at_message) else {
             return self.deliver(kind, message);
         };
         let how = fault.how;
@@ -315,21 +306,11 @@ pub type Leader = LeaderContext<FakeGuest, MemoryChannel, Watcher>;
 pub type Follower = FollowerContext<FakeGuest, MemoryChannel, Watcher>;
 
 pub fn config() -> ExchangeConfig {
-    ExchangeConfig {
-        silence_timeout: Duration::from_secs(2),
-        ..ExchangeConfig::new(77)
-    }
+    ExchangeConfig { silence_timeout: Duration::from_secs(2), ..ExchangeConfig::new(77) }
 }
 
 pub fn parts(guest: FakeGuest, channel: MemoryChannel) -> Parts<FakeGuest, MemoryChannel, Watcher> {
-    Parts {
-        guest,
-        channel,
-        observer: Watcher::default(),
-        config: config(),
-        view: 3,
-        pool: Arc::new(HashPool::new(0)),
-    }
+    Parts { guest, channel, observer: Watcher::default(), config: config(), view: 3, pool: Arc::new(HashPool::new(0)) }
 }
 
 /// A leader with a fresh pairing and a follower that is worth nothing, both with random memory.
@@ -343,23 +324,14 @@ pub fn pair(seed: u64, pages: usize) -> (Leader, Follower) {
 pub type Outcome = (Result<SyncReport, SyncError>, Result<SyncReport, SyncError>);
 
 /// One syncvm over a new channel with this fault.
-pub fn sync(
-    leader: &mut Leader,
-    follower: &mut Follower,
-    number: u64,
-    fault: Option<Fault>,
-) -> Outcome {
+pub fn sync(leader: &mut Leader, follower: &mut Follower, number: u64, fault: Option<Fault>) -> Outcome {
     let (a, b) = channel_pair(fault);
     leader.replace_channel(a);
     follower.replace_channel(b);
     sync_on_present_channel(leader, follower, number)
 }
 
-pub fn sync_on_present_channel(
-    leader: &mut Leader,
-    follower: &mut Follower,
-    number: u64,
-) -> Outcome {
+pub fn sync_on_present_channel(leader: &mut Leader, follower: &mut Follower, number: u64) -> Outcome {
     std::thread::scope(|scope| {
         let following = scope.spawn(|| follow_syncvm(follower, number));
         let led = lead_syncvm(leader, number);
@@ -368,20 +340,13 @@ pub fn sync_on_present_channel(
 }
 
 /// A syncvm that must succeed and make the follower what the leader was.
-pub fn good_sync(
-    leader: &mut Leader,
-    follower: &mut Follower,
-    number: u64,
-) -> (SyncReport, SyncReport) {
+pub fn good_sync(leader: &mut Leader, follower: &mut Follower, number: u64) -> (SyncReport, SyncReport) {
     follower.guest.at_load = None;
     let (led, followed) = sync(leader, follower, number, None);
     let (led, followed) = (led.unwrap(), followed.unwrap());
     assert!(leader.guest.running && follower.guest.running);
     let loaded = follower.guest.at_load.as_ref().expect("loaded");
-    assert!(
-        *loaded == leader.guest.at_stop,
-        "equal byte by byte at the sync point"
-    );
+    assert!(*loaded == leader.guest.at_stop, "equal byte by byte at the sync point");
     assert!(follower.guest.at_resume == leader.guest.at_stop);
     (led, followed)
 }

@@ -4,9 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::*;
 use proptest::prelude::*;
-use syncvm::exchange::{
-    FollowerContext, LeaderContext, Phase, Standing, SyncError, follow_syncvm, lead_syncvm,
-};
+use syncvm::exchange::{FollowerContext, LeaderContext, Phase, Standing, SyncError, follow_syncvm, lead_syncvm};
 use syncvm::{PAGE_BYTES, Pairing};
 
 #[test]
@@ -20,57 +18,29 @@ fn syncs_make_guests_equal_and_count_what_they_did() {
         let (led, followed) = good_sync(&mut leader, &mut follower, number);
         assert!(led.dirty_local <= 12 && led.dirty_peer <= 12 && led.union_pages <= 24);
         assert!(led.divergent_pages <= led.union_pages && led.zero_pages <= led.divergent_pages);
-        assert_eq!(
-            (led.dirty_local, led.dirty_peer),
-            (followed.dirty_peer, followed.dirty_local)
-        );
+        assert_eq!((led.dirty_local, led.dirty_peer), (followed.dirty_peer, followed.dirty_local));
         assert_eq!(led.divergent_pages, followed.divergent_pages);
         assert_eq!(led.bytes_sent, followed.bytes_received);
         assert_eq!(led.bytes_received, followed.bytes_sent);
         let data = (led.divergent_pages - led.zero_pages) * PAGE_BYTES + 3000;
         assert!(led.bytes_sent as usize >= data && (led.bytes_sent as usize) < data + 1000);
-        assert_eq!(
-            led.full_transfer_bytes as usize,
-            led.dirty_local * PAGE_BYTES + 3000
-        );
+        assert_eq!(led.full_transfer_bytes as usize, led.dirty_local * PAGE_BYTES + 3000);
         assert_eq!(led.full_transfer_bytes, followed.full_transfer_bytes);
         assert!(led.resumed && followed.resumed && !led.verified);
     }
-    assert_eq!(
-        (leader.observer.acknowledged, follower.observer.applied),
-        (50, 50)
-    );
+    assert_eq!((leader.observer.acknowledged, follower.observer.applied), (50, 50));
 }
 
 /// After a syncvm that may have failed anywhere: nobody hangs or stands still, the follower's guest is exactly
 /// its own or exactly the leader's, and an acknowledgement means the latter.
-fn check_after_fault(
-    leader: &Leader,
-    follower: &Follower,
-    outcome: &Outcome,
-    applied_before: usize,
-) -> bool {
-    assert!(
-        leader.guest.running,
-        "the leader's guest runs after {:?}",
-        outcome.0
-    );
-    assert!(
-        follower.guest.running,
-        "the follower's guest runs after {:?}",
-        outcome.1
-    );
+fn check_after_fault(leader: &Leader, follower: &Follower, outcome: &Outcome, applied_before: usize) -> bool {
+    assert!(leader.guest.running, "the leader's guest runs after {:?}", outcome.0);
+    assert!(follower.guest.running, "the follower's guest runs after {:?}", outcome.1);
     let applied = follower.observer.applied > applied_before;
     if applied {
-        assert!(
-            follower.guest.at_resume == leader.guest.at_stop,
-            "whole and the leader's"
-        );
+        assert!(follower.guest.at_resume == leader.guest.at_stop, "whole and the leader's");
     } else {
-        assert!(
-            follower.guest.at_resume == follower.guest.at_stop,
-            "untouched"
-        );
+        assert!(follower.guest.at_resume == follower.guest.at_stop, "untouched");
     }
     assert!(outcome.0.is_err() || applied, "acknowledged means applied");
     applied
@@ -128,9 +98,7 @@ proptest! {
 
 #[test]
 fn a_leader_that_dies_in_any_phase_leaves_a_usable_secondary() {
-    let phases = Phase::ALL
-        .iter()
-        .filter(|phase| phase.name().starts_with("leader-"));
+    let phases = Phase::ALL.iter().filter(|phase| phase.name().starts_with("leader-"));
     for &phase in phases.filter(|phase| **phase != Phase::LeaderRound) {
         let (mut leader, mut follower) = pair(phase as u64, PAGES);
         good_sync(&mut leader, &mut follower, 1);
@@ -156,27 +124,18 @@ fn a_leader_that_dies_in_any_phase_leaves_a_usable_secondary() {
         assert!(follower.guest.running, "{phase}");
         assert_eq!(follower.standing(), Standing::Whole, "{phase}");
         let sent_everything = phase >= Phase::LeaderSent;
-        assert_eq!(
-            follower.observer.applied > applied,
-            sent_everything,
-            "{phase}"
-        );
+        assert_eq!(follower.observer.applied > applied, sent_everything, "{phase}");
         if sent_everything {
             assert!(follower.guest.at_resume == leader_guest.at_stop, "{phase}");
         } else {
-            assert!(
-                follower.guest.at_resume == follower.guest.at_stop,
-                "{phase}"
-            );
+            assert!(follower.guest.at_resume == follower.guest.at_stop, "{phase}");
         }
     }
 }
 
 #[test]
 fn a_follower_that_dies_in_any_phase_costs_the_leader_nothing() {
-    let phases = Phase::ALL
-        .iter()
-        .filter(|phase| phase.name().starts_with("follower-"));
+    let phases = Phase::ALL.iter().filter(|phase| phase.name().starts_with("follower-"));
     for &phase in phases.filter(|phase| **phase != Phase::FollowerRound) {
         let (mut leader, mut follower) = pair(phase as u64, PAGES);
         good_sync(&mut leader, &mut follower, 1);
@@ -201,10 +160,7 @@ fn a_follower_that_dies_in_any_phase_costs_the_leader_nothing() {
         let mut joiner = FollowerContext::new(parts(FakeGuest::new(99, PAGES), b));
         let (led, followed) = sync(&mut leader, &mut joiner, 3, None);
         assert!(led.unwrap_err().needs_rejoin(), "{phase}");
-        assert!(
-            matches!(followed, Err(SyncError::NotWhole { ours: None, .. })),
-            "{phase}"
-        );
+        assert!(matches!(followed, Err(SyncError::NotWhole { ours: None, .. })), "{phase}");
         leader.pairing_mut().forget_peer();
         joiner.guest.running = true;
         good_sync(&mut leader, &mut joiner, 4);
@@ -222,19 +178,12 @@ fn a_guest_that_refuses_a_step_aborts_cleanly_and_the_next_sync_repairs() {
     ] {
         let (mut leader, mut follower) = pair(5, PAGES);
         good_sync(&mut leader, &mut follower, 1);
-        let guest = if on_leader {
-            &mut leader.guest
-        } else {
-            &mut follower.guest
-        };
+        let guest = if on_leader { &mut leader.guest } else { &mut follower.guest };
         guest.refuse = Some(refusal);
         let start = Instant::now();
         let (led, followed) = sync(&mut leader, &mut follower, 2, None);
         assert!(led.is_err() && followed.is_err(), "{refusal:?}");
-        assert!(
-            start.elapsed() < config().silence_timeout,
-            "the peer was told: {refusal:?}"
-        );
+        assert!(start.elapsed() < config().silence_timeout, "the peer was told: {refusal:?}");
         assert!(leader.guest.running && follower.guest.running);
         good_sync(&mut leader, &mut follower, 3);
     }
@@ -263,16 +212,10 @@ fn resuming_that_fails_is_reported_with_its_cause() {
     let (mut leader, mut follower) = pair(7, PAGES);
     good_sync(&mut leader, &mut follower, 1);
     leader.guest.refuse = Some(Refusal::Resume);
-    let fault = Some(Fault {
-        at_message: 1,
-        how: Break::Refused,
-    });
+    let fault = Some(Fault { at_message: 1, how: Break::Refused });
     let (led, _) = sync(&mut leader, &mut follower, 2, fault);
     let error = led.unwrap_err();
-    assert!(
-        matches!(error, SyncError::NotResumed { .. }) && error.channel_broken(),
-        "{error}"
-    );
+    assert!(matches!(error, SyncError::NotResumed { .. }) && error.channel_broken(), "{error}");
 }
 
 #[test]
@@ -294,11 +237,7 @@ fn a_silent_peer_ends_the_call_by_the_deadline_with_the_guest_running() {
         };
         drop(b);
         assert!(error.channel_broken(), "{error}");
-        assert!(
-            (silence..Duration::from_secs(2)).contains(&start.elapsed()),
-            "{:?}",
-            start.elapsed()
-        );
+        assert!((silence..Duration::from_secs(2)).contains(&start.elapsed()), "{:?}", start.elapsed());
         assert!(leader.guest.running && follower.guest.running);
     }
     leader.config.silence_timeout = config().silence_timeout;
@@ -314,14 +253,7 @@ fn a_peer_that_only_repeats_old_messages_does_not_extend_the_deadline() {
     let (a, mut b) = channel_pair(None);
     leader.replace_channel(a);
     leader.config.silence_timeout = Duration::from_millis(80);
-    let stale = Header {
-        group: 77,
-        view: 3,
-        number: 1,
-        scope: Scope::Sync,
-        round: 0,
-    }
-    .encode();
+    let stale = Header { group: 77, view: 3, number: 1, scope: Scope::Sync, round: 0 }.encode();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -357,10 +289,7 @@ fn leftovers_of_an_aborted_sync_are_skipped_and_a_later_sync_is_not_lost() {
     let (led, followed) = std::thread::scope(|scope| {
         let following = scope.spawn(|| {
             let superseded = follow_syncvm(&mut follower, 4).unwrap_err();
-            assert!(matches!(
-                superseded,
-                SyncError::Superseded { view: 3, number: 5 }
-            ));
+            assert!(matches!(superseded, SyncError::Superseded { view: 3, number: 5 }));
             follow_syncvm(&mut follower, 5)
         });
         (lead_syncvm(&mut leader, 5), following.join().unwrap())
@@ -388,13 +317,7 @@ fn another_view_group_hash_or_ram_size_is_refused() {
     follower.config.group = 77;
     follower.config.hash = syncvm::hash::HashKind::Xxh3_128;
     let (_, followed) = sync(&mut leader, &mut follower, 3, None);
-    assert!(matches!(
-        followed,
-        Err(SyncError::Mismatch {
-            what: "the page hash",
-            ..
-        })
-    ));
+    assert!(matches!(followed, Err(SyncError::Mismatch { what: "the page hash", .. })));
     leader.config.hash = syncvm::hash::HashKind::Xxh3_128;
     follower.guest.running = true;
     good_sync(&mut leader, &mut follower, 4);
@@ -445,19 +368,10 @@ fn verify_passes_when_equal_and_names_what_differs() {
     for number in 6..20 {
         let acknowledged = leader.observer.acknowledged;
         let (led, followed) = sync(&mut leader, &mut follower, number, None);
-        if let Err(SyncError::Diverged {
-            pages,
-            first_pages,
-            device_bytes,
-            ..
-        }) = &led
-        {
+        if let Err(SyncError::Diverged { pages, first_pages, device_bytes, .. }) = &led {
             assert!(*pages > 0 && !first_pages.is_empty() && *device_bytes == 0);
             assert!(followed.unwrap_err().needs_rejoin());
-            assert_eq!(
-                leader.observer.acknowledged, acknowledged,
-                "nothing is released"
-            );
+            assert_eq!(leader.observer.acknowledged, acknowledged, "nothing is released");
             assert_eq!(follower.standing(), Standing::Empty);
             bitten = true;
             break;
@@ -470,13 +384,7 @@ fn verify_passes_when_equal_and_names_what_differs() {
     good_sync(&mut leader, &mut follower, 20);
     follower.guest.corrupt_load = true;
     let (led, _) = sync(&mut leader, &mut follower, 21, None);
-    let Err(SyncError::Diverged {
-        pages,
-        device_bytes,
-        first_device_byte,
-        ..
-    }) = led
-    else {
+    let Err(SyncError::Diverged { pages, device_bytes, first_device_byte, .. }) = led else {
         panic!("a device state that differs is found: {led:?}");
     };
     assert_eq!((pages, device_bytes, first_device_byte), (0, 1, Some(7)));
@@ -492,19 +400,10 @@ fn a_guest_of_many_batches_and_messages_arrives_whole() {
     leader.config.verify = true;
     let pool = std::sync::Arc::new(syncvm::hash::HashPool::new(1));
     let (guest, a, _, pairing) = leader.into_parts();
-    let mut leader = LeaderContext::new(
-        syncvm::exchange::Parts {
-            pool,
-            ..parts(guest, a)
-        },
-        pairing,
-    );
+    let mut leader = LeaderContext::new(syncvm::exchange::Parts { pool, ..parts(guest, a) }, pairing);
     good_sync(&mut leader, &mut follower, 1);
     let (led, _) = good_sync(&mut leader, &mut follower, 2);
-    assert!(
-        led.union_pages > 2500 && led.divergent_pages > 1000,
-        "{led:?}"
-    );
+    assert!(led.union_pages > 2500 && led.divergent_pages > 1000, "{led:?}");
     let fresh = Pairing::fresh(pages);
     assert_eq!(fresh.pending_count(), pages);
 }
@@ -513,17 +412,7 @@ fn a_guest_of_many_batches_and_messages_arrives_whole() {
 fn every_phase_is_passed_in_order() {
     let (mut leader, mut follower) = pair(17, PAGES);
     good_sync(&mut leader, &mut follower, 1);
-    let seen: Vec<Phase> = leader
-        .observer
-        .seen
-        .iter()
-        .chain(&follower.observer.seen)
-        .copied()
-        .collect();
-    let expected: Vec<Phase> = Phase::ALL
-        .iter()
-        .copied()
-        .filter(|phase| !phase.name().ends_with("-round"))
-        .collect();
+    let seen: Vec<Phase> = leader.observer.seen.iter().chain(&follower.observer.seen).copied().collect();
+    let expected: Vec<Phase> = Phase::ALL.iter().copied().filter(|phase| !phase.name().ends_with("-round")).collect();
     assert_eq!(seen, expected);
 }

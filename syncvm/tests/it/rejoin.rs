@@ -12,17 +12,10 @@ use syncvm::{PAGE_BYTES, PageNumber};
 const BIG: usize = 5000;
 
 fn policy(target_pages: usize) -> RejoinPolicy {
-    RejoinPolicy {
-        target_pages,
-        max_rounds: 6,
-        ..RejoinPolicy::default()
-    }
+    RejoinPolicy { target_pages, max_rounds: 6, ..RejoinPolicy::default() }
 }
 
-type Rounds = (
-    Result<RejoinReport, SyncError>,
-    Result<RejoinReport, SyncError>,
-);
+type Rounds = (Result<RejoinReport, SyncError>, Result<RejoinReport, SyncError>);
 
 fn rejoin(
     leader: &mut Leader,
@@ -74,30 +67,16 @@ fn a_joiner_ends_equal_although_the_guest_writes_all_the_time() {
         assert!(writer.join().unwrap() > 0);
         let (led, followed) = (led.unwrap(), followed.unwrap());
         assert!(led.rounds >= 1 && led.left_pages <= 230, "{led:?}");
-        assert!(matches!(
-            led.end,
-            Some(RoundsEnd::NotConverging | RoundsEnd::Limit | RoundsEnd::SmallEnough)
-        ));
+        assert!(matches!(led.end, Some(RoundsEnd::NotConverging | RoundsEnd::Limit | RoundsEnd::SmallEnough)));
         assert_eq!(
             (led.rounds, led.compared_pages, led.sent_pages),
-            (
-                followed.rounds,
-                followed.compared_pages,
-                followed.sent_pages
-            )
+            (followed.rounds, followed.compared_pages, followed.sent_pages)
         );
-        assert!(
-            led.sent_pages < led.compared_pages / 2,
-            "what is right is not sent: {led:?}"
-        );
+        assert!(led.sent_pages < led.compared_pages / 2, "what is right is not sent: {led:?}");
         assert_eq!(follower.standing(), Standing::Joining);
         assert!(leader.guest.running && !follower.guest.running);
         let (synced, _) = good_sync(&mut leader, &mut follower, 6);
-        assert!(
-            synced.union_pages < 300,
-            "the rest only: {}",
-            synced.union_pages
-        );
+        assert!(synced.union_pages < 300, "the rest only: {}", synced.union_pages);
         assert_eq!(follower.standing(), Standing::Whole);
         good_sync(&mut leader, &mut follower, 7);
     }
@@ -135,10 +114,7 @@ fn a_half_joined_replica_refuses_the_syncvm_of_another_pairing() {
     followed.unwrap();
     let (led, followed) = sync(&mut leader, &mut joiner, 3, None);
     assert!(led.unwrap_err().needs_rejoin());
-    assert!(matches!(
-        followed,
-        Err(SyncError::NotWhole { ours: Some(_), .. })
-    ));
+    assert!(matches!(followed, Err(SyncError::NotWhole { ours: Some(_), .. })));
     assert!(!joiner.guest.running && joiner.observer.applied == 1);
 }
 
@@ -159,15 +135,10 @@ fn a_joiner_with_an_empty_memory_gets_zero_pages_for_nothing() {
     assert!(led.sent_pages > 1000 && led.bytes_sent < 100_000, "{led:?}");
     good_sync(&mut leader, &mut joiner, 3);
     let (_, b) = channel_pair(None);
-    let blank = FakeGuest {
-        ram: new_ram(BIG),
-        ..FakeGuest::new(7, BIG)
-    };
+    let blank = FakeGuest { ram: new_ram(BIG), ..FakeGuest::new(7, BIG) };
     let mut blank = FollowerContext::new(parts(blank, b));
     assert_eq!(blank.guest.ram().pages(), BIG);
-    rejoin(&mut leader, &mut blank, 4, &policy(50), None)
-        .0
-        .unwrap();
+    rejoin(&mut leader, &mut blank, 4, &policy(50), None).0.unwrap();
     good_sync(&mut leader, &mut blank, 5);
 }
 
@@ -198,10 +169,7 @@ fn a_joiner_that_starts_on_a_round_given_up_turns_to_the_present_one() {
     leader.config.silence_timeout = config().silence_timeout;
     let (led, followed) = std::thread::scope(|scope| {
         let following = scope.spawn(|| follow_rejoin(&mut follower, Duration::from_secs(20)));
-        (
-            lead_rejoin(&mut leader, 1, &policy(50)),
-            following.join().unwrap(),
-        )
+        (lead_rejoin(&mut leader, 1, &policy(50)), following.join().unwrap())
     });
     led.unwrap();
     followed.unwrap();
@@ -210,38 +178,20 @@ fn a_joiner_that_starts_on_a_round_given_up_turns_to_the_present_one() {
 
 #[test]
 fn policy_decides_as_documented() {
-    let policy = RejoinPolicy {
-        max_rounds: 5,
-        target_pages: 10,
-        max_time: Duration::from_secs(1),
-        ..RejoinPolicy::default()
-    };
+    let policy =
+        RejoinPolicy { max_rounds: 5, target_pages: 10, max_time: Duration::from_secs(1), ..RejoinPolicy::default() };
     let now = Duration::ZERO;
     assert_eq!(policy.decide(0, now, 0, 0), None, "round 0 always happens");
     assert_eq!(policy.decide(1, now, 10, 99), Some(RoundsEnd::SmallEnough));
     assert_eq!(policy.decide(1, now, 11, 11), None);
-    assert_eq!(
-        policy.decide(3, now, 11, 11),
-        Some(RoundsEnd::NotConverging)
-    );
+    assert_eq!(policy.decide(3, now, 11, 11), Some(RoundsEnd::NotConverging));
     assert_eq!(policy.decide(3, now, 11, 12), None);
     assert_eq!(policy.decide(5, now, 11, 12), Some(RoundsEnd::Limit));
-    assert_eq!(
-        policy.decide(1, Duration::from_secs(1), 11, 12),
-        Some(RoundsEnd::Limit)
-    );
+    assert_eq!(policy.decide(1, Duration::from_secs(1), 11, 12), Some(RoundsEnd::Limit));
     let (mut leader, mut follower) = pair(8, PAGES);
     leader.guest.needs_stop = true; // every harvest lets the fake guest run and write
-    let strict = RejoinPolicy {
-        max_rounds: 2,
-        target_pages: 0,
-        at_limit: AtLimit::GiveUp,
-        ..policy
-    };
+    let strict = RejoinPolicy { max_rounds: 2, target_pages: 0, at_limit: AtLimit::GiveUp, ..policy };
     let (led, followed) = rejoin(&mut leader, &mut follower, 1, &strict, None);
-    assert!(
-        matches!(led, Err(SyncError::NotConverging { .. })),
-        "{led:?}"
-    );
+    assert!(matches!(led, Err(SyncError::NotConverging { .. })), "{led:?}");
     assert!(followed.is_err() && leader.guest.running);
 }

@@ -28,12 +28,7 @@ fn child_process() {
     };
     let fds: Vec<RawFd> = fds.split(',').map(|fd| fd.parse().unwrap()).collect();
     // SAFETY: the parent left these two descriptors open for this process alone.
-    let (ram, socket) = unsafe {
-        (
-            OwnedFd::from_raw_fd(fds[0]),
-            UnixStream::from(OwnedFd::from_raw_fd(fds[1])),
-        )
-    };
+    let (ram, socket) = unsafe { (OwnedFd::from_raw_fd(fds[0]), UnixStream::from(OwnedFd::from_raw_fd(fds[1]))) };
     let ram = GuestRam::new(ram, None).unwrap();
     // SAFETY: the system call takes flags only and returns a new descriptor or -1.
     let uffd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -91,24 +86,15 @@ impl Process {
         let fd = memfd_create("plover-tracker-test", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, (PAGES * PAGE_BYTES) as u64).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         // Copies without close-on-exec, for the child only; closed here as soon as it has been started.
         let (for_child, theirs) = (fd.try_clone().unwrap(), OwnedFd::from(theirs));
         for fd in [&for_child, &theirs] {
             fcntl_setfd(fd, FdFlags::empty()).unwrap();
         }
         let child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "tracker::child_process",
-                "--nocapture",
-                "--test-threads=1",
-            ])
-            .env(
-                CHILD,
-                format!("{},{}", for_child.as_raw_fd(), theirs.as_raw_fd()),
-            )
+            .args(["--exact", "tracker::child_process", "--nocapture", "--test-threads=1"])
+            .env(CHILD, format!("{},{}", for_child.as_raw_fd(), theirs.as_raw_fd()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
@@ -131,9 +117,7 @@ impl Process {
 
     fn reply(&mut self) -> String {
         let mut line = String::new();
-        self.replies
-            .read_line(&mut line)
-            .expect("the child answers in time");
+        self.replies.read_line(&mut line).expect("the child answers in time");
         line.trim().to_string()
     }
 
@@ -147,25 +131,15 @@ impl Process {
         self.command(&format!("write {}", words.join(" ")));
     }
 
-    fn tracker(
-        &mut self,
-        force: Option<TrackerKind>,
-    ) -> (Box<dyn DirtyTracker>, syncvm::tracker::Choice) {
+    fn tracker(&mut self, force: Option<TrackerKind>) -> (Box<dyn DirtyTracker>, syncvm::tracker::Choice) {
         self.try_tracker(force).unwrap()
     }
 
     fn try_tracker(
         &mut self,
         force: Option<TrackerKind>,
-    ) -> Result<(Box<dyn DirtyTracker>, syncvm::tracker::Choice), syncvm::tracker::TrackerError>
-    {
-        choose(Candidates {
-            pid: self.child.id(),
-            ram: self.ram.fd(),
-            pages: PAGES,
-            uffd: self.uffd.take(),
-            force,
-        })
+    ) -> Result<(Box<dyn DirtyTracker>, syncvm::tracker::Choice), syncvm::tracker::TrackerError> {
+        choose(Candidates { pid: self.child.id(), ram: self.ram.fd(), pages: PAGES, uffd: self.uffd.take(), force })
     }
 }
 
@@ -245,10 +219,7 @@ fn no_write_is_missed(process: &mut Process, tracker: &mut dyn DirtyTracker, rou
     process.command("calm");
     copy(tracker, &process.ram);
     assert!(seen > 100, "the storm was seen: {seen}");
-    assert!(
-        shadow == snapshot(&process.ram),
-        "a written page was missed"
-    );
+    assert!(shadow == snapshot(&process.ram), "a written page was missed");
 }
 
 #[test]
@@ -266,10 +237,7 @@ fn the_full_tracker_and_soft_dirty_where_it_exists_miss_nothing() {
     assert_eq!(choice.reason, "asked for by the configuration");
     no_write_is_missed(&mut process, &mut *tracker, 2);
     match process.try_tracker(Some(TrackerKind::SoftDirty)) {
-        Err(error) => assert!(
-            error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"),
-            "{error}"
-        ),
+        Err(error) => assert!(error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}"),
         Ok((mut tracker, _)) => {
             assert!(!tracker.exact_while_running());
             process.write(&(0..PAGES as u32).collect::<Vec<_>>());
@@ -287,13 +255,7 @@ fn without_a_userfaultfd_the_choice_falls_back_and_says_why() {
     process.uffd = None;
     let (tracker, choice) = process.tracker(None);
     assert_ne!(tracker.kind(), TrackerKind::Uffd);
-    assert!(
-        choice
-            .reason
-            .contains("not uffd: the agent handed over no userfaultfd"),
-        "{}",
-        choice.reason
-    );
+    assert!(choice.reason.contains("not uffd: the agent handed over no userfaultfd"), "{}", choice.reason);
     let Err(error) = process.try_tracker(Some(TrackerKind::Uffd)) else {
         panic!("forcing what is missing must fail");
     };

@@ -24,12 +24,7 @@ const REPORT_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// When the guest does not come up, or the client saw a fault: then the figures mean nothing.
-pub fn measure(
-    bed: &Testbed,
-    arguments: &Arguments,
-    cores: Cores,
-    report: &mut DemoReport,
-) -> Result<()> {
+pub fn measure(bed: &Testbed, arguments: &Arguments, cores: Cores, report: &mut DemoReport) -> Result<()> {
     let guest = Guest::new(Service::Redis);
     let address = SocketAddr::new(GUEST_IP.into(), guest.service.port());
     let qemu = step("unreplicated: the guest boots on stock QEMU", || {
@@ -37,10 +32,7 @@ pub fn measure(
         clients::wait_for_redis(bed, address, cores.client)?;
         Ok(qemu)
     })?;
-    let job = Job::RedisLoad(LoadParameters {
-        verify: false,
-        ..clients::load(address, arguments)
-    });
+    let job = Job::RedisLoad(LoadParameters { verify: false, ..clients::load(address, arguments) });
     let mut load = Client::start(bed, "baseline", cores.client, &job)?;
     load.wait_started()?;
     let window = arguments.short_window();

@@ -61,11 +61,7 @@ impl Client {
             .run(|| command.spawn())?
             .with_context(|| format!("cannot start the {name} client"))?;
         let process = ClientProcess::from_child(&mut child);
-        Ok(Self {
-            name,
-            child,
-            process,
-        })
+        Ok(Self { name, child, process })
     }
 
     /// Waits until its first requests leave.
@@ -73,9 +69,7 @@ impl Client {
     /// # Errors
     /// When they do not.
     pub fn wait_started(&self) -> Result<()> {
-        self.process
-            .wait_started(ANSWER_LIMIT)
-            .with_context(|| format!("the {} client did not start", self.name))
+        self.process.wait_started(ANSWER_LIMIT).with_context(|| format!("the {} client did not start", self.name))
     }
 
     /// Opens a window; returns when, in milliseconds since the client's start.
@@ -94,9 +88,7 @@ impl Client {
     /// # Errors
     /// When the client has gone.
     pub fn set_in_flight(&mut self, in_flight: u32) -> Result<()> {
-        self.process
-            .set_in_flight(in_flight)
-            .with_context(|| format!("the {} client has gone", self.name))
+        self.process.set_in_flight(in_flight).with_context(|| format!("the {} client has gone", self.name))
     }
 
     /// Answers so far.
@@ -122,9 +114,7 @@ impl Client {
     pub fn finish(mut self, limit: Duration) -> Result<Report> {
         // A client that has ended by itself may have reported before.
         drop(self.process.stop());
-        self.process
-            .report(limit)
-            .with_context(|| format!("no report from the {} client", self.name))
+        self.process.report(limit).with_context(|| format!("no report from the {} client", self.name))
     }
 }
 
@@ -177,15 +167,8 @@ pub fn ping(arguments: &Arguments) -> Job {
 /// When it does not within the time of a boot.
 pub fn wait_for_redis(bed: &Testbed, address: SocketAddr, core: usize) -> Result<()> {
     let limit = Duration::from_secs(rig::guest::BOOT_LIMIT_SECS);
-    let job = Job::Probe(ProbeParameters {
-        service: Service::Redis,
-        address,
-        timeout_ms: limit.as_millis() as u64,
-    });
+    let job = Job::Probe(ProbeParameters { service: Service::Redis, address, timeout_ms: limit.as_millis() as u64 });
     let probe = Client::start(bed, "probe", core, &job)?;
-    probe
-        .process
-        .report(limit + ANSWER_LIMIT)
-        .context("the guest's Redis does not answer the client")?;
+    probe.process.report(limit + ANSWER_LIMIT).context("the guest's Redis does not answer the client")?;
     Ok(())
 }

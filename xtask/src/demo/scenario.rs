@@ -78,12 +78,7 @@ const LINK_CUT: Blow = Blow {
 
 impl<'a> Scenario<'a> {
     /// Nothing runs yet.
-    pub fn new(
-        cluster: &'a Cluster<'a>,
-        arguments: &'a Arguments,
-        cores: Cores,
-        report: &'a mut DemoReport,
-    ) -> Self {
+    pub fn new(cluster: &'a Cluster<'a>, arguments: &'a Arguments, cores: Cores, report: &'a mut DemoReport) -> Self {
         Self {
             cluster,
             arguments,
@@ -343,12 +338,9 @@ impl<'a> Scenario<'a> {
         report.connections_lost += load.connections_lost;
         let wrong = load.wrong_read_samples.iter();
         let lost = load.verification.iter().flat_map(|found| &found.lost);
-        let samples = wrong.chain(lost).map(|sample| {
-            format!(
-                "{}: {} expected, {} read",
-                sample.key, sample.expected, sample.got
-            )
-        });
+        let samples = wrong
+            .chain(lost)
+            .map(|sample| format!("{}: {} expected, {} read", sample.key, sample.expected, sample.got));
         report.samples = samples.take(SAMPLES).collect();
         let refused = load.error_samples.iter().take(SAMPLES);
         let given_up = load.loss_samples.iter().take(SAMPLES);
@@ -376,8 +368,7 @@ impl<'a> Scenario<'a> {
 
     fn take_ping(&mut self, ping: &PingReport) {
         for (number, failure) in (1..).zip(&mut self.report.failures) {
-            failure.ping_gap_ms =
-                window_of(&ping.windows, &failure_label(number)).map(|window| window.gap_ms);
+            failure.ping_gap_ms = window_of(&ping.windows, &failure_label(number)).map(|window| window.gap_ms);
         }
     }
 
@@ -389,9 +380,7 @@ impl<'a> Scenario<'a> {
         report.checked_operations = registers.operations;
         for key in &registers.keys {
             if !registers.linearizable {
-                report
-                    .samples
-                    .push(format!("{}: {:?}", key.key, key.verdict));
+                report.samples.push(format!("{}: {:?}", key.key, key.verdict));
             }
         }
     }

@@ -47,11 +47,7 @@ impl Collected {
 
     /// The sums. Quantiles cannot be added: those of the daemon that led most syncvms stand for all.
     pub fn sums(&self) -> SyncvmFigures {
-        let all = || {
-            self.hosts
-                .iter()
-                .flat_map(|host| host.earlier.iter().chain([&host.present]))
-        };
+        let all = || self.hosts.iter().flat_map(|host| host.earlier.iter().chain([&host.present]));
         let sum = |field: fn(&SyncvmFigures) -> u64| all().map(field).sum();
         let most = all().max_by_key(|figures| figures.count).copied();
         SyncvmFigures {
@@ -84,12 +80,7 @@ mod tests {
     use super::*;
 
     fn led(count: u64, stop_ms_p50: f64) -> SyncvmFigures {
-        SyncvmFigures {
-            count,
-            dirty_pages: count * 10,
-            stop_ms_p50,
-            ..SyncvmFigures::default()
-        }
+        SyncvmFigures { count, dirty_pages: count * 10, stop_ms_p50, ..SyncvmFigures::default() }
     }
 
     #[test]

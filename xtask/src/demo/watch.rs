@@ -31,18 +31,14 @@ impl Leader<'_> {
 
     /// Its connections to both others stand.
     pub fn is_connected(&self) -> bool {
-        self.status["peers"].as_array().is_some_and(|peers| {
-            peers.len() == 2 && peers.iter().all(|peer| peer["connected"] == true)
-        })
+        self.status["peers"]
+            .as_array()
+            .is_some_and(|peers| peers.len() == 2 && peers.iter().all(|peer| peer["connected"] == true))
     }
 
     /// «h1 leads, h2 is secondary».
     pub fn describe(&self) -> String {
-        format!(
-            "{} leads, {} is secondary",
-            self.host.name(),
-            self.status["secondary"].as_str().unwrap_or("nobody")
-        )
+        format!("{} leads, {} is secondary", self.host.name(), self.status["secondary"].as_str().unwrap_or("nobody"))
     }
 }
 
@@ -88,15 +84,11 @@ pub fn wait<'a>(
 /// The guest of a host that came back is loaded and waits for its part.
 pub fn guest_is_ready(cluster: &Cluster, host: &Host) -> bool {
     cluster.status(host).is_some_and(|status| {
-        status["guest"]
-            .as_str()
-            .is_some_and(|guest| ["prepared", "running", "stopped"].contains(&guest))
+        status["guest"].as_str().is_some_and(|guest| ["prepared", "running", "stopped"].contains(&guest))
     })
 }
 
 /// Adds what each host says to an error.
 pub fn explain(cluster: &Cluster, error: Error) -> Error {
-    cluster
-        .explain(RigError::Explained(format!("{error:#}")))
-        .into()
+    cluster.explain(RigError::Explained(format!("{error:#}"))).into()
 }

@@ -52,31 +52,18 @@ impl PrivateApt {
     pub fn closure(&self, wanted: &[&str], resolve: Resolve) -> Result<Vec<String>> {
         let mut command = self.apt("apt-get");
         if resolve == Resolve::FromNothing {
-            command.arg("-o").arg(format!(
-                "Dir::State::status={}",
-                self.root.join("nothing-installed").display()
-            ));
+            command.arg("-o").arg(format!("Dir::State::status={}", self.root.join("nothing-installed").display()));
         } else {
             command.args(["-t", &format!("{}-backports", codename()?)]);
         }
-        let plan = output(
-            command
-                .args(["-s", "--no-install-recommends", "install"])
-                .args(wanted),
-        )?;
-        let names = plan
-            .lines()
-            .filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
+        let plan = output(command.args(["-s", "--no-install-recommends", "install"]).args(wanted))?;
+        let names = plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
         Ok(names.map(str::to_owned).collect())
     }
 
     /// Downloads the packages and unpacks all of them into the directory `into`.
     pub fn unpack(&self, packages: &[String], resolve: Resolve, into: &Path) -> Result<()> {
-        ensure!(
-            !packages.is_empty(),
-            "no packages to unpack into {}",
-            into.display()
-        );
+        ensure!(!packages.is_empty(), "no packages to unpack into {}", into.display());
         let downloads = self.root.join("debs");
         super::remove(&downloads)?;
         fs::create_dir_all(&downloads)?;
@@ -84,12 +71,7 @@ impl PrivateApt {
         if resolve == Resolve::AgainstThisSystem {
             command.args(["-t", &format!("{}-backports", codename()?)]);
         }
-        output(
-            command
-                .current_dir(&downloads)
-                .arg("download")
-                .args(packages),
-        )?;
+        output(command.current_dir(&downloads).arg("download").args(packages))?;
         for file in fs::read_dir(&downloads)? {
             output(Command::new("dpkg").arg("-x").arg(file?.path()).arg(into))?;
         }
@@ -110,10 +92,7 @@ impl PrivateApt {
         ] {
             command.arg("-o").arg(option);
         }
-        command
-            .arg("-q")
-            .env("LC_ALL", "C")
-            .env("DEBIAN_FRONTEND", "noninteractive");
+        command.arg("-q").env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
         command
     }
 }
@@ -121,17 +100,11 @@ impl PrivateApt {
 /// The release's name, `bookworm` on Debian 12.
 fn codename() -> Result<String> {
     let text = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-    let is_debian = text
-        .lines()
-        .any(|line| line.trim_matches('"') == "ID=debian");
-    let name = text
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let is_debian = text.lines().any(|line| line.trim_matches('"') == "ID=debian");
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
     match name {
         Some(name) if is_debian => Ok(name.to_owned()),
-        _ => bail!(
-            "the test bed is made of Debian packages and this is not Debian; run it on Debian 12 or newer"
-        ),
+        _ => bail!("the test bed is made of Debian packages and this is not Debian; run it on Debian 12 or newer"),
     }
 }
 
@@ -154,17 +127,9 @@ fn sources() -> Result<String> {
     let main = mirror_of(&codename).with_context(|| {
         format!("apt has no source for Debian {codename} main; add one to /etc/apt/sources.list (man sources.list)")
     })?;
-    let signed = if Path::new(KEYRING).exists() {
-        format!("[signed-by={KEYRING}] ")
-    } else {
-        String::new()
-    };
+    let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
     let mut list = String::new();
-    for suite in [
-        codename.clone(),
-        format!("{codename}-updates"),
-        format!("{codename}-backports"),
-    ] {
+    for suite in [codename.clone(), format!("{codename}-updates"), format!("{codename}-backports")] {
         let mirror = mirror_of(&suite).unwrap_or_else(|| main.clone());
         list += &format!("deb {signed}{mirror} {suite} main\n");
     }

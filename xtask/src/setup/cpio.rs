@@ -23,11 +23,7 @@ pub struct Archive<W: Write> {
 impl<W: Write> Archive<W> {
     /// Starts an archive with a console, which the kernel needs before /dev is mounted.
     pub fn new(out: W) -> io::Result<Self> {
-        let mut archive = Self {
-            out,
-            next_inode: 1,
-            directories: Vec::new(),
-        };
+        let mut archive = Self { out, next_inode: 1, directories: Vec::new() };
         archive.directory("/dev")?;
         archive.entry("/dev/console", CHARACTER_DEVICE | 0o600, (5, 1), &[])?;
         Ok(archive)
@@ -70,26 +66,15 @@ impl<W: Write> Archive<W> {
         }
     }
 
-    fn entry(
-        &mut self,
-        path: &str,
-        mode: u32,
-        device: (u32, u32),
-        content: &[u8],
-    ) -> io::Result<()> {
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> io::Result<()> {
         let name = path.trim_start_matches('/');
-        let size = u32::try_from(content.len())
-            .map_err(|_| io::Error::other(format!("{path} exceeds 4 GiB")))?;
+        let size = u32::try_from(content.len()).map_err(|_| io::Error::other(format!("{path} exceeds 4 GiB")))?;
         let name_size = u32::try_from(name.len() + 1).expect("path lengths are small");
         let inode = self.next_inode;
         self.next_inode += 1;
         // magic, inode, mode, uid, gid, links, time, size, device, special device, name size, checksum
-        let fields = [
-            inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0,
-        ];
-        let header = fields.iter().fold("070701".to_owned(), |text, field| {
-            text + &format!("{field:08x}")
-        });
+        let fields = [inode, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0];
+        let header = fields.iter().fold("070701".to_owned(), |text, field| text + &format!("{field:08x}"));
         self.padded(&[header.as_bytes(), name.as_bytes(), &[0]])?;
         self.padded(&[content])
     }
@@ -99,8 +84,7 @@ impl<W: Write> Archive<W> {
         for piece in pieces {
             self.out.write_all(piece)?;
         }
-        self.out
-            .write_all(&[0; ALIGNMENT_BYTES][..length.next_multiple_of(ALIGNMENT_BYTES) - length])
+        self.out.write_all(&[0; ALIGNMENT_BYTES][..length.next_multiple_of(ALIGNMENT_BYTES) - length])
     }
 }
 
@@ -116,33 +100,12 @@ mod tests {
         archive.file("/a/b/d", b"").unwrap();
         archive.finish().unwrap();
         assert_eq!(bytes.len() % ALIGNMENT_BYTES, 0);
-        let magics: Vec<usize> = bytes
-            .windows(6)
-            .enumerate()
-            .filter(|(_, w)| w == b"070701")
-            .map(|(i, _)| i)
-            .collect();
-        assert!(
-            magics.iter().all(|at| at % ALIGNMENT_BYTES == 0),
-            "every header is aligned: {magics:?}"
-        );
+        let magics: Vec<usize> = bytes.windows(6).enumerate().filter(|(_, w)| w == b"070701").map(|(i, _)| i).collect();
+        assert!(magics.iter().all(|at| at % ALIGNMENT_BYTES == 0), "every header is aligned: {magics:?}");
         let names: Vec<&str> = magics
             .iter()
-            .map(|at| {
-                std::str::from_utf8(bytes[at + 110..].split(|&b| b == 0).next().unwrap()).unwrap()
-            })
+            .map(|at| std::str::from_utf8(bytes[at + 110..].split(|&b| b == 0).next().unwrap()).unwrap())
             .collect();
-        assert_eq!(
-            names,
-            [
-                "dev",
-                "dev/console",
-                "a",
-                "a/b",
-                "a/b/c",
-                "a/b/d",
-                "TRAILER!!!"
-            ]
-        );
+        assert_eq!(names, ["dev", "dev/console", "a", "a/b", "a/b/c", "a/b/d", "TRAILER!!!"]);
     }
 }

@@ -14,14 +14,8 @@ use super::{Part, Setup, kernel};
 use crate::progress::output;
 
 /// Packages whose own files the guests need; the libraries follow from their dependencies.
-const PACKAGES: [&str; 6] = [
-    "linux-image-amd64",
-    "busybox-static",
-    "redis-server",
-    "redis-tools",
-    "memcached",
-    "nginx",
-];
+const PACKAGES: [&str; 6] =
+    ["linux-image-amd64", "busybox-static", "redis-server", "redis-tools", "memcached", "nginx"];
 /// Changed when the unpacked packages must be fetched again; everything made from them then follows.
 pub const RECIPE: &str = "guest packages 1";
 const LIBRARIES: &str = "lib/x86_64-linux-gnu";
@@ -30,8 +24,8 @@ const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 const LOADED_BY_NAME: &str = "libgcc_s.so.1";
 /// What init.sh calls, and a few for a person on the console.
 const APPLETS: [&str; 22] = [
-    "sh", "mount", "cat", "echo", "insmod", "ip", "usleep", "sleep", "grep", "mkdir", "poweroff",
-    "reboot", "ls", "ps", "dmesg", "nc", "wget", "kill", "free", "top", "date", "hexdump",
+    "sh", "mount", "cat", "echo", "insmod", "ip", "usleep", "sleep", "grep", "mkdir", "poweroff", "reboot", "ls", "ps",
+    "dmesg", "nc", "wget", "kill", "free", "top", "date", "hexdump",
 ];
 
 struct Image {
@@ -41,43 +35,24 @@ struct Image {
 }
 
 const IMAGES: [Image; 4] = [
-    Image {
-        service: "redis",
-        program: Some("usr/bin/redis-server"),
-    },
-    Image {
-        service: "memcached",
-        program: Some("usr/bin/memcached"),
-    },
-    Image {
-        service: "nginx",
-        program: Some("usr/sbin/nginx"),
-    },
-    Image {
-        service: "racey",
-        program: None,
-    },
+    Image { service: "redis", program: Some("usr/bin/redis-server") },
+    Image { service: "memcached", program: Some("usr/bin/memcached") },
+    Image { service: "nginx", program: Some("usr/sbin/nginx") },
+    Image { service: "racey", program: None },
 ];
 
 /// Downloads and unpacks the guests' packages into `target/rig/guest-root`.
 pub fn unpack(setup: &Setup) -> Result<()> {
     let what = "the guests' kernel, Redis, memcached and nginx from Debian (100 MB download, 15 s)";
     let recipe = format!("{} {RECIPE}", PACKAGES.join(" "));
-    setup.make(
-        &Part {
-            path: "guest-root",
-            what,
-            recipe,
-        },
-        |work| {
-            fs::create_dir_all(work)?;
-            let apt = setup.apt();
-            apt.update()?;
-            let mut packages = apt.closure(&PACKAGES, Resolve::FromNothing)?;
-            packages.retain(|name| is_wanted(name));
-            apt.unpack(&packages, Resolve::FromNothing, work)
-        },
-    )
+    setup.make(&Part { path: "guest-root", what, recipe }, |work| {
+        fs::create_dir_all(work)?;
+        let apt = setup.apt();
+        apt.update()?;
+        let mut packages = apt.closure(&PACKAGES, Resolve::FromNothing)?;
+        packages.retain(|name| is_wanted(name));
+        apt.unpack(&packages, Resolve::FromNothing, work)
+    })
 }
 
 /// The dependencies also name package managers and set-up scripts, which a guest without a disk has no use for.
@@ -88,53 +63,27 @@ fn is_wanted(package: &str) -> bool {
 
 /// Builds `target/rig/initrd/SERVICE.cpio` for every service.
 pub fn build_images(setup: &Setup) -> Result<()> {
-    setup.compile_static(
-        "guest/racey.rs",
-        "bin/racey",
-        "compiling the racing guest program",
-    )?;
+    setup.compile_static("guest/racey.rs", "bin/racey", "compiling the racing guest program")?;
     let init = fs::read_to_string(setup.source("guest/init.sh"))?;
     let nginx_conf = fs::read_to_string(setup.source("guest/nginx.conf"))?;
     let racey = fs::read_to_string(setup.source("guest/racey.rs"))?;
     for image in &IMAGES {
         let path = format!("initrd/{}.cpio", image.service);
-        let recipe = format!(
-            "2 {RECIPE} {} {init}{nginx_conf}{racey}{}",
-            kernel::release(setup)?,
-            APPLETS.join(" ")
-        );
+        let recipe = format!("2 {RECIPE} {} {init}{nginx_conf}{racey}{}", kernel::release(setup)?, APPLETS.join(" "));
         let what = format!("guest image {}", image.service);
-        setup.make(
-            &Part {
-                path: &path,
-                what: &what,
-                recipe,
-            },
-            |work| {
-                let out = BufWriter::new(File::create(work)?);
-                write_image(setup, image, out)
-                    .with_context(|| format!("cannot build the image {}", image.service))
-            },
-        )?;
+        setup.make(&Part { path: &path, what: &what, recipe }, |work| {
+            let out = BufWriter::new(File::create(work)?);
+            write_image(setup, image, out).with_context(|| format!("cannot build the image {}", image.service))
+        })?;
     }
     Ok(())
 }
 
 fn write_image(setup: &Setup, image: &Image, out: BufWriter<File>) -> Result<()> {
     let root = setup.path("guest-root");
-    let read =
-        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let mut archive = Archive::new(out)?;
-    for directory in [
-        "/proc",
-        "/sys",
-        "/tmp",
-        "/run",
-        "/etc",
-        "/var/log/nginx",
-        "/var/lib/nginx",
-        "/root",
-    ] {
+    for directory in ["/proc", "/sys", "/tmp", "/run", "/etc", "/var/log/nginx", "/var/lib/nginx", "/root"] {
         archive.directory(directory)?;
     }
     archive.file("/init", &read(&setup.source("guest/init.sh"))?)?;
@@ -146,10 +95,7 @@ fn write_image(setup: &Setup, image: &Image, out: BufWriter<File>) -> Result<()>
     archive.file("/etc/group", b"root:x:0:\n")?;
     let mut order = String::new();
     for module in kernel::network_modules(setup)? {
-        let name = module
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
+        let name = module.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         archive.file(&format!("/modules/{name}"), &read(&module)?)?;
         order += &format!("{name}\n");
     }
@@ -157,29 +103,17 @@ fn write_image(setup: &Setup, image: &Image, out: BufWriter<File>) -> Result<()>
     match image.program {
         None => archive.file("/bin/racey", &read(&setup.path("bin/racey"))?)?,
         Some(program) => {
-            archive.file(
-                &format!("/bin/{}", image.service_program(program)),
-                &read(&root.join(program))?,
-            )?;
+            archive.file(&format!("/bin/{}", image.service_program(program)), &read(&root.join(program))?)?;
             for library in libraries(&root, program)? {
-                let name = library
-                    .file_name()
-                    .and_then(|name| name.to_str())
-                    .unwrap_or_default();
+                let name = library.file_name().and_then(|name| name.to_str()).unwrap_or_default();
                 archive.file(&format!("/{LIBRARIES}/{name}"), &read(&library)?)?;
             }
             archive.file(&format!("/{LOADER}"), &read(&root.join(LOADER))?)?;
         }
     }
     if image.service == "nginx" {
-        archive.file(
-            "/etc/plover-nginx.conf",
-            &read(&setup.source("guest/nginx.conf"))?,
-        )?;
-        archive.file(
-            "/srv/index.html",
-            b"<!DOCTYPE html><title>plover</title><p>A protected guest.\n",
-        )?;
+        archive.file("/etc/plover-nginx.conf", &read(&setup.source("guest/nginx.conf"))?)?;
+        archive.file("/srv/index.html", b"<!DOCTYPE html><title>plover</title><p>A protected guest.\n")?;
     }
     Ok(archive.finish()?)
 }
@@ -193,30 +127,11 @@ impl Image {
 /// The shared libraries that the guest's own loader finds for a program, plus those loaded by name.
 fn libraries(root: &Path, program: &str) -> Result<BTreeSet<PathBuf>> {
     let search = [root.join("usr").join(LIBRARIES), root.join(LIBRARIES)];
-    let path = search
-        .each_ref()
-        .map(|directory| directory.display().to_string())
-        .join(":");
+    let path = search.each_ref().map(|directory| directory.display().to_string()).join(":");
     let mut command = Command::new(root.join(LOADER));
-    let listed = output(
-        command
-            .arg("--library-path")
-            .arg(path)
-            .arg("--list")
-            .arg(root.join(program)),
-    )?;
-    let found = listed
-        .lines()
-        .filter_map(|line| line.split(" => ").nth(1)?.split(" (").next());
-    let mut libraries: BTreeSet<PathBuf> = found
-        .filter(|path| !path.ends_with(LOADER))
-        .map(PathBuf::from)
-        .collect();
-    libraries.extend(
-        search
-            .iter()
-            .map(|directory| directory.join(LOADED_BY_NAME))
-            .filter(|path| path.exists()),
-    );
+    let listed = output(command.arg("--library-path").arg(path).arg("--list").arg(root.join(program)))?;
+    let found = listed.lines().filter_map(|line| line.split(" => ").nth(1)?.split(" (").next());
+    let mut libraries: BTreeSet<PathBuf> = found.filter(|path| !path.ends_with(LOADER)).map(PathBuf::from).collect();
+    libraries.extend(search.iter().map(|directory| directory.join(LOADED_BY_NAME)).filter(|path| path.exists()));
     Ok(libraries)
 }

@@ -13,11 +13,7 @@ const NEEDED: [(&str, &str, &str); 6] = [
     ("nft", "nftables", "partitions between hosts"),
     ("xz", "xz-utils", "unpacking the guest's kernel"),
     ("cc", "gcc", "linking the guest's test program"),
-    (
-        "setsid",
-        "util-linux",
-        "clean-up that outlives a killed test",
-    ),
+    ("setsid", "util-linux", "clean-up that outlives a killed test"),
 ];
 
 /// Installs the packages whose programs are missing.
@@ -37,27 +33,21 @@ pub fn install_missing() -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    let line = format!(
-        "apt-get install --no-install-recommends {}",
-        packages.join(" ")
-    );
+    let line = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if !rig::is_root() {
         bail!("these packages are missing and only root may install them; run: sudo {line}");
     }
-    loud_step(
-        format!("installing {} (seconds, a few MB)", packages.join(" ")),
-        || {
-            let install = || {
-                run(Command::new("apt-get")
-                    .args(["install", "-y", "-q", "--no-install-recommends"])
-                    .args(&packages)
-                    .env("DEBIAN_FRONTEND", "noninteractive"))
-            };
-            // A fresh machine has no package lists yet, an old one stale ones.
-            install().or_else(|_| {
-                run(Command::new("apt-get").args(["update", "-q"]))?;
-                install()
-            })
-        },
-    )
+    loud_step(format!("installing {} (seconds, a few MB)", packages.join(" ")), || {
+        let install = || {
+            run(Command::new("apt-get")
+                .args(["install", "-y", "-q", "--no-install-recommends"])
+                .args(&packages)
+                .env("DEBIAN_FRONTEND", "noninteractive"))
+        };
+        // A fresh machine has no package lists yet, an old one stale ones.
+        install().or_else(|_| {
+            run(Command::new("apt-get").args(["update", "-q"]))?;
+            install()
+        })
+    })
 }

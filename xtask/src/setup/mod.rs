@@ -39,30 +39,19 @@ struct Part<'a> {
 
 /// The repository's top directory.
 pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies in the workspace")
-        .to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_path_buf()
 }
 
 /// Makes everything that is missing. With `refresh`, makes everything again from the mirror's present packages.
 pub fn run(refresh: bool) -> Result<()> {
     let start = Instant::now();
     let root = rig::guest::artifacts_dir();
-    fs::create_dir_all(root.join("stamps"))
-        .with_context(|| format!("cannot create {}", root.display()))?;
-    let lock = File::create(root.join("lock"))
-        .with_context(|| format!("cannot lock {}", root.display()))?;
+    fs::create_dir_all(root.join("stamps")).with_context(|| format!("cannot create {}", root.display()))?;
+    let lock = File::create(root.join("lock")).with_context(|| format!("cannot lock {}", root.display()))?;
     if lock.try_lock().is_err() {
-        step(
-            "waiting for another set-up of this checkout to finish",
-            || Ok(lock.lock()?),
-        )?;
+        step("waiting for another set-up of this checkout to finish", || Ok(lock.lock()?))?;
     }
-    let setup = Setup {
-        root,
-        sources: workspace().join("rig"),
-    };
+    let setup = Setup { root, sources: workspace().join("rig") };
     if refresh {
         fs::remove_dir_all(setup.root.join("stamps"))?;
         fs::create_dir_all(setup.root.join("stamps"))?;
@@ -73,11 +62,7 @@ pub fn run(refresh: bool) -> Result<()> {
     guests::unpack(&setup)?;
     kernel::extract(&setup)?;
     guests::build_images(&setup)?;
-    println!(
-        "test bed ready in {} ({:.1} s)",
-        setup.root.display(),
-        start.elapsed().as_secs_f32()
-    );
+    println!("test bed ready in {} ({:.1} s)", setup.root.display(), start.elapsed().as_secs_f32());
     Ok(())
 }
 
@@ -111,45 +96,22 @@ impl Setup {
                 fs::create_dir_all(parent)?;
             }
             remove(&target)?;
-            fs::rename(&work, &target)
-                .with_context(|| format!("cannot move {} into place", target.display()))?;
-            fs::write(&stamp, &part.recipe)
-                .with_context(|| format!("cannot write {}", stamp.display()))
+            fs::rename(&work, &target).with_context(|| format!("cannot move {} into place", target.display()))?;
+            fs::write(&stamp, &part.recipe).with_context(|| format!("cannot write {}", stamp.display()))
         })
     }
 
     /// Compiles one of the rig's single-file programs so that it runs anywhere, the guest included.
     fn compile_static(&self, source: &str, target: &str, what: &str) -> Result<()> {
         let source = self.source(source);
-        let text = fs::read_to_string(&source)
-            .with_context(|| format!("cannot read {}", source.display()))?;
-        self.make(
-            &Part {
-                path: target,
-                what,
-                recipe: text,
-            },
-            |work| {
-                let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-                let flags = [
-                    "--edition",
-                    "2024",
-                    "-O",
-                    "-C",
-                    "strip=symbols",
-                    "-C",
-                    "panic=abort",
-                ];
-                let mut command = Command::new(rustc);
-                command
-                    .args(flags)
-                    .args(["-C", "target-feature=+crt-static"])
-                    .arg(&source)
-                    .arg("-o")
-                    .arg(work);
-                output(&mut command).map(drop)
-            },
-        )
+        let text = fs::read_to_string(&source).with_context(|| format!("cannot read {}", source.display()))?;
+        self.make(&Part { path: target, what, recipe: text }, |work| {
+            let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+            let flags = ["--edition", "2024", "-O", "-C", "strip=symbols", "-C", "panic=abort"];
+            let mut command = Command::new(rustc);
+            command.args(flags).args(["-C", "target-feature=+crt-static"]).arg(&source).arg("-o").arg(work);
+            output(&mut command).map(drop)
+        })
     }
 
     /// An interrupted set-up left these; the lock says that nobody else works here.
@@ -163,10 +125,6 @@ fn remove(path: &Path) -> Result<()> {
     let Ok(metadata) = path.symlink_metadata() else {
         return Ok(());
     };
-    let removed = if metadata.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
+    let removed = if metadata.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     removed.with_context(|| format!("cannot remove {}", path.display()))
 }

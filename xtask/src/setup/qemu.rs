@@ -23,29 +23,14 @@ pub fn provide(setup: &Setup) -> Result<()> {
     if major_version(&system).is_some_and(|major| major >= MINIMUM_MAJOR) {
         let recipe = system.display().to_string();
         let what = "using the QEMU that is installed";
-        setup.make(
-            &Part {
-                path: LINK,
-                what,
-                recipe,
-            },
-            |work| Ok(symlink(&system, work)?),
-        )?;
+        setup.make(&Part { path: LINK, what, recipe }, |work| Ok(symlink(&system, work)?))?;
     } else {
         unpack(setup)?;
-        setup.compile_static(
-            "host/launcher.rs",
-            LINK,
-            "compiling the launcher of the unpacked QEMU",
-        )?;
+        setup.compile_static("host/launcher.rs", LINK, "compiling the launcher of the unpacked QEMU")?;
     }
     let qemu = setup.path(LINK);
-    let major = major_version(&qemu).with_context(|| {
-        format!(
-            "{} does not start; try «cargo xtask setup --refresh»",
-            qemu.display()
-        )
-    })?;
+    let major = major_version(&qemu)
+        .with_context(|| format!("{} does not start; try «cargo xtask setup --refresh»", qemu.display()))?;
     ensure!(
         major >= MINIMUM_MAJOR,
         "{} is QEMU {major}, but {MINIMUM_MAJOR} or newer is needed; install it from backports",
@@ -56,26 +41,14 @@ pub fn provide(setup: &Setup) -> Result<()> {
 
 fn unpack(setup: &Setup) -> Result<()> {
     let what = "QEMU from Debian backports, unpacked, not installed (16 MB download, 10 s)";
-    setup.make(
-        &Part {
-            path: "qemu",
-            what,
-            recipe: "qemu-system-x86 1".to_owned(),
-        },
-        |work| {
-            fs::create_dir_all(work)?;
-            let apt = setup.apt();
-            apt.update()?;
-            let wanted = [
-                "qemu-system-x86",
-                "qemu-system-common",
-                "qemu-system-data",
-                "seabios",
-            ];
-            let packages = apt.closure(&wanted, Resolve::AgainstThisSystem)?;
-            apt.unpack(&packages, Resolve::AgainstThisSystem, work)
-        },
-    )
+    setup.make(&Part { path: "qemu", what, recipe: "qemu-system-x86 1".to_owned() }, |work| {
+        fs::create_dir_all(work)?;
+        let apt = setup.apt();
+        apt.update()?;
+        let wanted = ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios"];
+        let packages = apt.closure(&wanted, Resolve::AgainstThisSystem)?;
+        apt.unpack(&packages, Resolve::AgainstThisSystem, work)
+    })
 }
 
 /// «QEMU emulator version 10.0.2 (Debian …)»: 10. None if it does not run.

@@ -192,8 +192,7 @@ impl Driver {
         let head = taken[0];
         let write = if self.writable { WRITE } else { 0 };
         // TX buffers lie above the RX ones; a gap of one byte keeps neighbours apart.
-        let area =
-            BUFFERS + CHAIN_BYTES * u64::from(head) + if self.writable { 0 } else { 0x40_0000 };
+        let area = BUFFERS + CHAIN_BYTES * u64::from(head) + if self.writable { 0 } else { 0x40_0000 };
         let mut at = area + 0x1000;
         let mut buffers = Vec::new();
         for &len in lens {
@@ -202,11 +201,7 @@ impl Driver {
         }
         let table = if indirect { area } else { self.descriptors() };
         for (number, &buffer) in buffers.iter().enumerate() {
-            let index = if indirect {
-                number as u16
-            } else {
-                taken[number]
-            };
+            let index = if indirect { number as u16 } else { taken[number] };
             let last = number + 1 == buffers.len();
             let next = if last {
                 0
@@ -215,14 +210,7 @@ impl Driver {
             } else {
                 taken[number + 1]
             };
-            self.write_descriptor(
-                memory,
-                table,
-                index,
-                buffer,
-                write | if last { 0 } else { NEXT },
-                next,
-            );
+            self.write_descriptor(memory, table, index, buffer, write | if last { 0 } else { NEXT }, next);
         }
         if indirect {
             let place = (table, 16 * lens.len() as u32);
@@ -249,21 +237,11 @@ impl Driver {
             return None;
         }
         let mut element = [0; 8];
-        memory.read(
-            self.used() + 4 + 8 * u64::from(self.used_seen % self.size),
-            &mut element,
-        );
+        memory.read(self.used() + 4 + 8 * u64::from(self.used_seen % self.size), &mut element);
         let [a, b, c, d, e, f, g, h] = element;
-        let (head, len) = (
-            u32::from_le_bytes([a, b, c, d]) as u16,
-            u32::from_le_bytes([e, f, g, h]),
-        );
+        let (head, len) = (u32::from_le_bytes([a, b, c, d]) as u16, u32::from_le_bytes([e, f, g, h]));
         self.used_seen = self.used_seen.wrapping_add(1);
-        self.free.extend(
-            self.used_descriptors
-                .remove(&head)
-                .expect("each chain is used once"),
-        );
+        self.free.extend(self.used_descriptors.remove(&head).expect("each chain is used once"));
         let buffers = self.buffers.remove(&head).unwrap();
         let mut bytes = vec![0; buffers.iter().map(|&(_, len)| len as usize).sum()];
         let mut at = 0;
@@ -271,20 +249,14 @@ impl Driver {
             memory.read(address, &mut bytes[at..at + len as usize]);
             at += len as usize;
         }
-        assert!(
-            len as usize <= bytes.len(),
-            "more written than there was room"
-        );
+        assert!(len as usize <= bytes.len(), "more written than there was room");
         bytes.truncate(len as usize);
         Some(bytes)
     }
 
     /// Asks for an interrupt at the next used element.
     pub fn want_interrupt(&self, memory: &Memory) {
-        memory.write_u16(
-            self.available() + 4 + 2 * u64::from(self.size),
-            self.used_seen,
-        );
+        memory.write_u16(self.available() + 4 + 2 * u64::from(self.size), self.used_seen);
         memory.write_u16(self.available(), 0);
     }
 
@@ -341,12 +313,7 @@ impl Bed {
             RingIndex::RX => (&self.rx, Direction::ToGuest),
             _ => (&self.tx, Direction::FromGuest),
         };
-        Ring::open(
-            ram,
-            driver.place(self.positions[usize::from(index.0)]),
-            direction,
-            self.features,
-        )
+        Ring::open(ram, driver.place(self.positions[usize::from(index.0)]), direction, self.features)
     }
 
     /// Starts both rings where they stopped, as QEMU does.
@@ -367,11 +334,7 @@ impl Bed {
 
     pub fn stop(&mut self) {
         for index in RingIndex::ALL {
-            if let Answer::Stopped {
-                position: Some(position),
-                ..
-            } = self.device.execute(Command::StopRing { index })
-            {
+            if let Answer::Stopped { position: Some(position), .. } = self.device.execute(Command::StopRing { index }) {
                 self.positions[usize::from(index.0)] = position;
             }
         }
@@ -409,9 +372,7 @@ pub fn frame(number: u32, len: usize) -> Vec<u8> {
     let mut state = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut bytes = vec![0; 12 + len];
     for byte in &mut bytes {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         *byte = (state >> 56) as u8;
     }
     bytes

@@ -33,20 +33,9 @@ fn fault_with(features: Features, ring: RingIndex, corrupt: impl FnOnce(&mut Bed
         assert_eq!(bed.device.collect_tx(8, &mut |_| true), 0);
     }
     assert!(!bed.device.is_running());
-    assert_eq!(
-        bed.device.inject(&frame(2, 60)),
-        Inject::NotRunning,
-        "the other ring stands still, too"
-    );
+    assert_eq!(bed.device.inject(&frame(2, 60)), Inject::NotRunning, "the other ring stands still, too");
     let events = bed.events();
-    let [
-        DeviceEvent::Stopped,
-        DeviceEvent::Broken(DeviceError::Ring {
-            ring: broken,
-            fault,
-            ..
-        }),
-    ] = events.as_slice()
+    let [DeviceEvent::Stopped, DeviceEvent::Broken(DeviceError::Ring { ring: broken, fault, .. })] = events.as_slice()
     else {
         panic!("{events:?}");
     };
@@ -72,26 +61,15 @@ fn revive(mut bed: Bed, features: Features) {
     assert_eq!(fresh.device.inject(&frame(3, 60)), Inject::Done);
     assert!(fresh.rx.reap(&fresh.memory).is_some());
     fresh.send(&frame(4, 60), &[72], false).unwrap();
-    assert_eq!(
-        fresh.device.collect_tx(1, &mut |got| got == frame(4, 60)),
-        1
-    );
+    assert_eq!(fresh.device.collect_tx(1, &mut |got| got == frame(4, 60)), 1);
 }
 
 #[test]
 fn buffers_outside_memory_are_refused() {
-    for (address, len) in [
-        (RAM_BYTES, 100),
-        (RAM_BYTES - 50, 100),
-        (u64::MAX - 10, 100),
-        (u64::MAX, u32::MAX),
-    ] {
+    for (address, len) in [(RAM_BYTES, 100), (RAM_BYTES - 50, 100), (u64::MAX - 10, 100), (u64::MAX, u32::MAX)] {
         let expected = RingFault::OutsideMemory { address, len };
         assert_eq!(fault(RingIndex::TX, &[((address, len), 0, 0)]), expected);
-        assert_eq!(
-            fault(RingIndex::RX, &[((address, len), WRITE, 0)]),
-            expected
-        );
+        assert_eq!(fault(RingIndex::RX, &[((address, len), WRITE, 0)]), expected);
         let table = fault(RingIndex::TX, &[((address, 64), INDIRECT, 0)]);
         assert!(matches!(table, RingFault::OutsideMemory { .. }), "{table}");
     }
@@ -100,94 +78,42 @@ fn buffers_outside_memory_are_refused() {
 #[test]
 fn loops_and_wild_indices_are_refused() {
     let here = (SOMEWHERE, 20);
-    assert_eq!(
-        fault(RingIndex::TX, &[(here, NEXT, 1), (here, NEXT, 0)]),
-        RingFault::Loop { entries: 8 }
-    );
-    let wild = RingFault::DescriptorIndex {
-        index: 8,
-        entries: 8,
-    };
+    assert_eq!(fault(RingIndex::TX, &[(here, NEXT, 1), (here, NEXT, 0)]), RingFault::Loop { entries: 8 });
+    let wild = RingFault::DescriptorIndex { index: 8, entries: 8 };
     assert_eq!(fault(RingIndex::TX, &[(here, NEXT, 8)]), wild);
-    let head = fault_with(Features::offered(), RingIndex::RX, |bed| {
-        _ = bed.rx.offer(&bed.memory, 8)
-    });
+    let head = fault_with(Features::offered(), RingIndex::RX, |bed| _ = bed.rx.offer(&bed.memory, 8));
     assert_eq!(head, wild);
 }
 
 #[test]
 fn wrong_direction_and_empty_buffers_are_refused() {
     let address = SOMEWHERE;
-    assert_eq!(
-        fault(RingIndex::TX, &[((address, 80), WRITE, 0)]),
-        RingFault::Direction { address }
-    );
-    assert_eq!(
-        fault(RingIndex::RX, &[((address, 80), 0, 0)]),
-        RingFault::Direction { address }
-    );
-    assert_eq!(
-        fault(RingIndex::TX, &[((address, 0), 0, 0)]),
-        RingFault::EmptyBuffer { address }
-    );
-    assert_eq!(
-        fault(RingIndex::TX, &[((address, 11), 0, 0)]),
-        RingFault::NoHeader { len: 11 }
-    );
+    assert_eq!(fault(RingIndex::TX, &[((address, 80), WRITE, 0)]), RingFault::Direction { address });
+    assert_eq!(fault(RingIndex::RX, &[((address, 80), 0, 0)]), RingFault::Direction { address });
+    assert_eq!(fault(RingIndex::TX, &[((address, 0), 0, 0)]), RingFault::EmptyBuffer { address });
+    assert_eq!(fault(RingIndex::TX, &[((address, 11), 0, 0)]), RingFault::NoHeader { len: 11 });
 }
 
 #[test]
 fn malformed_indirect_tables_are_refused() {
     let indirect = |len, flags| fault(RingIndex::TX, &[((SOMEWHERE, len), INDIRECT | flags, 1)]);
     for (len, flags) in [(0, 0), (15, 0), (17, 0), (16 * 1025, 0), (16, NEXT)] {
-        assert!(
-            matches!(indirect(len, flags), RingFault::Indirect { .. }),
-            "{len} {flags}"
-        );
+        assert!(matches!(indirect(len, flags), RingFault::Indirect { .. }), "{len} {flags}");
     }
     let nested = fault_with(Features::offered(), RingIndex::TX, |bed| {
-        bed.tx
-            .write_descriptor(&bed.memory, SOMEWHERE, 0, (SOMEWHERE, 16), INDIRECT, 0);
-        bed.tx.write_descriptor(
-            &bed.memory,
-            bed.tx.descriptors(),
-            0,
-            (SOMEWHERE, 16),
-            INDIRECT,
-            0,
-        );
+        bed.tx.write_descriptor(&bed.memory, SOMEWHERE, 0, (SOMEWHERE, 16), INDIRECT, 0);
+        bed.tx.write_descriptor(&bed.memory, bed.tx.descriptors(), 0, (SOMEWHERE, 16), INDIRECT, 0);
         bed.tx.offer(&bed.memory, 0);
     });
-    assert!(
-        nested.to_string().contains("inside an indirect table"),
-        "{nested}"
-    );
+    assert!(nested.to_string().contains("inside an indirect table"), "{nested}");
     let refused = fault_with(Features(1 << 32), RingIndex::TX, |bed| {
-        bed.tx.write_descriptor(
-            &bed.memory,
-            bed.tx.descriptors(),
-            0,
-            (SOMEWHERE, 16),
-            INDIRECT,
-            0,
-        );
+        bed.tx.write_descriptor(&bed.memory, bed.tx.descriptors(), 0, (SOMEWHERE, 16), INDIRECT, 0);
         bed.tx.offer(&bed.memory, 0);
     });
-    assert!(
-        refused.to_string().contains("not accepted INDIRECT_DESC"),
-        "{refused}"
-    );
+    assert!(refused.to_string().contains("not accepted INDIRECT_DESC"), "{refused}");
     let looped = fault_with(Features::offered(), RingIndex::TX, |bed| {
-        bed.tx
-            .write_descriptor(&bed.memory, SOMEWHERE, 0, (SOMEWHERE, 20), NEXT, 0);
-        bed.tx.write_descriptor(
-            &bed.memory,
-            bed.tx.descriptors(),
-            0,
-            (SOMEWHERE, 16),
-            INDIRECT,
-            0,
-        );
+        bed.tx.write_descriptor(&bed.memory, SOMEWHERE, 0, (SOMEWHERE, 20), NEXT, 0);
+        bed.tx.write_descriptor(&bed.memory, bed.tx.descriptors(), 0, (SOMEWHERE, 16), INDIRECT, 0);
         bed.tx.offer(&bed.memory, 0);
     });
     assert_eq!(looped, RingFault::Loop { entries: 1 });
@@ -198,15 +124,7 @@ fn an_available_index_that_jumps_or_goes_back_is_refused() {
     let jump = fault_with(Features::offered(), RingIndex::TX, |bed| {
         bed.memory.write_u16(bed.tx.available() + 2, 9);
     });
-    assert_eq!(
-        jump,
-        RingFault::AvailableIndex {
-            seen: 0,
-            now: 9,
-            position: 0,
-            size: 8
-        }
-    );
+    assert_eq!(jump, RingFault::AvailableIndex { seen: 0, now: 9, position: 0, size: 8 });
     let back = fault_with(Features::offered(), RingIndex::RX, |bed| {
         for _ in 0..3 {
             bed.offer_rx(&[20], false).unwrap();
@@ -215,12 +133,7 @@ fn an_available_index_that_jumps_or_goes_back_is_refused() {
         bed.memory.write_u16(bed.rx.available() + 2, 1);
         assert_eq!(bed.device.inject(&frame(1, 500)), Inject::NotRunning);
     });
-    let expected = RingFault::AvailableIndex {
-        seen: 3,
-        now: 1,
-        position: 0,
-        size: 8,
-    };
+    let expected = RingFault::AvailableIndex { seen: 3, now: 1, position: 0, size: 8 };
     assert_eq!(back, expected);
 }
 
@@ -231,11 +144,7 @@ fn what_was_collected_before_a_fault_is_completed() {
     bed.tx.offer(&bed.memory, 99);
     assert_eq!(bed.device.collect_tx(8, &mut |_| true), 1);
     assert!(bed.tx.reap(&bed.memory).is_some());
-    let text = bed
-        .events()
-        .iter()
-        .map(|event| format!("{event:?}"))
-        .collect::<String>();
+    let text = bed.events().iter().map(|event| format!("{event:?}")).collect::<String>();
     assert!(text.contains("DescriptorIndex"), "{text}");
 }
 
@@ -256,14 +165,8 @@ fn rings_in_impossible_places_do_not_start() {
             LayoutError::Size(size)
         );
     }
-    assert!(matches!(
-        start(|bed| bed.rx.base = RAM_BYTES),
-        LayoutError::Outside { .. }
-    ));
-    assert!(matches!(
-        start(|bed| bed.rx.base = 4),
-        LayoutError::Misaligned { .. }
-    ));
+    assert!(matches!(start(|bed| bed.rx.base = RAM_BYTES), LayoutError::Outside { .. }));
+    assert!(matches!(start(|bed| bed.rx.base = 4), LayoutError::Misaligned { .. }));
     let far = start(|bed| bed.memory.write_u16(bed.rx.available() + 2, 9));
     assert!(matches!(far, LayoutError::Position(_)), "{far}");
 }

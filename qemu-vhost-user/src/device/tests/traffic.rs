@@ -55,9 +55,7 @@ fn a_large_frame_is_merged_over_several_buffers() {
     }
     let large = frame(3, 2500);
     assert_eq!(bed.device.inject(&large), Inject::Done);
-    let parts: Vec<u8> = (0..3)
-        .flat_map(|_| bed.rx.reap(&bed.memory).unwrap())
-        .collect();
+    let parts: Vec<u8> = (0..3).flat_map(|_| bed.rx.reap(&bed.memory).unwrap()).collect();
     assert_eq!(parts, as_received(&large, 3));
     assert_eq!(bed.rx.reap(&bed.memory), None);
 }
@@ -74,10 +72,7 @@ fn a_frame_that_can_never_fit_is_dropped_and_counted() {
         assert_eq!(bed.device.counters().rx_too_large, 1);
         assert_eq!(bed.rx.reap(&bed.memory), None, "no buffer is used up by it");
         assert_eq!(bed.device.inject(&frame(5, 400)), Inject::Done);
-        assert_eq!(
-            bed.rx.reap(&bed.memory),
-            Some(as_received(&frame(5, 400), 1))
-        );
+        assert_eq!(bed.rx.reap(&bed.memory), Some(as_received(&frame(5, 400), 1)));
     }
 }
 
@@ -85,24 +80,11 @@ fn a_frame_that_can_never_fit_is_dropped_and_counted() {
 fn lengths_that_no_frame_has_are_dropped_in_both_directions() {
     let mut bed = Bed::started(usual(), 8);
     assert_eq!(bed.device.inject(&[0; 11]), Inject::Done);
-    assert_eq!(
-        bed.device.inject(&vec![0; MAX_FRAME_BYTES + 1]),
-        Inject::Done
-    );
+    assert_eq!(bed.device.inject(&vec![0; MAX_FRAME_BYTES + 1]), Inject::Done);
     assert_eq!(bed.device.counters().rx_too_large, 2);
     bed.send(&[0; 20], &[20], false).unwrap();
-    bed.send(
-        &vec![0; MAX_FRAME_BYTES + 1],
-        &[60_000, MAX_FRAME_BYTES as u32 + 1 - 60_000],
-        false,
-    )
-    .unwrap();
-    bed.send(
-        &frame(6, MAX_FRAME_BYTES - 12),
-        &[60_000, MAX_FRAME_BYTES as u32 - 60_000],
-        false,
-    )
-    .unwrap();
+    bed.send(&vec![0; MAX_FRAME_BYTES + 1], &[60_000, MAX_FRAME_BYTES as u32 + 1 - 60_000], false).unwrap();
+    bed.send(&frame(6, MAX_FRAME_BYTES - 12), &[60_000, MAX_FRAME_BYTES as u32 - 60_000], false).unwrap();
     assert_eq!(
         bed.device.collect_tx(8, &mut |got| {
             assert_eq!(got, frame(6, MAX_FRAME_BYTES - 12));
@@ -134,21 +116,14 @@ fn a_driver_of_before_virtio_1_has_a_short_header() {
 fn a_disabled_ring_discards_what_the_guest_sends_and_takes_nothing_for_it() {
     let mut bed = Bed::started(usual(), 8);
     for index in RingIndex::ALL {
-        bed.device
-            .execute(crate::device::link::Command::SetEnabled {
-                index,
-                enabled: false,
-            });
+        bed.device.execute(crate::device::link::Command::SetEnabled { index, enabled: false });
     }
     bed.offer_rx(&[2000], false).unwrap();
     assert_eq!(bed.device.inject(&frame(8, 60)), Inject::NotRunning);
     bed.send(&frame(9, 60), &[72], false).unwrap();
     assert_eq!(bed.device.collect_tx(8, &mut |_| panic!("discarded")), 0);
     assert_eq!(bed.device.counters().tx_disabled, 1);
-    assert!(
-        bed.tx.reap(&bed.memory).is_some(),
-        "the guest gets its buffer back"
-    );
+    assert!(bed.tx.reap(&bed.memory).is_some(), "the guest gets its buffer back");
 }
 
 #[test]
@@ -170,16 +145,10 @@ fn everything_that_the_device_writes_is_recorded() {
         let range = page * 4096..(page + 1) * 4096;
         let file_page = Memory::offset(range.start as u64) / 4096;
         if before[range.clone()] != after[range] {
-            assert!(
-                pages.contains(&file_page),
-                "page {page} was written but not recorded"
-            );
+            assert!(pages.contains(&file_page), "page {page} was written but not recorded");
         }
     }
-    assert!(
-        pages.len() < 12,
-        "pages recorded that were not written: {pages:?}"
-    );
+    assert!(pages.len() < 12, "pages recorded that were not written: {pages:?}");
     assert!(bed.dirty_pages().is_empty(), "draining clears");
 }
 
@@ -195,21 +164,13 @@ fn starting_and_stopping_are_reported_and_kicks_are_announced() {
         ),
         "{events:?}"
     );
-    assert_eq!(
-        take_count(&bed.kicks[1]),
-        1,
-        "a started ring is kicked once by the device itself"
-    );
+    assert_eq!(take_count(&bed.kicks[1]), 1, "a started ring is kicked once by the device itself");
     bed.stop();
     let events = bed.events();
     assert!(
         matches!(
             events.as_slice(),
-            [
-                DeviceEvent::UnwatchKick { .. },
-                DeviceEvent::Stopped,
-                DeviceEvent::UnwatchKick { .. }
-            ]
+            [DeviceEvent::UnwatchKick { .. }, DeviceEvent::Stopped, DeviceEvent::UnwatchKick { .. }]
         ),
         "{events:?}"
     );
@@ -226,31 +187,15 @@ fn a_stop_sends_the_interrupt_that_is_still_owed() {
     bed.offer_rx(&[200], false).unwrap();
     assert_eq!(bed.device.inject(&frame(1, 60)), Inject::Done);
     bed.stop();
-    assert_eq!(
-        take_count(&bed.calls[0]),
-        1,
-        "else it is in neither guest's state"
-    );
+    assert_eq!(take_count(&bed.calls[0]), 1, "else it is in neither guest's state");
 }
 
 #[derive(Debug, Clone)]
 enum Op {
-    OfferRx {
-        lens: Vec<u32>,
-        indirect: bool,
-    },
-    Send {
-        cuts: Vec<usize>,
-        len: usize,
-        indirect: bool,
-    },
-    Inject {
-        len: usize,
-    },
-    Collect {
-        budget: usize,
-        refuse_after: usize,
-    },
+    OfferRx { lens: Vec<u32>, indirect: bool },
+    Send { cuts: Vec<usize>, len: usize, indirect: bool },
+    Inject { len: usize },
+    Collect { budget: usize, refuse_after: usize },
     ReapRx,
     ReapTx,
     Flush,
@@ -340,16 +285,9 @@ impl Model {
                     self.kicked(RingIndex::RX, kicked);
                 }
             }
-            Op::Send {
-                cuts,
-                len,
-                indirect,
-            } => self.send(&cuts, len, indirect && self.indirect),
+            Op::Send { cuts, len, indirect } => self.send(&cuts, len, indirect && self.indirect),
             Op::Inject { len } => self.inject(len),
-            Op::Collect {
-                budget,
-                refuse_after,
-            } => _ = self.collect(budget, refuse_after),
+            Op::Collect { budget, refuse_after } => _ = self.collect(budget, refuse_after),
             Op::ReapRx => _ = self.reap_rx(),
             Op::ReapTx => while self.bed.tx.reap(&self.bed.memory).is_some() {},
             Op::Flush => self.flush(),
@@ -461,30 +399,20 @@ impl Model {
         self.flush();
         self.reap_rx();
         while self.bed.tx.reap(&self.bed.memory).is_some() {}
-        for (driver, state) in [&self.bed.rx, &self.bed.tx]
-            .into_iter()
-            .zip(&mut self.interrupts)
-        {
+        for (driver, state) in [&self.bed.rx, &self.bed.tx].into_iter().zip(&mut self.interrupts) {
             if wanted {
                 driver.want_interrupt(&self.bed.memory);
             } else {
                 driver.refuse_interrupts(&self.bed.memory);
             }
-            *state = if wanted {
-                Interrupts::Wanted(0)
-            } else {
-                Interrupts::Refused
-            };
+            *state = if wanted { Interrupts::Wanted(0) } else { Interrupts::Refused };
         }
     }
 
     fn flush_after_start(&mut self) {
         self.bed.device.flush_signals();
         for (call, state) in self.bed.calls.iter().zip(&mut self.interrupts) {
-            assert!(
-                take_count(call) >= 1,
-                "an interrupt may have been lost with the last life of the ring"
-            );
+            assert!(take_count(call) >= 1, "an interrupt may have been lost with the last life of the ring");
             *state = Interrupts::Had;
         }
     }
@@ -493,13 +421,7 @@ impl Model {
         while self.collect(64, usize::MAX) > 0 {}
         self.reap_rx();
         assert!(self.to_device.is_empty() && self.to_guest.is_empty());
-        assert!(
-            !self
-                .bed
-                .events()
-                .iter()
-                .any(|event| matches!(event, DeviceEvent::Broken(_)))
-        );
+        assert!(!self.bed.events().iter().any(|event| matches!(event, DeviceEvent::Broken(_))));
     }
 }
 

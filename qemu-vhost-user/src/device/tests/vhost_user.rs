@@ -49,14 +49,7 @@ impl Daemon {
             let (device, stop) = (Arc::clone(&device), Arc::clone(&stop));
             move || react(&device, &stop, &sender)
         });
-        Self {
-            device,
-            events,
-            stop,
-            reactor: Some(reactor),
-            session: Some(session),
-            dirty,
-        }
+        Self { device, events, stop, reactor: Some(reactor), session: Some(session), dirty }
     }
 
     /// A daemon and a QEMU joined by a socket pair.
@@ -70,10 +63,7 @@ impl Daemon {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let event = self
-                .events
-                .recv_timeout(left)
-                .expect("the event comes before the deadline");
+            let event = self.events.recv_timeout(left).expect("the event comes before the deadline");
             if let Some(found) = wanted(event) {
                 return found;
             }
@@ -112,22 +102,11 @@ impl Drop for Daemon {
 }
 
 fn react(device: &Mutex<NetDevice>, stop: &AtomicBool, events: &Sender<DeviceEvent>) {
-    let wake = device
-        .lock()
-        .unwrap()
-        .event_fd()
-        .try_clone_to_owned()
-        .unwrap();
+    let wake = device.lock().unwrap().event_fd().try_clone_to_owned().unwrap();
     while !stop.load(Ordering::Acquire) {
-        let pause = Timespec {
-            tv_sec: 0,
-            tv_nsec: 5_000_000,
-        };
+        let pause = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
         poll(&mut [PollFd::new(&wake, PollFlags::IN)], Some(&pause)).unwrap();
-        device
-            .lock()
-            .unwrap()
-            .handle_commands(&mut |event| drop(events.send(event)));
+        device.lock().unwrap().handle_commands(&mut |event| drop(events.send(event)));
     }
 }
 
@@ -162,8 +141,7 @@ impl Qemu {
         let protocol = self.frontend.get_protocol_features()?;
         assert_eq!(protocol, VhostUserProtocolFeatures::REPLY_ACK);
         self.frontend.set_protocol_features(protocol)?;
-        self.frontend
-            .set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+        self.frontend.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
         self.frontend.set_features(offered)
     }
 
@@ -175,9 +153,7 @@ impl Qemu {
             mmap_offset: offset,
             mmap_handle: self.memory.file.as_raw_fd(),
         };
-        self.frontend
-            .set_mem_table(&[region(0, HALF), region(HALF, 0)])
-            .map(drop)
+        self.frontend.set_mem_table(&[region(0, HALF), region(HALF, 0)]).map(drop)
     }
 
     /// What QEMU sends when the guest's driver is ready, and at `cont`.
@@ -244,10 +220,7 @@ fn a_guest_is_served_over_stop_and_cont() {
         qemu.exchange(&daemon, 10 * round);
         qemu.exchange(&daemon, 10 * round + 5);
         bases = qemu.stop();
-        assert!(
-            !daemon.device().is_running(),
-            "GET_VRING_BASE is answered after the ring came to rest"
-        );
+        assert!(!daemon.device().is_running(), "GET_VRING_BASE is answered after the ring came to rest");
         assert_eq!(bases, [2 * (round as u16 + 1); 2]);
     }
     drop(qemu);
@@ -268,31 +241,20 @@ fn the_mapping_and_its_dirty_bits_outlive_a_restart_and_a_lost_connection() {
     let bases = qemu.stop();
     qemu.start(bases).unwrap();
     daemon.wait_until_started();
-    assert!(
-        Arc::ptr_eq(&mapped, &daemon.dirty.ram_file().unwrap()),
-        "the same file is not mapped again"
-    );
+    assert!(Arc::ptr_eq(&mapped, &daemon.dirty.ram_file().unwrap()), "the same file is not mapped again");
     qemu.stop();
     // QEMU loses us and comes back with the same guest.
-    let Qemu {
-        memory, frontend, ..
-    } = qemu;
+    let Qemu { memory, frontend, .. } = qemu;
     drop(frontend);
     daemon.wait_until_disconnected();
-    let mut qemu = Qemu {
-        memory,
-        ..Qemu::new(connect())
-    };
+    let mut qemu = Qemu { memory, ..Qemu::new(connect()) };
     qemu.negotiate().unwrap();
     qemu.send_memory().unwrap();
     assert!(Arc::ptr_eq(&mapped, &daemon.dirty.ram_file().unwrap()));
     let mut pages = Vec::new();
     assert!(daemon.dirty.drain(&mut |page| pages.push(page)));
     for written in [qemu.rx.used(), qemu.tx.used()] {
-        assert!(
-            pages.contains(&(Memory::offset(written) / 4096)),
-            "{written:#x} is not in {pages:?}"
-        );
+        assert!(pages.contains(&(Memory::offset(written) / 4096)), "{written:#x} is not in {pages:?}");
     }
     // The file grows: mapped anew, but what was written before is still owed.
     qemu.start(bases).unwrap();
@@ -304,20 +266,12 @@ fn the_mapping_and_its_dirty_bits_outlive_a_restart_and_a_lost_connection() {
     assert!(!Arc::ptr_eq(&mapped, &daemon.dirty.ram_file().unwrap()));
     let mut pages = Vec::new();
     assert!(daemon.dirty.drain(&mut |page| pages.push(page)));
-    assert_eq!(
-        pages,
-        [Memory::offset(qemu.tx.used()) / 4096],
-        "asking for a kick wrote one page"
-    );
+    assert_eq!(pages, [Memory::offset(qemu.tx.used()) / 4096], "asking for a kick wrote one page");
     // Another file is another guest.
     qemu.memory = Memory::new();
     qemu.send_memory().unwrap();
     assert_ne!(mapped.identity(), daemon.dirty.ram_identity().unwrap());
-    assert!(
-        daemon
-            .dirty
-            .drain(&mut |page| panic!("page {page} of another guest"))
-    );
+    assert!(daemon.dirty.drain(&mut |page| panic!("page {page} of another guest")));
 }
 
 #[test]
@@ -341,11 +295,7 @@ fn a_memory_table_and_new_descriptors_take_effect_while_rings_run() {
     assert!(qemu.calls[0].read().is_err());
     let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     qemu.frontend.set_vring_kick(1, &kick).unwrap();
-    assert_eq!(
-        kick.read().unwrap(),
-        1,
-        "signalled, in case the old one had been"
-    );
+    assert_eq!(kick.read().unwrap(), 1, "signalled, in case the old one had been");
     qemu.frontend.set_vring_enable(0, false).unwrap();
     assert_eq!(daemon.device().inject(&frame(7, 60)), Inject::NotRunning);
     qemu.frontend.set_vring_enable(0, true).unwrap();
@@ -358,17 +308,11 @@ fn qemu_may_enable_rings_before_it_has_sent_its_features() {
     let (daemon, mut socket) = Daemon::joined();
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
     // As recorded from QEMU 10.0.2: SET_VRING_ENABLE with NEED_REPLY, ring 0, enabled.
-    let message: Vec<u8> = [18u32, 9, 8, 0, 1]
-        .into_iter()
-        .flat_map(u32::to_ne_bytes)
-        .collect();
+    let message: Vec<u8> = [18u32, 9, 8, 0, 1].into_iter().flat_map(u32::to_ne_bytes).collect();
     socket.write_all(&message).unwrap();
     let mut reply = [0; 20];
     socket.read_exact(&mut reply).unwrap();
-    let expected: Vec<u8> = [18u32, 5, 8, 0, 0]
-        .into_iter()
-        .flat_map(u32::to_ne_bytes)
-        .collect();
+    let expected: Vec<u8> = [18u32, 5, 8, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
     assert_eq!(reply[..], expected);
     let mut qemu = Qemu::new(socket);
     qemu.negotiate().unwrap();
@@ -386,10 +330,7 @@ fn what_qemu_gets_wrong_closes_its_connection_with_a_reason_and_the_next_one_wor
     qemu.rx.base = 1 << 40;
     assert!(qemu.start([0; 2]).is_err());
     let why = daemon.wait_until_refused();
-    assert!(
-        why.contains("ring 0 (receive) cannot start") && why.contains("not in guest memory"),
-        "{why}"
-    );
+    assert!(why.contains("ring 0 (receive) cannot start") && why.contains("not in guest memory"), "{why}");
     daemon.wait_until_disconnected();
     let mut qemu = Qemu::new(UnixStream::connect(&listening.0).unwrap());
     qemu.negotiate().unwrap();
@@ -433,36 +374,20 @@ fn the_session_follows_a_qemu_that_is_the_server() {
 fn a_path_in_use_is_refused_and_a_stale_one_is_not() {
     let path = Path::new("in-use");
     let listener = UnixListener::bind(&path.0).unwrap();
-    let refused = open("test", Endpoint::Listen(path.0.clone()))
-        .map(drop)
-        .unwrap_err();
-    assert!(
-        matches!(&refused, SessionError::InUse { pid, .. } if *pid == std::process::id() as i32),
-        "{refused}"
-    );
-    assert!(
-        refused.to_string().contains(path.0.to_str().unwrap()),
-        "{refused}"
-    );
+    let refused = open("test", Endpoint::Listen(path.0.clone())).map(drop).unwrap_err();
+    assert!(matches!(&refused, SessionError::InUse { pid, .. } if *pid == std::process::id() as i32), "{refused}");
+    assert!(refused.to_string().contains(path.0.to_str().unwrap()), "{refused}");
     drop(listener);
     let (device, session) = open("test", Endpoint::Listen(path.0.clone())).unwrap();
     assert!(UnixStream::connect(&path.0).is_ok());
     drop((device, session));
     assert!(!path.0.exists(), "the socket goes with its session");
     std::fs::write(&path.0, "precious").unwrap();
-    let refused = open("test", Endpoint::Listen(path.0.clone()))
-        .map(drop)
-        .unwrap_err();
-    assert!(
-        matches!(refused, SessionError::NotASocket { .. }),
-        "{refused}"
-    );
+    let refused = open("test", Endpoint::Listen(path.0.clone())).map(drop).unwrap_err();
+    assert!(matches!(refused, SessionError::NotASocket { .. }), "{refused}");
     assert_eq!(std::fs::read(&path.0).unwrap(), b"precious");
     let file = std::fs::File::open(&path.0).unwrap();
-    assert!(matches!(
-        open("test", Endpoint::Inherited(file.into())),
-        Err(SessionError::Inherited(_))
-    ));
+    assert!(matches!(open("test", Endpoint::Inherited(file.into())), Err(SessionError::Inherited(_))));
 }
 
 #[test]
@@ -482,15 +407,10 @@ fn an_inherited_listening_socket_is_served() {
 fn a_stuck_reactor_is_given_up_and_a_missing_one_noticed() {
     let stop = Arc::new(AtomicBool::new(false));
     let (session, reactor) = pair(stop, Duration::from_millis(50)).unwrap();
-    let outcome = session.call(Command::StopRing {
-        index: RingIndex::RX,
-    });
+    let outcome = session.call(Command::StopRing { index: RingIndex::RX });
     assert!(matches!(outcome, Err(LinkError::Stuck { waited_ms: 50 })));
     drop(reactor);
-    assert!(matches!(
-        session.call(Command::Connected),
-        Err(LinkError::Gone)
-    ));
+    assert!(matches!(session.call(Command::Connected), Err(LinkError::Gone)));
 }
 
 /// Bytes that the other end has not read yet.
@@ -519,16 +439,9 @@ fn half_a_message_does_not_keep_the_session_from_ending() {
 
 #[test]
 fn capabilities_are_json_of_the_documented_form() {
-    let parsed: serde_json::Value =
-        serde_json::from_str(&crate::device::capabilities_json()).unwrap();
+    let parsed: serde_json::Value = serde_json::from_str(&crate::device::capabilities_json()).unwrap();
     assert_eq!(parsed["type"], "net");
-    assert!(
-        parsed["features"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .any(|feature| feature == "mrg-rxbuf")
-    );
+    assert!(parsed["features"].as_array().unwrap().iter().any(|feature| feature == "mrg-rxbuf"));
 }
 
 /// A path for a socket, unlike that of any other test, removed at the end.

@@ -10,8 +10,8 @@ use syncvm::{DirtySet, GuestRam, PageNumber};
 
 use crate::config::{TrackerChoice, VmConfig};
 use crate::device::BackendDirty;
-use crate::qemu::device_state;
 use crate::qemu::agent::{AgentClient, VcpuClocks};
+use crate::qemu::device_state;
 use crate::qemu::fingerprint::Fingerprint;
 use crate::qemu::preflight::{self, Accepted, Refusal};
 use crate::qemu::qmp::{EventKind, Qmp, RunState};
@@ -89,7 +89,12 @@ impl QemuGuest {
     ///
     /// # Errors
     /// A text with the remedy: no QEMU yet, or one that cannot be protected.
-    pub fn attach(sockets: &Sockets, vm: &VmConfig, replica: &str, dirty: BackendDirty) -> Result<(Self, Found), String> {
+    pub fn attach(
+        sockets: &Sockets,
+        vm: &VmConfig,
+        replica: &str,
+        dirty: BackendDirty,
+    ) -> Result<(Self, Found), String> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let mut qmp = Qmp::connect(&sockets.qmp, deadline).map_err(|error| error.to_string())?;
         qmp.set_timeout(COMMAND_TIMEOUT);
@@ -204,7 +209,9 @@ impl Guest for QemuGuest {
     }
 
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
-        self.qmp.save_devices_state(self.state_file.path()).map_err(|error| GuestError::new("save its device state", error))?;
+        self.qmp
+            .save_devices_state(self.state_file.path())
+            .map_err(|error| GuestError::new("save its device state", error))?;
         let mut state = Vec::new();
         self.state_file.read_into(&mut state).map_err(|error| GuestError::new("give its device state", error))?;
         Ok(state)

@@ -354,12 +354,10 @@ impl Serve {
             ..RejoinPolicy::default()
         };
         self.drop_link();
-        let result = self
-            .leader_towards(peer, view, 0)
-            .and_then(|context| {
-                context.observer.begin(number, view, false);
-                lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error))
-            });
+        let result = self.leader_towards(peer, view, 0).and_then(|context| {
+            context.observer.begin(number, view, false);
+            lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error))
+        });
         match result {
             Ok(report) => {
                 let summary = format!(
@@ -457,7 +455,11 @@ impl Serve {
             if expected {
                 self.accept(incoming);
             } else {
-                tracing::info!(peer = incoming.peer.0, view = incoming.view, "a bulk connection of another view is refused");
+                tracing::info!(
+                    peer = incoming.peer.0,
+                    view = incoming.view,
+                    "a bulk connection of another view is refused"
+                );
             }
         }
     }

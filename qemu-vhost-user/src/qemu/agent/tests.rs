@@ -12,8 +12,7 @@ struct Rig {
 
 impl Rig {
     fn new(name: &str) -> Rig {
-        let directory =
-            std::env::temp_dir().join(format!("plover-agent-{name}-{}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("plover-agent-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("make the test's directory");
         Rig { directory }
     }
@@ -23,9 +22,7 @@ impl Rig {
     }
 
     fn serve(&self) {
-        Server::bind(&self.socket())
-            .and_then(Server::start)
-            .expect("serve");
+        Server::bind(&self.socket()).and_then(Server::start).expect("serve");
     }
 
     fn connect(&self) -> AgentClient {
@@ -48,10 +45,7 @@ fn sample_where(clocks: &VcpuClocks, wanted: impl Fn(&ClockSample) -> bool) -> C
         }
         std::thread::yield_now();
     }
-    panic!(
-        "no such sample within {PATIENCE:?}; the last one is {:?}",
-        clocks.read()
-    );
+    panic!("no such sample within {PATIENCE:?}; the last one is {:?}", clocks.read());
 }
 
 #[test]
@@ -59,27 +53,13 @@ fn hello_tells_who_serves_and_that_this_is_not_qemu() {
     use std::os::unix::fs::PermissionsExt;
     let rig = Rig::new("hello");
     rig.serve();
-    let mode = std::fs::metadata(rig.socket())
-        .expect("the socket")
-        .permissions()
-        .mode();
+    let mode = std::fs::metadata(rig.socket()).expect("the socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let mut client = rig.connect();
-    assert_eq!(
-        client.hello().expect("hello"),
-        Hello {
-            pid: std::process::id(),
-            has_yank: false
-        }
-    );
+    assert_eq!(client.hello().expect("hello"), Hello { pid: std::process::id(), has_yank: false });
     assert_eq!(client.peer_pid().expect("peer"), std::process::id() as i32);
-    let error = client
-        .register_yank()
-        .expect_err("a test exports no yank functions");
-    assert!(
-        matches!(error, AgentError::NoYank) && !error.is_disconnected(),
-        "{error}"
-    );
+    let error = client.register_yank().expect_err("a test exports no yank functions");
+    assert!(matches!(error, AgentError::NoYank) && !error.is_disconnected(), "{error}");
 }
 
 #[test]
@@ -94,11 +74,7 @@ fn a_userfaultfd_arrives_ready_for_the_api_handshake() {
         }
         Err(error) => panic!("{error}"),
     };
-    let name = std::fs::read_link(format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(&fd)
-    ))
-    .expect("readlink");
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd))).expect("readlink");
     assert_eq!(name.to_str(), Some("anon_inode:[userfaultfd]"));
     let flags = rustix::fs::fcntl_getfl(&fd).expect("flags");
     assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
@@ -160,10 +136,7 @@ fn clocks_count_vcpu_threads_only_while_wanted() {
     let first = sample_where(&clocks, |sample| sample.cpu_ns > 0);
     assert_eq!(first.vcpus, 1);
     let busy = sample_where(&clocks, |sample| sample.cpu_ns >= first.cpu_ns + 5_000_000);
-    assert!(
-        busy.at_ns - first.at_ns >= 5_000_000,
-        "one thread cannot work more than time passes"
-    );
+    assert!(busy.at_ns - first.at_ns >= 5_000_000, "one thread cannot work more than time passes");
     assert!(busy.sequence > first.sequence);
     stop.send(()).expect("stop");
     vcpu.join().expect("join");
@@ -173,25 +146,15 @@ fn clocks_count_vcpu_threads_only_while_wanted() {
     let asleep = sample_where(&clocks, |sample| sample.sequence >= busy.sequence);
     client.hello().expect("hello");
     let later = clocks.read().expect("the last sample stays");
-    assert!(
-        later.sequence <= asleep.sequence + 1,
-        "{asleep:?} {later:?}"
-    );
+    assert!(later.sequence <= asleep.sequence + 1, "{asleep:?} {later:?}");
     clocks.set_period_us(MAX_PERIOD_US);
-    let woken = sample_where(&clocks, |sample| {
-        sample.sequence > later.sequence && sample.vcpus == 0
-    });
+    let woken = sample_where(&clocks, |sample| sample.sequence > later.sequence && sample.vcpus == 0);
     assert!(woken.at_ns > later.at_ns);
 }
 
 #[test]
 fn no_agent_is_an_error_with_the_remedy() {
-    let error = AgentClient::connect(Path::new("/nonexistent/agent.sock"), Instant::now())
-        .err()
-        .expect("nobody there");
+    let error = AgentClient::connect(Path::new("/nonexistent/agent.sock"), Instant::now()).err().expect("nobody there");
     let text = error.to_string();
-    assert!(
-        text.contains("/nonexistent/agent.sock") && text.contains("LD_PRELOAD"),
-        "{text}"
-    );
+    assert!(text.contains("/nonexistent/agent.sock") && text.contains("LD_PRELOAD"), "{text}");
 }

@@ -4,34 +4,20 @@ use super::*;
 
 fn facts() -> Facts {
     Facts {
-        version: Version {
-            major: 10,
-            minor: 0,
-            micro: 2,
-            package: "Debian".into(),
-        },
+        version: Version { major: 10, minor: 0, micro: 2, package: "Debian".into() },
         machine: "pc-i440fx-10.0".into(),
         missing_commands: Vec::new(),
         suppress_vmdesc: true,
         send_configuration: Some(false),
         rtc_clock_vm: true,
-        blocks: vec![
-            block("plover-ram", false),
-            block("pc.bios", true),
-            block("/rom@etc/acpi/tables", true),
-        ],
+        blocks: vec![block("plover-ram", false), block("pc.bios", true), block("/rom@etc/acpi/tables", true)],
         backend: "plover-ram".into(),
         qtree: "  dev: virtio-net-device, id \"\"\n    guest_announce = false\n".into(),
     }
 }
 
 fn block(name: &str, read_only: bool) -> RamBlock {
-    RamBlock {
-        name: name.into(),
-        used_bytes: 4096,
-        host_address: 4096,
-        read_only,
-    }
+    RamBlock { name: name.into(), used_bytes: 4096, host_address: 4096, read_only }
 }
 
 fn refusal(change: impl FnOnce(&mut Facts)) -> String {
@@ -50,44 +36,21 @@ fn a_vm_with_our_arguments_is_accepted() {
 
 #[test]
 fn each_refusal_names_its_remedy() {
-    let old = refusal(|facts| {
-        facts.version = Version {
-            major: 7,
-            minor: 2,
-            micro: 22,
-            package: String::new(),
-        }
-    });
+    let old = refusal(|facts| facts.version = Version { major: 7, minor: 2, micro: 22, package: String::new() });
     assert!(old.contains("7.2.22") && old.contains("backports"), "{old}");
     let before_ten = refusal(|facts| (facts.version.major, facts.version.minor) = (9, 2));
     assert!(before_ten.contains("9.2.2"), "{before_ten}");
     let q35 = refusal(|facts| facts.machine = "pc-q35-10.0".into());
-    assert!(
-        q35.contains("pc-q35-10.0") && q35.contains("-machine pc"),
-        "{q35}"
-    );
+    assert!(q35.contains("pc-q35-10.0") && q35.contains("-machine pc"), "{q35}");
     let vga = refusal(|facts| facts.blocks.push(block("0000:00:02.0/vga.vram", false)));
-    assert!(
-        vga.contains("vga.vram") && vga.contains("-nodefaults -vga none"),
-        "{vga}"
-    );
+    assert!(vga.contains("vga.vram") && vga.contains("-nodefaults -vga none"), "{vga}");
     let flash = refusal(|facts| facts.blocks.push(block("system.flash1", false)));
-    assert!(
-        flash.contains("system.flash1") && flash.contains("-bios"),
-        "{flash}"
-    );
+    assert!(flash.contains("system.flash1") && flash.contains("-bios"), "{flash}");
     assert!(refusal(|facts| facts.suppress_vmdesc = false).contains("suppress-vmdesc=on"));
+    assert!(refusal(|facts| facts.send_configuration = None).contains("migration.send-configuration=off"));
+    assert!(refusal(|facts| facts.send_configuration = Some(true)).contains("migration.send-configuration=off"));
     assert!(
-        refusal(|facts| facts.send_configuration = None)
-            .contains("migration.send-configuration=off")
-    );
-    assert!(
-        refusal(|facts| facts.send_configuration = Some(true))
-            .contains("migration.send-configuration=off")
-    );
-    assert!(
-        refusal(|facts| facts.missing_commands = vec!["xen-load-devices-state"])
-            .contains("xen-load-devices-state")
+        refusal(|facts| facts.missing_commands = vec!["xen-load-devices-state"]).contains("xen-load-devices-state")
     );
     let announce = refusal(|facts| facts.qtree.push_str("      guest_announce = true\n"));
     assert!(announce.contains("guest_announce=off"), "{announce}");
@@ -109,9 +72,7 @@ fn privileges_are_read_from_the_status() {
     let without = "CapEff:\t000001fffff7ffff\nCapPrm:\t000001ffffffffff\n";
     check_privileges(with).expect("root");
     for status in [without, "", "CapEff:\tzz\n"] {
-        let refusal = check_privileges(status)
-            .expect_err("no CAP_SYS_PTRACE")
-            .to_string();
+        let refusal = check_privileges(status).expect_err("no CAP_SYS_PTRACE").to_string();
         assert!(refusal.contains("root"), "{refusal}");
     }
 }
@@ -119,28 +80,14 @@ fn privileges_are_read_from_the_status() {
 #[test]
 fn globals_are_read_from_the_arguments() {
     let said = |line: &str| send_configuration(&line.split(' ').collect::<Vec<_>>());
+    assert_eq!(said("qemu -global migration.send-configuration=off -S"), Some(false));
+    assert_eq!(said("qemu --global migration.send-configuration=on"), Some(true));
     assert_eq!(
-        said("qemu -global migration.send-configuration=off -S"),
-        Some(false)
-    );
-    assert_eq!(
-        said("qemu --global migration.send-configuration=on"),
+        said("qemu -global migration.send-configuration=off -global migration.send-configuration=on"),
         Some(true)
     );
-    assert_eq!(
-        said(
-            "qemu -global migration.send-configuration=off -global migration.send-configuration=on"
-        ),
-        Some(true)
-    );
-    assert_eq!(
-        said("qemu -global driver=migration,property=send-configuration,value=off"),
-        Some(false)
-    );
-    assert_eq!(
-        said("qemu -name migration.send-configuration=off -global"),
-        None
-    );
+    assert_eq!(said("qemu -global driver=migration,property=send-configuration,value=off"), Some(false));
+    assert_eq!(said("qemu -name migration.send-configuration=off -global"), None);
 }
 
 #[test]
@@ -157,11 +104,5 @@ fn feature_words_come_in_a_fixed_order() {
     let one = feature_lines(0, &serde_json::json!([word(1, 5), word(7, 0), word(2, 6)]));
     let other = feature_lines(0, &serde_json::json!([word(2, 6), word(1, 5)]));
     assert_eq!(one, other);
-    assert_eq!(
-        one,
-        [
-            "cpu 0: cpuid 1 EDX = 0x00000005",
-            "cpu 0: cpuid 2 EDX = 0x00000006"
-        ]
-    );
+    assert_eq!(one, ["cpu 0: cpuid 1 EDX = 0x00000005", "cpu 0: cpuid 2 EDX = 0x00000006"]);
 }

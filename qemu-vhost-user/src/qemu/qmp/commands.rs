@@ -149,11 +149,7 @@ impl Qmp {
     /// As [`Qmp::execute`]. After [`QmpError::Command`] the devices are in an undefined state: do not run the guest
     /// before another load succeeded.
     pub fn load_devices_state(&mut self, path: &Path) -> Result<(), QmpError> {
-        self.execute(
-            "xen-load-devices-state",
-            json!({"filename": path_text(path)}),
-        )
-        .map(drop)
+        self.execute("xen-load-devices-state", json!({"filename": path_text(path)})).map(drop)
     }
 
     /// Runs a command of the human monitor and returns its text.
@@ -183,10 +179,7 @@ impl Qmp {
     /// As [`Qmp::execute`].
     pub fn missing_commands(&mut self) -> Result<Vec<&'static str>, QmpError> {
         let known = self.query_commands()?;
-        Ok(NEEDED_COMMANDS
-            .into_iter()
-            .filter(|name| !known.contains(*name))
-            .collect())
+        Ok(NEEDED_COMMANDS.into_iter().filter(|name| !known.contains(*name)).collect())
     }
 
     /// Size of the guest's RAM.
@@ -239,27 +232,18 @@ impl Qmp {
         struct Kvm {
             enabled: bool,
         }
-        self.ask::<Kvm>("query-kvm", Value::Null)
-            .map(|kvm| kvm.enabled)
+        self.ask::<Kvm>("query-kvm", Value::Null).map(|kvm| kvm.enabled)
     }
 
     /// A property of an object.
     ///
     /// # Errors
     /// As [`Qmp::execute`]; [`QmpError::Answer`] if it has another type.
-    pub fn qom_get<T: for<'de> Deserialize<'de>>(
-        &mut self,
-        path: &str,
-        property: &str,
-    ) -> Result<T, QmpError> {
+    pub fn qom_get<T: for<'de> Deserialize<'de>>(&mut self, path: &str, property: &str) -> Result<T, QmpError> {
         self.ask("qom-get", json!({"path": path, "property": property}))
     }
 
-    fn ask<T: for<'de> Deserialize<'de>>(
-        &mut self,
-        command: &str,
-        arguments: Value,
-    ) -> Result<T, QmpError> {
+    fn ask<T: for<'de> Deserialize<'de>>(&mut self, command: &str, arguments: Value) -> Result<T, QmpError> {
         let answer = self.execute(command, arguments)?;
         T::deserialize(&answer).map_err(|_| QmpError::Answer {
             command: command.to_owned(),

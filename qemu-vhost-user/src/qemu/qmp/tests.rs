@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 
-const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
+const GREETING: &str =
+    r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#;
 
 struct Script {
     path: PathBuf,
@@ -14,12 +15,8 @@ struct Script {
 
 impl Script {
     /// A monitor that greets, accepts capabilities, and then runs `rest` with a reader and writer.
-    fn new(
-        name: &str,
-        rest: impl FnOnce(BufReader<UnixStream>, UnixStream) + Send + 'static,
-    ) -> Script {
-        let path =
-            std::env::temp_dir().join(format!("plover-qmp-{name}-{}.sock", std::process::id()));
+    fn new(name: &str, rest: impl FnOnce(BufReader<UnixStream>, UnixStream) + Send + 'static) -> Script {
+        let path = std::env::temp_dir().join(format!("plover-qmp-{name}-{}.sock", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).expect("bind");
         let server = std::thread::spawn(move || {
@@ -30,10 +27,7 @@ impl Script {
             writeln!(stream, r#"{{"return": {{}}, "id": 1}}"#).expect("answer");
             rest(reader, stream);
         });
-        Script {
-            path,
-            server: Some(server),
-        }
+        Script { path, server: Some(server) }
     }
 
     fn connect(&self) -> Qmp {
@@ -41,11 +35,7 @@ impl Script {
     }
 
     fn finish(mut self) {
-        self.server
-            .take()
-            .expect("once")
-            .join()
-            .expect("the script went through");
+        self.server.take().expect("once").join().expect("the script went through");
     }
 }
 
@@ -69,11 +59,8 @@ fn events_between_request_and_answer_are_kept_in_order() {
         assert!(asked.get("arguments").is_none());
         writeln!(stream, r#"{{"event": "STOP"}}"#).expect("write");
         writeln!(stream, r#"{{"return": {{}}, "id": {}}}"#, asked["id"]).expect("write");
-        writeln!(
-            stream,
-            r#"{{"event": "SHUTDOWN", "data": {{"guest": true, "reason": "guest-shutdown"}}}}"#
-        )
-        .expect("write");
+        writeln!(stream, r#"{{"event": "SHUTDOWN", "data": {{"guest": true, "reason": "guest-shutdown"}}}}"#)
+            .expect("write");
         // Kept open until the client is done.
         assert_eq!(reader.read_line(&mut String::new()).expect("end"), 0);
     });
@@ -84,21 +71,12 @@ fn events_between_request_and_answer_are_kept_in_order() {
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut events = qmp.take_events();
     while events.len() < 2 {
-        assert!(
-            crate::qemu::wait_for(qmp.poll_fd(), PollFlags::IN, deadline).expect("poll"),
-            "no second event"
-        );
+        assert!(crate::qemu::wait_for(qmp.poll_fd(), PollFlags::IN, deadline).expect("poll"), "no second event");
         qmp.poll_events().expect("events");
         events.extend(qmp.take_events());
     }
     assert_eq!(events[0].kind, EventKind::Stop);
-    assert_eq!(
-        events[1].kind,
-        EventKind::Shutdown {
-            guest: true,
-            reason: "guest-shutdown".into()
-        }
-    );
+    assert_eq!(events[1].kind, EventKind::Shutdown { guest: true, reason: "guest-shutdown".into() });
     assert!(qmp.take_events().is_empty());
     drop(qmp);
     script.finish();
@@ -109,31 +87,13 @@ fn a_late_answer_is_not_taken_for_the_next_commands() {
     let script = Script::new("late", |mut reader, mut stream| {
         let first = request(&mut reader);
         let second = request(&mut reader);
-        writeln!(
-            stream,
-            r#"{{"return": {{"status": "paused"}}, "id": {}}}"#,
-            first["id"]
-        )
-        .expect("write");
-        writeln!(
-            stream,
-            r#"{{"return": {{"status": "running"}}, "id": {}}}"#,
-            second["id"]
-        )
-        .expect("write");
+        writeln!(stream, r#"{{"return": {{"status": "paused"}}, "id": {}}}"#, first["id"]).expect("write");
+        writeln!(stream, r#"{{"return": {{"status": "running"}}, "id": {}}}"#, second["id"]).expect("write");
     });
     let mut qmp = script.connect();
-    let error = qmp
-        .execute_within("query-status", Value::Null, Duration::from_millis(20))
-        .expect_err("no answer");
-    assert!(
-        error.is_timeout() && !error.is_disconnected() && !error.is_command_error(),
-        "{error}"
-    );
-    assert_eq!(
-        qmp.query_status().expect("the second answer"),
-        RunState::Running
-    );
+    let error = qmp.execute_within("query-status", Value::Null, Duration::from_millis(20)).expect_err("no answer");
+    assert!(error.is_timeout() && !error.is_disconnected() && !error.is_command_error(), "{error}");
+    assert_eq!(qmp.query_status().expect("the second answer"), RunState::Running);
     script.finish();
 }
 
@@ -143,25 +103,13 @@ fn refusals_and_ends_are_told_apart() {
         let asked = request(&mut reader);
         assert_eq!(asked["arguments"]["filename"], "/f");
         let class = "CommandNotFound";
-        writeln!(
-            stream,
-            r#"{{"id": {}, "error": {{"class": "{class}", "desc": "not found"}}}}"#,
-            asked["id"]
-        )
-        .expect("write");
+        writeln!(stream, r#"{{"id": {}, "error": {{"class": "{class}", "desc": "not found"}}}}"#, asked["id"])
+            .expect("write");
     });
     let mut qmp = script.connect();
-    let error = qmp
-        .load_devices_state(Path::new("/f"))
-        .expect_err("refused");
-    assert!(
-        error.is_command_error() && error.is_unknown_command(),
-        "{error}"
-    );
-    assert!(
-        error.to_string().contains("xen-load-devices-state"),
-        "{error}"
-    );
+    let error = qmp.load_devices_state(Path::new("/f")).expect_err("refused");
+    assert!(error.is_command_error() && error.is_unknown_command(), "{error}");
+    assert!(error.to_string().contains("xen-load-devices-state"), "{error}");
     let error = qmp.stop().expect_err("the script ended");
     assert!(error.is_disconnected(), "{error}");
     script.finish();
@@ -174,10 +122,7 @@ fn an_answer_of_another_form_names_the_command() {
         writeln!(stream, r#"{{"return": 5, "id": {}}}"#, asked["id"]).expect("write");
     });
     let error = script.connect().query_status().expect_err("5 is no status");
-    assert!(
-        matches!(error, QmpError::Answer { .. }) && error.to_string().contains("query-status"),
-        "{error}"
-    );
+    assert!(matches!(error, QmpError::Answer { .. }) && error.to_string().contains("query-status"), "{error}");
     script.finish();
 }
 
@@ -194,12 +139,7 @@ fn what_is_not_qmp_is_a_lost_connection() {
 
 #[test]
 fn nobody_there_names_socket_and_remedy() {
-    let error = Qmp::connect(Path::new("/nonexistent/qmp.sock"), Instant::now())
-        .err()
-        .expect("nobody");
+    let error = Qmp::connect(Path::new("/nonexistent/qmp.sock"), Instant::now()).err().expect("nobody");
     assert!(error.is_disconnected());
-    assert!(
-        error.to_string().contains("/nonexistent/qmp.sock") && error.to_string().contains("-qmp"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("/nonexistent/qmp.sock") && error.to_string().contains("-qmp"), "{error}");
 }

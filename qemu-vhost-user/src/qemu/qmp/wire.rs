@@ -44,11 +44,7 @@ pub struct Version {
 impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)?;
-        if self.package.is_empty() {
-            Ok(())
-        } else {
-            write!(f, " ({})", self.package)
-        }
+        if self.package.is_empty() { Ok(()) } else { write!(f, " ({})", self.package) }
     }
 }
 
@@ -171,21 +167,14 @@ pub fn parse_line(line: &[u8]) -> Result<Message, WireError> {
         return Ok(Message::Greeting(greeting.version.into()));
     }
     if let Some(error) = raw.error {
-        return Ok(Message::Failure {
-            id,
-            class: error.class,
-            description: error.desc,
-        });
+        return Ok(Message::Failure { id, class: error.class, description: error.desc });
     }
     if let Some(value) = raw.value {
         return Ok(Message::Return { id, value });
     }
     let name = raw.event.ok_or(WireError::UnknownForm)?;
     let timestamp_us = raw.timestamp.map_or(0, RawTimestamp::into_us);
-    Ok(Message::Event(Event {
-        kind: raw.data.kind(name),
-        timestamp_us,
-    }))
+    Ok(Message::Event(Event { kind: raw.data.kind(name), timestamp_us }))
 }
 
 /// Reads the answer of `query-version`.
@@ -198,17 +187,8 @@ pub fn parse_version(value: Value) -> Result<Version, WireError> {
 
 impl From<RawVersion> for Version {
     fn from(raw: RawVersion) -> Version {
-        let RawTriple {
-            major,
-            minor,
-            micro,
-        } = raw.qemu;
-        Version {
-            major,
-            minor,
-            micro,
-            package: raw.package,
-        }
+        let RawTriple { major, minor, micro } = raw.qemu;
+        Version { major, minor, micro, package: raw.package }
     }
 }
 
@@ -217,28 +197,18 @@ impl RawTimestamp {
     fn into_us(self) -> u64 {
         let seconds = u64::try_from(self.seconds).unwrap_or(0);
         let microseconds = u64::try_from(self.microseconds).unwrap_or(0);
-        seconds
-            .saturating_mul(1_000_000)
-            .saturating_add(microseconds)
+        seconds.saturating_mul(1_000_000).saturating_add(microseconds)
     }
 }
 
 impl RawEventData {
     fn kind(self, name: String) -> EventKind {
         match name.as_str() {
-            "SHUTDOWN" => EventKind::Shutdown {
-                guest: self.guest,
-                reason: self.reason,
-            },
-            "RESET" => EventKind::Reset {
-                guest: self.guest,
-                reason: self.reason,
-            },
+            "SHUTDOWN" => EventKind::Shutdown { guest: self.guest, reason: self.reason },
+            "RESET" => EventKind::Reset { guest: self.guest, reason: self.reason },
             "STOP" => EventKind::Stop,
             "RESUME" => EventKind::Resume,
-            "GUEST_PANICKED" => EventKind::GuestPanicked {
-                action: self.action,
-            },
+            "GUEST_PANICKED" => EventKind::GuestPanicked { action: self.action },
             _ => EventKind::Other(name),
         }
     }
@@ -271,9 +241,7 @@ impl LineBuffer {
     /// Takes the next whole line, without its end and without blank lines.
     pub fn next_line(&mut self) -> Option<Vec<u8>> {
         loop {
-            let end = self.bytes[self.searched..]
-                .iter()
-                .position(|byte| *byte == b'\n');
+            let end = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n');
             let Some(end) = end else {
                 self.searched = self.bytes.len();
                 return None;
@@ -305,39 +273,19 @@ mod tests {
     fn the_greeting_gives_the_version() {
         let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10},
             "package": "Debian 1:10.0.2+ds-2~bpo12+1"}, "capabilities": ["oob"]}}"#;
-        let Message::Greeting(version) = parsed(greeting) else {
-            panic!("not a greeting")
-        };
+        let Message::Greeting(version) = parsed(greeting) else { panic!("not a greeting") };
         assert_eq!((version.major, version.minor, version.micro), (10, 0, 2));
         assert_eq!(version.to_string(), "10.0.2 (Debian 1:10.0.2+ds-2~bpo12+1)");
     }
 
     #[test]
     fn replies_keep_their_id() {
-        assert_eq!(
-            parsed(r#"{"return": {}, "id": 7}"#),
-            Message::Return {
-                id: Some(7),
-                value: serde_json::json!({})
-            }
-        );
-        assert_eq!(
-            parsed(r#"{"return": null, "id": 8}"#),
-            Message::Return {
-                id: Some(8),
-                value: Value::Null
-            }
-        );
-        let failure = parsed(
-            r#"{"id": 9, "error": {"class": "CommandNotFound", "desc": "no such command"}}"#,
-        );
+        assert_eq!(parsed(r#"{"return": {}, "id": 7}"#), Message::Return { id: Some(7), value: serde_json::json!({}) });
+        assert_eq!(parsed(r#"{"return": null, "id": 8}"#), Message::Return { id: Some(8), value: Value::Null });
+        let failure = parsed(r#"{"id": 9, "error": {"class": "CommandNotFound", "desc": "no such command"}}"#);
         assert_eq!(
             failure,
-            Message::Failure {
-                id: Some(9),
-                class: "CommandNotFound".into(),
-                description: "no such command".into()
-            }
+            Message::Failure { id: Some(9), class: "CommandNotFound".into(), description: "no such command".into() }
         );
     }
 
@@ -351,35 +299,19 @@ mod tests {
             r#"{"timestamp": {"seconds": 2, "microseconds": 3}, "event": "SHUTDOWN",
                 "data": {"guest": true, "reason": "guest-shutdown"}}"#,
         );
-        assert_eq!(
-            shutdown.kind,
-            EventKind::Shutdown {
-                guest: true,
-                reason: "guest-shutdown".into()
-            }
-        );
+        assert_eq!(shutdown.kind, EventKind::Shutdown { guest: true, reason: "guest-shutdown".into() });
         assert_eq!(shutdown.timestamp_us, 2_000_003);
         assert_eq!(
             event(r#"{"event": "STOP", "timestamp": {"seconds": -1, "microseconds": -1}}"#).kind,
             EventKind::Stop
         );
-        let other =
-            event(r#"{"event": "RTC_CHANGE", "data": {"offset": 1, "qom-path": "/machine"}}"#);
+        let other = event(r#"{"event": "RTC_CHANGE", "data": {"offset": 1, "qom-path": "/machine"}}"#);
         assert_eq!(other.kind, EventKind::Other("RTC_CHANGE".into()));
     }
 
     #[test]
     fn objects_of_no_known_form_are_refused() {
-        for line in [
-            "{}",
-            "[]",
-            "1",
-            "",
-            "{\"id\": 1}",
-            "{\"event\": 5}",
-            "{\"return\": 1",
-            "\u{fffd}",
-        ] {
+        for line in ["{}", "[]", "1", "", "{\"id\": 1}", "{\"event\": 5}", "{\"return\": 1", "\u{fffd}"] {
             assert!(parse_line(line.as_bytes()).is_err(), "{line}");
         }
     }

@@ -29,24 +29,10 @@ const RAM_BYTES: u64 = 256 << 20;
 fn ramblocks_are_read_with_address_and_protection() {
     let blocks = parse_ramblocks(RAMBLOCKS);
     let names: Vec<_> = blocks.iter().map(|block| block.name.as_str()).collect();
-    assert_eq!(
-        names,
-        [
-            "plover-ram",
-            "/rom@etc/acpi/tables",
-            "pc.rom",
-            "0000:00:02.0/vga.vram",
-            "a name here"
-        ]
-    );
+    assert_eq!(names, ["plover-ram", "/rom@etc/acpi/tables", "pc.rom", "0000:00:02.0/vga.vram", "a name here"]);
     assert_eq!(
         blocks[0],
-        RamBlock {
-            name: "plover-ram".into(),
-            used_bytes: RAM_BYTES,
-            host_address: RAM_AT,
-            read_only: false
-        }
+        RamBlock { name: "plover-ram".into(), used_bytes: RAM_BYTES, host_address: RAM_AT, read_only: false }
     );
     let writable: Vec<_> = blocks.iter().map(|block| !block.read_only).collect();
     assert_eq!(writable, [true, false, false, true, true]);
@@ -55,22 +41,9 @@ fn ramblocks_are_read_with_address_and_protection() {
 #[test]
 fn a_split_mapping_is_found_whole() {
     let (file, ranges) = ranges_at(&parse_maps(MAPS), RAM_AT, RAM_BYTES).expect("found");
-    assert_eq!(
-        file,
-        FileId {
-            major: 0,
-            minor: 1,
-            inode: 33
-        }
-    );
+    assert_eq!(file, FileId { major: 0, minor: 1, inode: 33 });
     assert_eq!(ranges.len(), 2);
-    assert_eq!(
-        ranges[1],
-        RamRange {
-            addresses: 0x7f02_23ff_f000..0x7f02_2bff_f000,
-            file_offset: 128 << 20
-        }
-    );
+    assert_eq!(ranges[1], RamRange { addresses: 0x7f02_23ff_f000..0x7f02_2bff_f000, file_offset: 128 << 20 });
 }
 
 #[test]
@@ -88,20 +61,12 @@ fn what_is_not_the_whole_shared_file_is_refused() {
 
 #[test]
 fn the_file_of_ones_own_mapping_is_opened_for_writing() {
-    let memfd =
-        rustix::fs::memfd_create("plover-test", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+    let memfd = rustix::fs::memfd_create("plover-test", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
     rustix::fs::ftruncate(&memfd, 8192).expect("truncate");
     // SAFETY: a new mapping at an address of the kernel's choice; it stays until the test's process ends.
     let address = unsafe {
         let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
-        rustix::mm::mmap(
-            std::ptr::null_mut(),
-            8192,
-            protection,
-            rustix::mm::MapFlags::SHARED,
-            &memfd,
-            0,
-        )
+        rustix::mm::mmap(std::ptr::null_mut(), 8192, protection, rustix::mm::MapFlags::SHARED, &memfd, 0)
     }
     .expect("mmap");
     let pid = std::process::id() as i32;
