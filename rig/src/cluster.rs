@@ -43,6 +43,8 @@ pub struct ClusterOptions {
     pub programs: PathBuf,
     /// Cores of each host's QEMU; an empty list: the kernel chooses.
     pub qemu_cores: Vec<Vec<usize>>,
+    /// Cores of all daemons; an empty list: the kernel chooses.
+    pub daemon_cores: Vec<usize>,
     /// Gives each host a disk of its own of this size for its log, so that it can be filled.
     pub data_disk_mib: Option<u32>,
     /// More words for the guest's kernel command line.
@@ -58,6 +60,7 @@ impl ClusterOptions {
             node: "debug_hooks = true\n".into(),
             programs,
             qemu_cores: vec![Vec::new(); 3],
+            daemon_cores: Vec::new(),
             data_disk_mib: None,
             append: String::new(),
         }
@@ -169,7 +172,11 @@ impl<'a> Cluster<'a> {
     /// # Errors
     /// When it cannot be started.
     pub fn start_daemon(&self, host: &Host) -> Result<Process> {
-        host.start(Spawn::new(DAEMON, self.plover(host, &["run"])).restart_after(RESTART_DELAY))
+        host.start(
+            Spawn::new(DAEMON, self.plover(host, &["run"]))
+                .restart_after(RESTART_DELAY)
+                .on_cores(&self.options.daemon_cores),
+        )
     }
 
     /// Starts the QEMU of one host, prepared and stopped.

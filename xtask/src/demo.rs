@@ -110,6 +110,8 @@ fn perform(bed: &Testbed, arguments: &Arguments, report: &mut DemoReport) -> Res
     options.node = String::new();
     // The third host is free to use what is idle: it serves in no measurement of throughput.
     options.qemu_cores = vec![vec![cores.leader], vec![cores.secondary], Vec::new()];
+    // A real host has cores beside the guest's; here the leader's guest keeps its own, as the baseline's does.
+    options.daemon_cores = vec![cores.secondary];
     let cluster = Cluster::new(bed, options)?;
     let mut scenario = Scenario::new(&cluster, arguments, cores, report);
     let outcome = scenario.play();

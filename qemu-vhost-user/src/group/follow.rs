@@ -11,7 +11,7 @@ use super::reactor::Reactor;
 use super::worker::{Command, Report};
 
 /// How often the vCPUs' clock is looked at while a guest is expected to become idle.
-pub const IDLE_POLL_US: u64 = 100;
+pub const IDLE_POLL_US: u64 = 250;
 
 /// The syncvm that this replica follows, if any.
 #[derive(Debug, Default)]

@@ -16,8 +16,8 @@ use crate::device::DeviceEvent;
 use crate::qemu::agent::VcpuClocks;
 use crate::qemu::fingerprint::Fingerprint;
 
-/// Sampling period of the agent while somebody looks.
-const CLOCK_PERIOD_US: u32 = 100;
+/// Sampling period of the agent while somebody looks: each sample wakes a thread beside the vCPU.
+const CLOCK_PERIOD_US: u32 = 250;
 /// A frame needs this long from the ring to a vCPU; before that, stillness says nothing.
 const INJECT_SETTLE_US: u64 = 200;
 
