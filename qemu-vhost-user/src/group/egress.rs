@@ -39,8 +39,8 @@ impl Egress {
         Self { guard: Guard::new(guard_bytes), uplink, direct: false, frames_out: 0, frames_dropped: 0 }
     }
 
-    /// Takes what the guest has sent. Returns the number of frames taken.
-    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64) -> usize {
+    /// Takes what the guest has sent. Returns whether there may be more at once; otherwise the guest kicks.
+    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64) -> bool {
         let (guard, uplink) = (&mut self.guard, &mut self.uplink);
         let (mut out, mut dropped) = (0, 0);
         let taken = if self.direct {
@@ -53,7 +53,7 @@ impl Egress {
         };
         self.frames_out += out;
         self.frames_dropped += dropped;
-        taken
+        taken == TX_BUDGET_FRAMES
     }
 
     /// Ends the present slot: what is held now belongs to it, what comes later does not.

@@ -49,6 +49,14 @@ const PROGRESS_INTERVAL_US: u64 = 10_000;
 /// The loop looks at everything at least this often, whatever its deadlines say.
 const LONGEST_SLEEP_US: u64 = 50_000;
 
+/// A reactor that was kept from running for this long must not judge its peers by what it did not hear meanwhile.
+const OWN_STALL_US: u64 = 20_000;
+/// After so many turns without a pause the thread sleeps for a moment: it may share its core, at real-time priority,
+/// with the clients, the guest or another group.
+const BUSY_TURNS: u32 = 32;
+/// That moment.
+const BREATHER_US: u64 = 50;
+
 /// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
 /// leaving it for later.
 #[derive(Debug, Clone, Copy)]
@@ -118,13 +126,22 @@ impl Reactor<'_> {
         self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read).map_err(system)?;
         let mut ready: Vec<Ready> = Vec::with_capacity(64);
         let mut due = Due::EVERYTHING;
+        let (mut busy_turns, mut planned_us) = (0, now_us());
         while !self.stopping.load(Atomic::Acquire) {
             let now = now_us();
+            if now.saturating_sub(planned_us) > OWN_STALL_US {
+                self.forgive_silence(now);
+            }
             let busy = self.turn(now, due)?;
             let after = now_us();
             self.loops.end_loop(after, busy);
-            let sleep_us =
-                if busy { 0 } else { self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US) };
+            busy_turns = if busy { busy_turns + 1 } else { 0 };
+            let sleep_us = match busy_turns {
+                0 => self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US),
+                turns if turns % BUSY_TURNS == 0 => BREATHER_US,
+                _ => 0,
+            };
+            planned_us = after + sleep_us;
             self.watch_uplink();
             self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
             due = Due::of(&ready);
@@ -150,7 +167,7 @@ impl Reactor<'_> {
         if due.worker {
             self.take_worker_reports(now);
         }
-        busy |= self.egress.collect(&mut self.device, now) > 0;
+        busy |= self.egress.collect(&mut self.device, now);
         if due.device {
             self.take_device_events();
         }
@@ -167,6 +184,16 @@ impl Reactor<'_> {
         match self.ordering.log_failure() {
             Some(failure) => Err(failure),
             None => Ok(busy),
+        }
+    }
+
+    /// This thread was not run: peers get one more heartbeat's time before they count as silent.
+    fn forgive_silence(&mut self, now: u64) {
+        tracing::debug!(vm = %self.vm.name, "the reactor was not run for a while");
+        for peer in self.peers.ids() {
+            if self.peers.get(peer).connected {
+                self.ordering.step(now, Event::PeerHeard(peer));
+            }
         }
     }
 
