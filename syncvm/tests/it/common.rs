@@ -58,6 +58,8 @@ pub enum Refusal {
 }
 
 pub struct FakeGuest {
+    /// A device state part of its own that a load would leave; a reset takes it away.
+    pub leftover: Option<String>,
     pub ram: GuestRam,
     pub dirty: Arc<Mutex<DirtySet>>,
     pub device: Vec<u8>,
@@ -79,6 +81,7 @@ pub struct FakeGuest {
 impl FakeGuest {
     pub fn new(seed: u64, pages: usize) -> Self {
         let mut guest = Self {
+            leftover: None,
             ram: new_ram(pages),
             dirty: Arc::new(Mutex::new(DirtySet::new(pages))),
             device: vec![seed as u8; 3000],
@@ -170,6 +173,14 @@ impl Guest for FakeGuest {
     }
     fn harvest_needs_stop(&self) -> bool {
         self.needs_stop
+    }
+    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
+        Ok(self.leftover.iter().cloned().collect())
+    }
+    fn reset_devices(&mut self) -> Result<(), GuestError> {
+        assert!(!self.running, "reset while running");
+        self.leftover = None;
+        Ok(())
     }
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         assert!(!self.running, "saved while running");

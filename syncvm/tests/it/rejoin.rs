@@ -119,6 +119,22 @@ fn a_half_joined_replica_refuses_the_syncvm_of_another_pairing() {
 }
 
 #[test]
+fn device_state_that_a_load_would_leave_makes_a_follower_rejoin_untouched() {
+    let (mut leader, mut follower) = pair(8, PAGES);
+    good_sync(&mut leader, &mut follower, 1);
+    follower.guest.leftover = Some("virtio/disabled of nic".into());
+    let (led, followed) = sync(&mut leader, &mut follower, 2, None);
+    assert!(led.unwrap_err().needs_rejoin());
+    assert!(matches!(&followed, Err(SyncError::Leftovers { parts }) if parts.len() == 1));
+    assert_eq!(follower.observer.applied, 1, "nothing was acknowledged or applied");
+    assert_eq!(follower.guest.at_resume, follower.guest.at_stop, "its memory and devices are as they were");
+    // The rejoin resets the devices, and then the two are equal again.
+    rejoin(&mut leader, &mut follower, 3, &policy(50), None).1.unwrap();
+    assert_eq!(follower.guest.leftover, None);
+    good_sync(&mut leader, &mut follower, 4);
+}
+
+#[test]
 fn a_joiner_with_an_empty_memory_gets_zero_pages_for_nothing() {
     let (mut leader, _) = pair(5, BIG);
     for page in 0..BIG as u32 {

@@ -279,6 +279,8 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.standing.may_run.store(false, Ordering::Release);
+        // First: a connection that is opened just now is refused by its view, so that the join below cannot wait for it.
+        self.standing.set_view(View(u64::MAX), None);
         self.standing.cancel_exchange();
         self.send(Command::End);
         if let Some(thread) = self.thread.take() {

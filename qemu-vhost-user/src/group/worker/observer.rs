@@ -91,3 +91,46 @@ impl Observer for WorkerObserver {
         self.port.report(Report::Applied { number: self.number });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{CrashPoints, Worker, queues};
+    use super::*;
+
+    fn observer(number: u64) -> (Worker, WorkerObserver) {
+        let (worker, port) = queues(Arc::new(CrashPoints::default())).expect("descriptors");
+        let mut observer = WorkerObserver::new(Arc::new(port));
+        observer.begin(Index(number), View(1), false);
+        (worker, observer)
+    }
+
+    #[test]
+    fn a_joiner_runs_although_the_permission_comes_after_the_question() {
+        let (worker, mut observer) = observer(7);
+        observer.applied();
+        let standing = worker.standing.clone();
+        // The reactor's side of `Applied`: asked before this thread was even started, answered in its own time.
+        let reactor = std::thread::spawn(move || {
+            assert!(matches!(worker.next_report(), Some(Report::Applied { number: Index(7) })));
+            std::thread::park_timeout(Duration::from_millis(20));
+            standing.may_run.store(true, Ordering::Release);
+            standing.sealed.store(7, Ordering::Release);
+            worker
+        });
+        assert!(observer.may_run(), "the permission was given with the seal");
+        drop(reactor.join().expect("the report was there"));
+    }
+
+    #[test]
+    fn a_guest_stays_stopped_without_permission_or_before_a_hand_over() {
+        let (worker, mut observer) = observer(7);
+        observer.crash_point(Phase::LeaderStopped);
+        worker.standing.sealed.store(7, Ordering::Release);
+        assert!(!observer.may_run(), "sealed, but deposed");
+        worker.standing.may_run.store(true, Ordering::Release);
+        observer.begin(Index(8), View(1), true);
+        assert!(!observer.may_run(), "the last syncvm before a hand-over");
+        observer.begin(Index(9), View(1), false);
+        assert!(observer.may_run(), "nothing was stopped, nothing to wait for");
+    }
+}
