@@ -211,12 +211,16 @@ impl Serve {
         if !self.port.standing.may_run.load(Ordering::Acquire) {
             return;
         }
-        if let Some(guest) = self.guest() {
-            let report = match guest.resume() {
-                Ok(()) => Report::Running,
-                Err(error) => Report::NotRunning { reason: error.to_string() },
-            };
-            self.port.report(report);
+        let Some(guest) = self.guest() else { return };
+        match guest.resume() {
+            Ok(()) => self.port.report(Report::Running),
+            Err(error) => {
+                // Perhaps because it has just switched itself off: then nobody shall take over, so that is said instead.
+                self.look_at_qemu();
+                if !matches!(self.side, Side::Detached) {
+                    self.port.report(Report::NotRunning { reason: error.to_string() });
+                }
+            }
         }
     }
 
