@@ -10,8 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use dataplane::wait::{Interest, Poller, Ready};
-use storage_log::{FileLog, LogStore, Options, Record, Ticket};
+use storage_log::{LegSpec, LogStore, Options, Record};
 
 use crate::Effort;
 use crate::group::Sink;
@@ -30,11 +29,7 @@ pub fn run(effort: Effort, directory: &Path, sink: Sink<'_>) -> Result<()> {
     let scratch = Scratch::new(directory, "log-commit")?;
     let commits = effort.pick(200, 10);
     let mut log = Log::open(&scratch.path().join("log"))?;
-    // The size of a record on the disk, from the log itself.
-    let before_bytes = log.file.disk_bytes();
-    log.commit()?;
-    let disk_bytes = log.file.disk_bytes() - before_bytes;
-    let mut bare = Bare::create(&scratch.path().join("bare"), usize::try_from(disk_bytes)?)?;
+    let mut bare = Bare::create(&scratch.path().join("bare"), storage_log::BLOCK_BYTES)?;
     let figure = Figure { id: "log.commit_p50", unit: "us", better: Better::Lower };
     let row = compare(
         figure,
@@ -59,39 +54,25 @@ fn p50_us(times: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(latencies.p50_us())
 }
 
-/// The log with a poller that waits for it, as the reactor has one.
 struct Log {
-    file: FileLog,
-    poller: Poller,
-    ready: Vec<Ready>,
+    store: Box<dyn LogStore>,
     next_index: u64,
     payload: Vec<u8>,
 }
 
 impl Log {
     fn open(directory: &Path) -> Result<Log> {
-        let (file, recovered) = FileLog::open(directory, Options::default())?;
+        let (store, recovered) = storage_log::open(&[LegSpec::Dir(directory.to_owned())], Options::default())?;
         ensure!(recovered.entries.is_empty(), "a new log is not empty");
-        let poller = Poller::new()?;
-        poller.add(file.event_fd(), 0, Interest::ReadEdge)?;
-        Ok(Log { file, poller, ready: Vec::new(), next_index: 1, payload: payload() })
+        Ok(Log { store, next_index: 1, payload: payload() })
     }
 
     fn commit(&mut self) -> Result<()> {
         let record = Record::Entry { index: self.next_index, view: 1, parts: [&[], &self.payload] };
-        let ticket: Ticket = self.file.append(record)?;
-        self.file.flush();
-        let deadline = Instant::now() + DEADLINE;
-        while self.file.durable() < ticket {
-            if let Some(error) = self.file.failed() {
-                return Err(error.into());
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!("a record was not durable within {} s", DEADLINE.as_secs());
-            }
-            let left_us = left.as_micros() as u64;
-            self.poller.wait(Some(left_us), &mut self.ready)?;
+        let ticket = self.store.append(record)?;
+        self.store.flush();
+        if !self.store.wait(ticket, DEADLINE) {
+            bail!("a record was not durable within {} s: {:?}", DEADLINE.as_secs(), self.store.failed());
         }
         self.next_index += 1;
         Ok(())
@@ -107,10 +88,6 @@ struct Bare {
 
 impl Bare {
     fn create(path: &Path, record_bytes: usize) -> Result<Bare> {
-        ensure!(
-            (RECORD_BYTES..2 * RECORD_BYTES).contains(&record_bytes),
-            "a record of {RECORD_BYTES} bytes took {record_bytes} bytes of the log"
-        );
         let mut bytes = payload();
         bytes.resize(record_bytes, 0xA5);
         let file = File::options().write(true).create_new(true).open(path);
@@ -134,7 +111,7 @@ fn payload() -> Vec<u8> {
 
 /// Opens the log again and looks for everything that was acknowledged.
 fn check(directory: &Path, next_index: u64) -> Result<()> {
-    let (_, recovered) = FileLog::open(directory, Options::default())?;
+    let (_, recovered) = storage_log::open(&[LegSpec::Dir(directory.to_owned())], Options::default())?;
     let expected = payload();
     let found = recovered.entries.len() as u64;
     let intact = (1..).zip(&recovered.entries).all(|(index, entry)| entry.index == index && entry.bytes == expected);

@@ -1,6 +1,9 @@
 //! `plover`: the daemon and the command line. Parsing and exit codes; the work is in the library.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the configuration cannot be used, 4 the daemon refused.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the configuration cannot be used, 4 the daemon refused, 5 the log is whole
+//! but its end is in doubt.
+
+mod log;
 
 use std::ffi::OsString;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -83,6 +86,11 @@ enum Command {
         /// The VM.
         vm: String,
     },
+    /// Look at a VM's log on this node's disks; the daemon must not run.
+    Log {
+        #[command(subcommand)]
+        what: LogCommand,
+    },
     /// Tests: arm a crash point of syncvm (needs debug_hooks = true).
     #[command(hide = true)]
     CrashPoint {
@@ -92,6 +100,23 @@ enum Command {
         phase: String,
         /// kill-daemon, kill-qemu, kill-both or freeze-daemon.
         action: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum LogCommand {
+    /// Say whether it is whole, and what it holds. Exit code 0: whole; 1: damaged; 5: a replica would have to ask the others.
+    Check {
+        /// The VM.
+        vm: String,
+    },
+    /// Print every record.
+    Dump {
+        /// The VM.
+        vm: String,
+        /// Also print the frames of inputs, in hexadecimal.
+        #[arg(long)]
+        frames: bool,
     },
 }
 
@@ -142,6 +167,12 @@ fn execute(command: Command, config: NodeConfig, socket: SocketArgs, path: &Path
         Command::Failover { vm } => ask(&config, &Request::Failover { vm }, false),
         Command::Sync { vm } => ask(&config, &Request::Sync { vm }, false),
         Command::ColdStart { vm } => ask(&config, &Request::ColdStart { vm }, false),
+        Command::Log { what: LogCommand::Check { vm } } => {
+            log::check(&config, vm_of(&config, &vm, path)?, &mut std::io::stdout().lock())
+        }
+        Command::Log { what: LogCommand::Dump { vm, frames } } => {
+            log::dump(&config, vm_of(&config, &vm, path)?, frames, &mut std::io::stdout().lock())
+        }
         Command::CrashPoint { vm, phase, action } => ask(&config, &Request::CrashPoint { vm, phase, action }, false),
     }
 }

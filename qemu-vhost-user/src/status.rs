@@ -52,6 +52,19 @@ pub struct SyncTotals {
     pub diverged: u64,
 }
 
+/// The log on this node's disks.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct LogFigures {
+    /// Bytes of the segments that are needed.
+    pub disk_bytes: u64,
+    /// Bytes that are not durable yet.
+    pub queued_bytes: u64,
+    /// Each copy with its place and how it fares.
+    pub copies: Vec<(String, String)>,
+    /// Why the log cannot grow, if it cannot.
+    pub no_room: Option<String>,
+}
+
 /// One other replica as this one sees it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PeerStatus {
@@ -100,6 +113,9 @@ pub struct GroupStatus {
     pub applied_index: u64,
     /// Index up to which the log has been dropped.
     pub base_index: u64,
+    /// The log on this node's disks.
+    #[serde(default)]
+    pub log: LogFigures,
     /// Frames in the guard.
     pub held_frames: u64,
     /// Bytes in the guard.
@@ -148,6 +164,7 @@ impl GroupStatus {
             "  log       committed {} of {}, applied {}, base {}",
             self.commit_index, self.last_index, self.applied_index, self.base_index
         );
+        self.render_log(&mut text);
         let _ = writeln!(
             text,
             "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
@@ -168,6 +185,16 @@ impl GroupStatus {
             let _ = writeln!(text, "  error     {error}");
         }
         text
+    }
+
+    fn render_log(&self, text: &mut String) {
+        let LogFigures { disk_bytes, queued_bytes, copies, no_room } = &self.log;
+        let copies: Vec<String> = copies.iter().map(|(place, state)| format!("{place} {state}")).collect();
+        let list = copies.join(", ");
+        let _ = writeln!(text, "  disk      {disk_bytes} bytes of log, {queued_bytes} on their way; {list}");
+        if let Some(why) = no_room {
+            let _ = writeln!(text, "  disk      NO ROOM: {why}");
+        }
     }
 
     fn render_sync(&self, text: &mut String) {

@@ -136,7 +136,7 @@ impl<'a> Cluster<'a> {
         let vms = host.directory().join("vms");
         std::fs::create_dir_all(&vms).context(|| format!("cannot make {}", vms.display()))?;
         let node = format!(
-            "name = {:?}\nlisten = \"{}:{FABRIC_PORT}\"\nrun_dir = {:?}\ndata_dir = {:?}\nqemu = {:?}\nhash_workers = 1\n{}",
+            "name = {:?}\nlisten = \"{}:{FABRIC_PORT}\"\nrun_dir = {:?}\ndata_dir = {:?}\nqemu = {:?}\nhash_workers = 1\nlog_segment_mib = 4\n{}",
             host.name(),
             host.ip(),
             host.socket_directory(),

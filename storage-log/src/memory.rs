@@ -1,7 +1,11 @@
 //! A log in memory: durable at each flush, gone with the process.
 
+use std::time::Duration;
+
+use rustix::fd::BorrowedFd;
+
 use crate::record::MAX_RECORD_BYTES;
-use crate::{IndexRange, LogError, LogStore, Record, Recovered, StoredEntry, Ticket};
+use crate::{IndexRange, LogError, LogStatus, LogStore, Record, Recovered, StoredEntry, Ticket};
 
 /// Keeps records in memory. [`snapshot`](Self::snapshot) gives what a file log would recover.
 #[derive(Debug, Default)]
@@ -47,6 +51,8 @@ impl LogStore for MemoryLog {
         self.durable = self.appended;
     }
 
+    fn poll(&mut self) {}
+
     fn durable(&self) -> Ticket {
         Ticket(self.durable)
     }
@@ -58,6 +64,22 @@ impl LogStore for MemoryLog {
     fn truncate_prefix(&mut self, through: u64) {
         self.range.truncate(through);
         drop_prefix(&mut self.content.entries, through);
+    }
+
+    fn wait(&mut self, ticket: Ticket, _timeout: Duration) -> bool {
+        self.durable >= ticket.0
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn is_busy(&self) -> bool {
+        false
+    }
+
+    fn status(&self) -> LogStatus {
+        LogStatus::default()
     }
 }
 

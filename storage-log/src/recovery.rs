@@ -1,101 +1,189 @@
-//! Reading a log back.
+//! Reading a log back, from one copy or several.
 //!
-//! A crash can leave only the last group commit of the last segment incomplete, because each commit is
-//! synced before the next begins and a segment before its successor is made. So a bad record is a torn
-//! write, and is cut, only if it is in the last segment and no valid record behind it belongs to
-//! a later commit (blocks of one commit may reach the disk in any order). Anything else is damage to
-//! bytes that may have been acknowledged: opening is refused, since an acceptor that forgets is worse
-//! than one that is missing.
+//! What is found is one of four things, and everything hangs on not mixing them up:
+//! * *whole*: all blocks that should be there are, on some copy;
+//! * *torn*: the last group is incomplete, and some block of it was never written on a copy that takes part. A group is
+//!   acknowledged only after all of it is on all such copies, so nobody was told about this one. It is cut off;
+//! * *doubtful*: the end is bad and nothing proves that it was torn, or a copy is missing that may have gone on without
+//!   this one. What was acknowledged last may be lost, so this replica must ask its peers before it votes
+//!   ([`Recovered::doubtful`]);
+//! * *damaged*: bytes are bad that were durable before something else was written. Opening is refused, since
+//!   an acceptor that forgets is worse than one that is missing.
+//!
+//! Nothing is written here. The gaps of single copies are reported, and filled by who opened the log.
 
+mod copies;
+mod tail;
+
+use crate::block::SegmentId;
 use crate::memory::{drop_prefix, set_entry};
-use crate::record::{self, Kind, SEGMENT_HEADER_BYTES, SegmentId, segment_number};
-use crate::writer::SegmentInfo;
+use crate::record::{self, Chain, Flaw, Kind};
+use crate::segment::{Header, Members, SegmentInfo, SegmentNumber, note_entry};
+use crate::volume::Volume;
 use crate::{IndexRange, LogError, Recovered, StoredEntry};
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use copies::{Copies, Headers};
 
-/// Where the writer goes on, and what was found.
+/// A block that a copy lacks and another has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Gap {
+    pub leg: usize,
+    pub segment: SegmentId,
+    pub number: SegmentNumber,
+    pub block: u32,
+}
+
+/// What was found, and where the log goes on.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
     pub recovered: Recovered,
     pub range: IndexRange,
     pub segments: Vec<SegmentInfo>,
-    /// The last segment, to be appended to.
-    pub tail: Option<SegmentId>,
+    /// The header of the last segment; `None` if the log is new.
+    pub last: Option<Header>,
+    pub chain: Chain,
+    pub gaps: Vec<Gap>,
+    /// The copies that are here and have a part in the log.
+    pub present: Members,
 }
 
-/// Reads all segments in `dir` and cuts a torn tail.
-pub(crate) fn scan(dir: &Path) -> Result<Scan, LogError> {
+/// Takes each record as it is read: its segment, the block it begins in, and the record.
+pub(crate) type Visit<'a> = &'a mut dyn FnMut(SegmentNumber, u32, &record::Found<'_>);
+
+/// Reads all that the copies hold; `None` is one that cannot be opened.
+pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Scan, LogError> {
+    let headers = Headers::read(legs)?;
     let mut scan = Scan::default();
-    let numbers = list(dir)?;
-    for pair in numbers.windows(2) {
-        if pair[1] != pair[0] + 1 {
-            let file = dir.join(SegmentId { number: pair[0] + 1, salt: 0 }.file_name());
-            let problem = "the file is missing while older and newer ones are there".to_owned();
-            return Err(LogError::Damaged { file, offset: 0, problem });
+    let Some(last) = headers.last() else {
+        scan.recovered.doubtful = tail::beginning_lost(legs, 0, Members::default())?;
+        return Ok(scan);
+    };
+    (scan.last, scan.chain) = (Some(last), last.chain);
+    for number in last.first..=last.number() {
+        let header = headers.of(number).ok_or_else(|| missing(legs, number))?;
+        let next = (number < last.number()).then(|| headers.of(number + 1).ok_or_else(|| missing(legs, number + 1)));
+        if number == last.first {
+            scan.chain = header.chain;
+        }
+        read_segment(legs, header, next.transpose()?, &last, &mut scan, visit)?;
+    }
+    for leg in 0..legs.len() {
+        if headers.leg_has_any(leg, &last) {
+            scan.present.insert(leg);
         }
     }
-    for &number in &numbers {
-        scan_segment(dir, number, numbers.last() == Some(&number), &mut scan)?;
-    }
+    let all_members = (0..32).filter(|&leg| last.members.contains(leg)).all(|leg| scan.present.contains(leg));
+    scan.recovered.doubtful |= !all_members || tail::beginning_lost(legs, last.number(), last.members)?;
     Ok(scan)
 }
 
-fn list(dir: &Path) -> Result<Vec<u64>, LogError> {
-    let mut numbers = Vec::new();
-    let entries = std::fs::read_dir(dir).map_err(|error| LogError::io("listing", dir, error))?;
-    for entry in entries {
-        let entry = entry.map_err(|error| LogError::io("listing", dir, error))?;
-        numbers.extend(entry.file_name().to_str().and_then(segment_number));
+impl Header {
+    pub(crate) fn number(&self) -> SegmentNumber {
+        self.id.number
     }
-    numbers.sort_unstable();
-    Ok(numbers)
 }
 
-fn scan_segment(dir: &Path, number: u64, is_last: bool, scan: &mut Scan) -> Result<(), LogError> {
-    let path = dir.join(SegmentId { number, salt: 0 }.file_name());
-    let bytes = std::fs::read(&path).map_err(|error| LogError::io("reading", &path, error))?;
-    let Some(id) = SegmentId::decode_header(&bytes).filter(|id| id.number == number) else {
-        // The header is synced before the first record is written.
-        if is_last && bytes.len() <= SEGMENT_HEADER_BYTES {
-            scan.recovered.torn_bytes += bytes.len() as u64;
-            return std::fs::remove_file(&path).map_err(|error| LogError::io("removing", &path, error));
-        }
-        return Err(LogError::Damaged { file: path, offset: 0, problem: "its header is wrong".to_owned() });
-    };
-    let mut info = SegmentInfo { number, bytes: 0, last_index: None };
-    let mut offset = SEGMENT_HEADER_BYTES;
-    while offset < bytes.len() {
-        match record::find(&bytes, id, offset) {
-            Ok(found) => {
-                apply(&found, scan, &mut info, &path, offset as u64)?;
-                offset += found.size();
-            }
-            Err(_) if is_last && !later_commit_follows(&bytes, id, offset) => {
-                scan.recovered.torn_bytes += (bytes.len() - offset) as u64;
-                cut(&path, offset as u64)?;
-                break;
-            }
-            Err(problem) => {
-                return Err(LogError::Damaged { file: path, offset: offset as u64, problem: problem.to_owned() });
-            }
-        }
+fn missing<V: Volume>(legs: &[Option<V>], number: SegmentNumber) -> LogError {
+    let problem = "its header is damaged, or the segment is missing, while a newer one needs it".to_owned();
+    damaged(legs, number, 0, problem)
+}
+
+fn damaged<V: Volume>(legs: &[Option<V>], number: SegmentNumber, block: u32, problem: String) -> LogError {
+    let leg = legs.iter().flatten().next().expect("a log has at least one copy");
+    let offset = u64::from(block) * crate::block::BLOCK_BYTES as u64;
+    LogError::Damaged { file: leg.describe(number), offset, problem }
+}
+
+/// Where a block's bytes begin in the stream.
+struct Mark {
+    stream_at: usize,
+    block: u32,
+}
+
+fn read_segment<V: Volume>(
+    legs: &[Option<V>],
+    header: Header,
+    next: Option<Header>,
+    last: &Header,
+    scan: &mut Scan,
+    visit: Visit<'_>,
+) -> Result<(), LogError> {
+    let number = header.number();
+    if let Some(next) = &next
+        && next.previous_generation != header.id.generation
+    {
+        return Err(damaged(legs, number, 0, "the segment behind it follows another one of this number".to_owned()));
     }
-    info.bytes = offset as u64;
-    scan.segments.push(info);
-    scan.tail = Some(id);
+    if scan.chain != header.chain {
+        return Err(damaged(legs, number, 0, "its first record does not follow the one before it".to_owned()));
+    }
+    let copies = Copies::read(legs, header.id)?;
+    let wanted = next.map_or(header.blocks, |next| next.previous_blocks);
+    let (mut stream, mut marks) = (Vec::new(), Vec::new());
+    let mut block = 1;
+    while block < wanted
+        && let Some(bytes) = copies.best(block)
+    {
+        marks.push(Mark { stream_at: stream.len(), block });
+        stream.extend_from_slice(bytes);
+        block += 1;
+    }
+    scan.gaps.extend(copies.gaps(block));
+    scan.recovered.doubtful |= header.doubt;
+    if next.is_some() && block < wanted {
+        let problem = "a block is damaged or was never written, although later ones were".to_owned();
+        return Err(damaged(legs, number, block, problem));
+    }
+    let end = if next.is_none() { tail::judge(&copies, &header, last.members, block) } else { tail::End::default() };
+    if let Some(problem) = end.damage {
+        return Err(damaged(legs, number, block, problem));
+    }
+    scan.segments.push(SegmentInfo { blocks: block, ..SegmentInfo::new(header.id) });
+    let rest = apply_stream(&stream, &marks, header.id, scan, visit)
+        .map_err(|(block, problem)| damaged(legs, number, block, problem))?;
+    // After the records: a state that was written in doubt settles the doubt of then, not of now.
+    scan.recovered.torn_bytes += end.torn_bytes;
+    scan.recovered.doubtful |= end.doubtful;
+    if next.is_none() {
+        // The beginning of a record whose rest was in the group that is torn.
+        scan.recovered.torn_bytes += rest as u64;
+    }
     Ok(())
 }
 
-fn apply(
-    found: &record::Found<'_>,
+/// Applies the records of a segment. Returns the bytes of an incomplete record at the end.
+fn apply_stream(
+    stream: &[u8],
+    marks: &[Mark],
+    segment: SegmentId,
     scan: &mut Scan,
-    info: &mut SegmentInfo,
-    path: &Path,
-    offset: u64,
-) -> Result<(), LogError> {
+    visit: Visit<'_>,
+) -> Result<usize, (u32, String)> {
+    let mut at = 0;
+    while at < stream.len() {
+        let block = marks[marks.partition_point(|mark| mark.stream_at <= at) - 1].block;
+        match record::find(&stream[at..], scan.chain) {
+            Ok(found) => {
+                visit(segment.number, block, &found);
+                apply(&found, scan).map_err(|problem| (block, problem))?;
+                scan.chain = found.chain;
+                at += found.size();
+            }
+            Err(Flaw::CutOff) => return Ok(stream.len() - at),
+            // Its blocks are whole, so this was not the disk.
+            Err(Flaw::Wrong(problem)) => return Err((block, problem.to_owned())),
+        }
+    }
+    Ok(0)
+}
+
+fn apply(found: &record::Found<'_>, scan: &mut Scan) -> Result<(), String> {
     match found.kind {
-        Kind::State => scan.recovered.state = Some(found.payload.to_vec()),
+        Kind::State => {
+            scan.recovered.state = Some(found.payload.to_vec());
+            // Who opened the log in doubt has written down that it was.
+            scan.recovered.doubtful = false;
+        }
+        Kind::StateCopy => scan.recovered.state = Some(found.payload.to_vec()),
         Kind::Truncate => {
             scan.range.truncate(found.index);
             drop_prefix(&mut scan.recovered.entries, found.index);
@@ -103,31 +191,13 @@ fn apply(
         Kind::Entry => {
             let index = found.index;
             if !scan.range.accepts(index) {
-                let problem = format!("entry {index} follows entry {:?}", scan.range);
-                return Err(LogError::Damaged { file: PathBuf::from(path), offset, problem });
+                return Err(format!("entry {index} follows entries {:?}", scan.range));
             }
             scan.range.set(index);
-            SegmentInfo::note_entry(&mut scan.segments, info, index);
+            note_entry(scan.segments.iter_mut(), index);
             let entry = StoredEntry { index, view: found.view, bytes: found.payload.to_vec() };
             set_entry(&mut scan.recovered.entries, entry);
         }
     }
     Ok(())
-}
-
-/// Whether a record behind the bad one at `bad` proves that the bad one had been synced.
-fn later_commit_follows(bytes: &[u8], id: SegmentId, bad: usize) -> bool {
-    (bad + 1..bytes.len()).any(|at| {
-        record::may_begin(&bytes[at..]) && record::find(bytes, id, at).is_ok_and(|found| found.commit > bad as u64)
-    })
-}
-
-/// Cuts a torn tail for good before anything is written behind it.
-fn cut(path: &Path, offset: u64) -> Result<(), LogError> {
-    let cut = || -> std::io::Result<()> {
-        let file = File::options().write(true).open(path)?;
-        file.set_len(offset)?;
-        file.sync_all()
-    };
-    cut().map_err(|error| LogError::io("cutting the torn end of", path, error))
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use storage_log::LegSpec;
 
 use super::{ConfigError, VmConfig, invalid, read_toml};
 
@@ -51,9 +52,18 @@ pub struct NodeConfig {
     /// Scheduling class of the packet path.
     #[serde(default)]
     pub scheduling: Scheduling,
+    /// More folders like `data_dir`, on other disks: every log is kept in each of them.
+    #[serde(default)]
+    pub log_mirrors: Vec<PathBuf>,
+    /// Raw devices for the log of a VM, instead of `data_dir` and `log_mirrors`; each holds all of it.
+    #[serde(default)]
+    pub log_devices: BTreeMap<String, Vec<PathBuf>>,
     /// Largest size of one VM's log on disk.
     #[serde(default = "default_log_max_mib")]
     pub log_max_mib: u64,
+    /// The pieces in which a log takes space and gives it back.
+    #[serde(default = "default_log_segment_mib")]
+    pub log_segment_mib: u64,
     /// Lets the control socket arm crash points; for tests only.
     #[serde(default)]
     pub debug_hooks: bool,
@@ -77,6 +87,9 @@ fn default_qemu() -> PathBuf {
 fn default_log_max_mib() -> u64 {
     4096
 }
+fn default_log_segment_mib() -> u64 {
+    32
+}
 
 impl NodeConfig {
     /// Reads `path` and every `*.toml` in its `vms_dir`.
@@ -88,10 +101,7 @@ impl NodeConfig {
         if node.name.is_empty() || node.name.len() > 64 {
             return Err(invalid(path, "name", "must have 1 to 64 bytes"));
         }
-        if !(128..=1 << 30).contains(&node.log_max_mib) {
-            let message = format!("is {}; allowed are 128 (two segments) to {}", node.log_max_mib, 1 << 30);
-            return Err(invalid(path, "log_max_mib", message));
-        }
+        node.check_log(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
         let vms_dir = base.join(&node.vms_dir);
         node.vms = load_vms(&vms_dir, &node.name)?;
@@ -99,8 +109,59 @@ impl NodeConfig {
         Ok(node)
     }
 
-    /// Two VMs of one node must not claim the same TAP.
+    fn check_log(&self, path: &Path) -> Result<(), ConfigError> {
+        let segment = self.log_segment_mib;
+        if !(1..=1024).contains(&segment) {
+            return Err(invalid(path, "log_segment_mib", format!("is {segment}; allowed are 1 to 1024")));
+        }
+        let least = 4 * segment;
+        if !(least..=1 << 30).contains(&self.log_max_mib) {
+            let message = format!("is {}; allowed are {least} (four segments) to {}", self.log_max_mib, 1 << 30);
+            return Err(invalid(path, "log_max_mib", message));
+        }
+        let most = storage_log::MAX_LEGS;
+        let mut places = BTreeMap::new();
+        let dirs = std::iter::once(&self.data_dir).chain(&self.log_mirrors).map(|dir| ("log_mirrors", dir));
+        let devices = self.log_devices.values().flatten().map(|device| ("log_devices", device));
+        for (field, place) in dirs.chain(devices) {
+            if places.insert(place, field).is_some() {
+                return Err(invalid(path, field, format!("names {} twice; each copy has its own", place.display())));
+            }
+        }
+        let sets = self.log_devices.values().map(|devices| ("log_devices", devices.len()));
+        for (field, count) in sets.chain([("log_mirrors", self.log_mirrors.len() + 1)]) {
+            if !(1..=most).contains(&count) {
+                return Err(invalid(path, field, format!("makes {count} copies of a log; 1 to {most} are possible")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the log of `vm` is kept: one place per copy.
+    pub fn log_legs(&self, vm: &str) -> Vec<LegSpec> {
+        match self.log_devices.get(vm) {
+            Some(devices) => devices.iter().map(|device| LegSpec::Device(device.clone())).collect(),
+            None => {
+                let dirs = std::iter::once(&self.data_dir).chain(&self.log_mirrors);
+                dirs.map(|dir| LegSpec::Dir(dir.join(vm))).collect()
+            }
+        }
+    }
+
+    /// How logs are laid out.
+    pub fn log_options(&self) -> storage_log::Options {
+        storage_log::Options {
+            segment_bytes: self.log_segment_mib << 20,
+            max_bytes: self.log_max_mib << 20,
+            ..Default::default()
+        }
+    }
+
+    /// Two VMs of one node must not claim the same TAP; devices belong to a VM that exists.
     fn check_shared_resources(&self, path: &Path) -> Result<(), ConfigError> {
+        if let Some(vm) = self.log_devices.keys().find(|vm| !self.vms.contains_key(*vm)) {
+            return Err(invalid(path, "log_devices", format!("names a VM {vm:?}, and there is none of that name")));
+        }
         let mut taps = BTreeMap::new();
         for vm in self.vms.values() {
             if let Some(other) = taps.insert(vm.uplink.tap.clone(), &vm.name) {

@@ -3,14 +3,13 @@
 //! Nothing here decides anything; [`Replica`] does. The order is that of [`Effects`]: persist, send, apply, notices.
 
 use std::collections::VecDeque;
-use std::path::Path;
 
 use consensus::{
     Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica,
     ReplicaId, View,
 };
 use dataplane::fabric::{Fabric, PeerId, TcpFabric};
-use storage_log::{FileLog, LogError, LogStore, Options, Record};
+use storage_log::{LegSpec, LogError, LogStore, Options, Record};
 
 use super::GroupError;
 use super::messages::KIND_CONSENSUS;
@@ -30,7 +29,9 @@ pub struct Committed {
 pub struct Ordering {
     replica: Replica,
     effects: Effects,
-    log: FileLog,
+    log: Box<dyn LogStore>,
+    /// Records that the log had no room for. While there are any, nothing newer is stored or acknowledged.
+    unstored: VecDeque<Persist>,
     fabric: TcpFabric,
     persisted: PersistId,
     buffer: Vec<u8>,
@@ -38,37 +39,37 @@ pub struct Ordering {
     pub committed: VecDeque<Committed>,
     /// Notices that the reactor has not taken yet.
     pub notices: VecDeque<Notice>,
-    /// Why the log took no more, or broke; nothing is acknowledged any more then.
-    refusal: Option<LogError>,
+    /// Why the log broke; nothing is acknowledged any more then.
+    failure: Option<LogError>,
     served_alone: bool,
     recovered_last: Index,
 }
 
 impl Ordering {
-    /// Opens the log in `dir` and starts a replica from what it holds.
+    /// Opens the log that is kept in `legs` and starts a replica from what it holds.
     ///
     /// # Errors
     /// When the log cannot be opened or does not hold what we wrote.
     pub fn open(
-        dir: &Path,
+        legs: &[LegSpec],
         options: Options,
         config: Config,
         fabric: TcpFabric,
         now_us: u64,
     ) -> Result<Self, GroupError> {
-        let (log, stored) = FileLog::open(dir, options)?;
-        if stored.torn_bytes > 0 {
-            tracing::warn!(dir = %dir.display(), bytes = stored.torn_bytes, "cut an unfinished write off the log's end");
-        }
-        let corrupt =
-            |error: consensus::WireError| GroupError::ForeignLog { dir: dir.to_owned(), reason: error.to_string() };
+        let (log, stored) = storage_log::open(legs, options)?;
+        let corrupt = |error: consensus::WireError| GroupError::ForeignLog {
+            dir: legs[0].path().to_owned(),
+            reason: error.to_string(),
+        };
         let state = stored.state.as_deref().map(HardState::decode).transpose().map_err(corrupt)?;
         let entries: Result<Vec<_>, _> = stored
             .entries
             .iter()
             .map(|stored| Entry::decode(&stored.bytes).map(|entry| (Index(stored.index), View(stored.view), entry)))
             .collect();
-        let recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
+        let mut recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
+        recovered.learner |= stored.doubtful;
         let served_alone = served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
         let replica = Replica::new(config, recovered, now_us);
@@ -76,12 +77,13 @@ impl Ordering {
             replica,
             effects: Effects::default(),
             log,
+            unstored: VecDeque::new(),
             fabric,
             persisted: PersistId(0),
             buffer: Vec::with_capacity(1 << 20),
             committed: VecDeque::new(),
             notices: VecDeque::new(),
-            refusal: None,
+            failure: None,
             served_alone,
             recovered_last,
         })
@@ -97,21 +99,26 @@ impl Ordering {
         &mut self.fabric
     }
 
-    /// Becomes readable when the log's durable position has moved.
-    pub fn log(&self) -> &FileLog {
-        &self.log
+    /// The log, for watching and looking at.
+    pub fn log(&self) -> &dyn LogStore {
+        &*self.log
+    }
+
+    /// Whether the log must be polled again at once: it has something under way and no way to say when that is done.
+    pub fn log_wants_polling(&self) -> bool {
+        self.log.is_busy() && self.log.event_fd().is_none()
     }
 
     /// Hands an event to consensus and carries out what follows.
     pub fn step(&mut self, now_us: u64, event: Event) {
         self.replica.step(now_us, event, &mut self.effects);
-        self.carry_out(now_us);
+        self.carry_out();
     }
 
     /// Proposes an entry; `None` when this replica may not now.
     pub fn propose(&mut self, now_us: u64, entry: Entry) -> Option<Index> {
         let proposed = self.replica.propose(now_us, entry, &mut self.effects).ok();
-        self.carry_out(now_us);
+        self.carry_out();
         proposed
     }
 
@@ -128,6 +135,10 @@ impl Ordering {
 
     /// Looks at the log: tells consensus what became durable, or that nothing will any more.
     pub fn poll_log(&mut self, now_us: u64) {
+        self.log.poll();
+        if !self.unstored.is_empty() && self.store_backlog() {
+            self.log.flush();
+        }
         let durable = self.log.durable().0;
         if durable > self.persisted.0 {
             self.persisted = PersistId(durable);
@@ -140,7 +151,7 @@ impl Ordering {
 
     /// Why the log failed, if it did: the group must then be torn down and started again.
     pub fn log_failure(&mut self) -> Option<GroupError> {
-        self.refusal.take().map(GroupError::from)
+        self.failure.take().map(GroupError::from)
     }
 
     /// The last entry that was stored when this process started.
@@ -172,39 +183,57 @@ impl Ordering {
     }
 
     fn fail_log(&mut self, now_us: u64, failure: LogError) {
-        if self.refusal.is_none() {
-            self.refusal = Some(failure);
+        if self.failure.is_none() {
+            self.failure = Some(failure);
             self.step(now_us, Event::StorageFailed);
         }
     }
 
-    fn carry_out(&mut self, now_us: u64) {
-        let mut refused = None;
-        for persist in self.effects.persist.drain(..) {
-            if refused.is_some() || self.refusal.is_some() {
-                // What follows a refused record must not be stored without it.
-                continue;
-            }
-            let appended = match &persist {
-                Persist::State(state) => {
-                    self.buffer.clear();
-                    state.encode(&mut self.buffer);
-                    let appended = self.log.append(Record::State(&self.buffer));
+    /// Gives the log one record; `false` if it has no room now. Any other failure shows in the next look at the log.
+    fn store(&mut self, persist: &Persist) -> bool {
+        self.buffer.clear();
+        let appended = match persist {
+            Persist::State(state) => {
+                state.encode(&mut self.buffer);
+                let appended = self.log.append(Record::State(&self.buffer));
+                if appended.is_ok() {
                     self.log.truncate_prefix(state.base.index.0);
-                    appended
                 }
-                Persist::Append { index, view, entry } => {
-                    self.buffer.clear();
-                    entry.encode_header(&mut self.buffer);
-                    self.log.append(Record::Entry {
-                        index: index.0,
-                        view: view.0,
-                        parts: [&self.buffer, entry.payload()],
-                    })
-                }
-            };
-            refused = appended.err();
+                appended
+            }
+            Persist::Append { index, view, entry } => {
+                entry.encode_header(&mut self.buffer);
+                let parts = [&self.buffer, entry.payload()];
+                self.log.append(Record::Entry { index: index.0, view: view.0, parts })
+            }
+        };
+        match appended {
+            Ok(_) => true,
+            Err(error) => !error.is_full(),
         }
+    }
+
+    /// Stores what waited for room, in order. Returns whether anything went in.
+    fn store_backlog(&mut self) -> bool {
+        let before = self.unstored.len();
+        while let Some(persist) = self.unstored.pop_front() {
+            if !self.store(&persist) {
+                self.unstored.push_front(persist);
+                break;
+            }
+        }
+        self.unstored.len() < before
+    }
+
+    fn carry_out(&mut self) {
+        let mut records = std::mem::take(&mut self.effects.persist);
+        for persist in records.drain(..) {
+            // Behind a record that waits, everything waits.
+            if !self.unstored.is_empty() || !self.store(&persist) {
+                self.unstored.push_back(persist);
+            }
+        }
+        self.effects.persist = records;
         self.log.flush();
         for (to, message) in self.effects.messages.drain(..) {
             self.buffer.clear();
@@ -216,9 +245,6 @@ impl Ordering {
         let committed = self.effects.committed.drain(..);
         self.committed.extend(committed.map(|(index, view, entry)| Committed { index, view, entry }));
         self.notices.extend(self.effects.notices.drain(..));
-        if let Some(failure) = refused {
-            self.fail_log(now_us, failure);
-        }
     }
 }
 

@@ -121,7 +121,9 @@ impl Reactor<'_> {
         let system = |source| GroupError::System { what: "epoll", source };
         self.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read).map_err(system)?;
         self.poller.add(&*self.worker.report_event, TOKEN_WORKER, Interest::Read).map_err(system)?;
-        self.poller.add(self.ordering.log().event_fd(), TOKEN_LOG, Interest::ReadEdge).map_err(system)?;
+        if let Some(event) = self.ordering.log().event_fd() {
+            self.poller.add(event, TOKEN_LOG, Interest::ReadEdge).map_err(system)?;
+        }
         self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read).map_err(system)?;
         self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read).map_err(system)?;
         let mut ready: Vec<Ready> = Vec::with_capacity(64);
@@ -183,7 +185,7 @@ impl Reactor<'_> {
         }
         match self.ordering.log_failure() {
             Some(failure) => Err(failure),
-            None => Ok(busy),
+            None => Ok(busy || self.ordering.log_wants_polling()),
         }
     }
 

@@ -3,12 +3,13 @@
 use std::sync::mpsc::Sender;
 
 use consensus::{Event, ReplicaId, Role};
+use storage_log::LegState;
 
 use super::lead::Rejoin;
 use super::reactor::Reactor;
 use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
-use crate::status::{GroupStatus, PeerStatus};
+use crate::status::{GroupStatus, LogFigures, PeerStatus};
 
 /// Characters of a peer's problem in the one line that says why the VM is not protected.
 const REASON_CHARS: usize = 200;
@@ -233,6 +234,7 @@ impl Reactor<'_> {
             last_index: replica.last_index().0,
             applied_index: self.delivery.applied().0,
             base_index: replica.base().index.0,
+            log: log_figures(&self.ordering.log().status()),
             held_frames: self.egress.guard().frames() as u64,
             held_bytes: self.egress.guard().bytes() as u64,
             frames_in: self.ingress.frames_in,
@@ -272,4 +274,18 @@ fn shortened(reason: &str) -> String {
         text.push('…');
     }
     text
+}
+
+fn log_figures(status: &storage_log::LogStatus) -> LogFigures {
+    let state = |state: &LegState| match state {
+        LegState::Complete => "complete".to_owned(),
+        LegState::Rebuilding => "being rebuilt".to_owned(),
+        LegState::Failed(error) => format!("FAILED: {error}"),
+    };
+    LogFigures {
+        disk_bytes: status.disk_bytes,
+        queued_bytes: status.queued_bytes,
+        copies: status.legs.iter().map(|leg| (leg.path.display().to_string(), state(&leg.state))).collect(),
+        no_room: status.no_room.as_ref().map(ToString::to_string),
+    }
 }

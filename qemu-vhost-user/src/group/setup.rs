@@ -9,7 +9,6 @@ use dataplane::counters::LoopCounter;
 use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
 use dataplane::uplink::tap::Tap;
 use dataplane::wait::{EventFd, Poller, now_us};
-use storage_log::Options;
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -28,9 +27,6 @@ use crate::config::{NodeConfig, SocketSide, VmConfig};
 use crate::control::GroupRequest;
 use crate::device::{self, Endpoint};
 use crate::node::SocketOverride;
-
-/// Bytes of one log segment.
-const SEGMENT_BYTES: u64 = 64 << 20;
 
 /// What a group needs from its node.
 pub struct GroupSetup<'a> {
@@ -63,16 +59,14 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let me = ReplicaId(u8::try_from(slot).expect("three replicas"));
     let run_dir = node.vm_run_dir(&vm.name);
     std::fs::create_dir_all(&run_dir).map_err(system("run_dir"))?;
-    let log_dir = node.data_dir.join(&vm.name);
-    std::fs::create_dir_all(&log_dir).map_err(system("data_dir"))?;
 
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
     let now = now_us();
     let fabric = TcpFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
         .map_err(system("fabric"))?;
-    let options = Options { segment_bytes: SEGMENT_BYTES, max_bytes: node.log_max_mib << 20, ..Options::default() };
-    let ordering = Ordering::open(&log_dir, options, consensus_config(vm, me, listener), fabric, now)?;
+    let legs = node.log_legs(&vm.name);
+    let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
     let uplink = Tap::open(&vm.uplink.tap, vm.uplink.bridge.as_deref())
         .map_err(|error| GroupError::Uplink { tap: vm.uplink.tap.clone(), reason: error.to_string() })?;
     let (device, _session) =

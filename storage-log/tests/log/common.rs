@@ -2,7 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use storage_log::{FileLog, LogStore, Options, Record, Ticket};
+use std::time::Duration;
+
+use storage_log::{LegSpec, LogError, LogStore, Options, Record, Ticket};
+
+/// A disk that takes longer is broken.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The smallest segments that there are.
+pub const SEGMENT: u64 = 8 * 4096;
 
 /// A directory of its own, removed when dropped.
 pub struct Scratch(PathBuf);
@@ -30,6 +38,19 @@ impl Scratch {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// A directory for a log.
+    pub fn leg(&self, name: &str) -> LegSpec {
+        LegSpec::Dir(self.0.join(name))
+    }
+
+    /// A file that stands for a device.
+    pub fn device(&self, name: &str, bytes: u64) -> LegSpec {
+        let path = self.0.join(name);
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(bytes).unwrap();
+        LegSpec::Device(path)
+    }
 }
 
 impl Drop for Scratch {
@@ -39,32 +60,42 @@ impl Drop for Scratch {
 }
 
 pub fn options(segment_bytes: u64) -> Options {
-    Options { segment_bytes, max_bytes: 1 << 30, queue_bytes: 1 << 20 }
+    Options { segment_bytes, max_bytes: 64 * segment_bytes, stage_bytes: 1 << 20, direct: true }
 }
 
-pub fn entry(log: &mut FileLog, index: u64, view: u64, bytes: &[u8]) -> Ticket {
+/// Appends an entry, and makes room first if need be.
+pub fn entry(log: &mut dyn LogStore, index: u64, view: u64, bytes: &[u8]) -> Ticket {
     let (a, b) = bytes.split_at(bytes.len() / 3);
-    log.append(Record::Entry { index, view, parts: [a, b] }).unwrap()
+    append(log, Record::Entry { index, view, parts: [a, b] })
+}
+
+/// Appends, and makes room first if need be.
+pub fn append(log: &mut dyn LogStore, record: Record<'_>) -> Ticket {
+    for _ in 0..1000 {
+        match log.append(record) {
+            Ok(ticket) => return ticket,
+            Err(LogError::QueueFull) => {
+                log.flush();
+                log.wait(Ticket(log.durable().0 + 1), DEADLINE);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("the queue stays full");
 }
 
 /// Flushes and waits until `ticket` is durable or the log has failed; says which.
-pub fn settle(log: &mut FileLog, ticket: Ticket) -> bool {
+pub fn settle(log: &mut dyn LogStore, ticket: Ticket) -> bool {
     log.flush();
-    await_log(log, |log| log.durable() >= ticket || log.failed().is_some());
-    log.durable() >= ticket
+    let durable = log.wait(ticket, DEADLINE);
+    assert!(durable || log.failed().is_some(), "the log did nothing within {DEADLINE:?}");
+    durable
 }
 
-/// Waits for the log's event until `done`.
-pub fn await_log(log: &FileLog, done: impl Fn(&FileLog) -> bool) {
-    let timeout = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
-    loop {
-        log.clear_event();
-        if done(log) {
-            return;
-        }
-        let event = log.event_fd();
-        let mut fds = [rustix::event::PollFd::new(&event, rustix::event::PollFlags::IN)];
-        let ready = rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
-        assert!(ready > 0, "the log did nothing within 20 s");
-    }
+/// The segment files, oldest first.
+pub fn segments(dir: &Path) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+    let mut files: Vec<PathBuf> = all.filter(|path| path.extension().is_some_and(|end| end == "log")).collect();
+    files.sort();
+    files
 }

@@ -1,6 +1,4 @@
-//! The file log against an oracle, against damage and against crashes.
+//! The log against an oracle, against damage and against crashes.
 
 mod common;
-mod crash;
-mod damage;
 mod oracle;

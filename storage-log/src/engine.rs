@@ -1,0 +1,548 @@
+//! The log while it runs: takes records, writes groups one after the other, says what is durable.
+//!
+//! One thread owns it. Appending costs a copy and two checksums; a flush costs one call into the device if none is under
+//! way, and nothing otherwise, since what gathers meanwhile goes out together when that one is done (group commit).
+//! There is never more than one group on its way: what lies before a group is durable when it is written, which is what
+//! recovery relies on, and a deeper queue gained nothing on the devices that were measured.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fd::BorrowedFd;
+
+use crate::block::{BLOCK_BYTES, DATA_BYTES, SegmentId};
+use crate::keeper::{Command, Port, Reply};
+use crate::legs::Legs;
+use crate::record::{Kind, MAX_RECORD_BYTES};
+use crate::segment::{Header, Members, SegmentInfo, SegmentNumber, note_entry};
+use crate::stage::{Group, Stage, record_bytes};
+use crate::volume::{Geometry, Volume};
+use crate::{IndexRange, LogError, LogStatus, LogStore, Record, Ticket};
+
+/// Segments that stay free for states when entries are refused: one to write into and one in preparation.
+const RESERVED_SEGMENTS: u64 = 2;
+/// Room is asked for again after this time when there was none.
+const ROOM_RETRY: Duration = Duration::from_millis(200);
+
+/// Writes groups to the copies and makes them durable.
+pub(crate) trait Driver {
+    /// Where a segment of a copy lies.
+    type Place: Clone;
+
+    /// From now on the groups of a copy go to this segment.
+    fn bind(&mut self, leg: usize, place: &Self::Place) -> io::Result<()>;
+
+    /// Begins to write the memory's `bytes` at `offset_bytes` of the copy's segment and then to flush. One at a time per
+    /// copy; the bytes stay as they are until it is done.
+    fn write(&mut self, leg: usize, bytes: std::ops::Range<usize>, offset_bytes: u64) -> io::Result<()>;
+
+    /// Reports the copies that are done.
+    fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>));
+
+    /// Waits until something is done, `timeout` at most.
+    fn wait(&mut self, timeout: Duration) -> io::Result<()>;
+
+    /// Readable when something is done, if this driver can say so; otherwise it must be polled.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// What a log is put together from, once its past has been read.
+pub(crate) struct Start<V: Volume, D> {
+    pub driver: D,
+    pub stage: Stage,
+    pub keeper: Port<V>,
+    pub legs: Legs,
+    pub geometry: Geometry,
+    pub max_bytes: u64,
+    pub range: IndexRange,
+    pub segments: VecDeque<SegmentInfo>,
+    pub state: Option<Vec<u8>>,
+    pub last: Option<Header>,
+    pub log_id: u64,
+    pub doubtful: bool,
+}
+
+/// Places that were made for one segment, by copy.
+type Prepared<P> = (SegmentNumber, Vec<Option<P>>);
+
+/// See the module.
+pub(crate) struct Engine<V: Volume, D: Driver<Place = V::Place>> {
+    /// Before the stage: it reads from its memory.
+    driver: D,
+    stage: Stage,
+    keeper: Port<V>,
+    legs: Legs,
+    geometry: Geometry,
+    max_bytes: u64,
+    range: IndexRange,
+    /// Those that are needed, the last one being written.
+    segments: VecDeque<SegmentInfo>,
+    /// The last segment of the log, ours or that of an earlier life.
+    last: SegmentId,
+    last_blocks: u32,
+    /// The oldest segment that is still on the disks.
+    oldest: SegmentNumber,
+    state: Vec<u8>,
+    has_state: bool,
+    /// A truncation whose record found no room yet; nothing goes in before it.
+    truncate_due: Option<u64>,
+    log_id: u64,
+    epoch: u64,
+    doubt: bool,
+    appended: u64,
+    durable: u64,
+    /// Durable on all members, once the disks know who they are.
+    written: u64,
+    /// The segment that the driver writes, the ones prepared, and the last one asked for.
+    bound: SegmentNumber,
+    prepared: VecDeque<Prepared<V::Place>>,
+    requested: SegmentNumber,
+    in_flight: bool,
+    flush_wanted: bool,
+    roll_wanted: bool,
+    /// Which segment there is no room for, why, and when to ask again.
+    no_room: Option<(SegmentNumber, LogError, Instant)>,
+    failed: Option<LogError>,
+}
+
+impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
+    /// Goes on behind `start.last`. Nothing is written before the first append.
+    pub fn new(start: Start<V, D>) -> Engine<V, D> {
+        let last = start.last.map_or(SegmentId { number: 0, generation: 0 }, |header| header.id);
+        let last_blocks = start.segments.back().map_or(0, |segment| segment.blocks);
+        let mut engine = Engine {
+            driver: start.driver,
+            stage: start.stage,
+            keeper: start.keeper,
+            legs: start.legs,
+            geometry: start.geometry,
+            max_bytes: start.max_bytes,
+            range: start.range,
+            oldest: start.segments.front().map_or(1, |segment| segment.id.number),
+            segments: start.segments,
+            last,
+            last_blocks,
+            has_state: start.state.is_some(),
+            state: start.state.unwrap_or_default(),
+            truncate_due: None,
+            log_id: start.log_id,
+            epoch: start.last.map_or(0, |header| header.epoch) + 1,
+            doubt: start.doubtful,
+            appended: 0,
+            durable: 0,
+            written: 0,
+            bound: 0,
+            prepared: VecDeque::with_capacity(4),
+            requested: last.number,
+            in_flight: false,
+            flush_wanted: false,
+            roll_wanted: false,
+            no_room: None,
+            failed: None,
+        };
+        engine.request_places();
+        engine
+    }
+
+    /// Asks for places for the segment behind the last one.
+    fn request_places(&mut self) {
+        while self.requested <= self.last.number && self.no_room.is_none() {
+            self.requested += 1;
+            self.keeper.send(Command::Prepare(self.requested));
+        }
+    }
+
+    /// The oldest segment that holds an entry which is not forgotten, or the one to come.
+    fn drop_unneeded(&mut self) -> SegmentNumber {
+        while self.segments.pop_front_if(|segment| segment.last_index.is_none()).is_some() {}
+        self.segments.front().map_or(self.last.number + 1, |segment| segment.id.number)
+    }
+
+    /// Begins the next segment.
+    fn roll(&mut self) {
+        self.stage.close();
+        if self.stage.segment_blocks_used() > 0 {
+            self.last_blocks = self.stage.segment_blocks_used();
+        }
+        if let Some(segment) = self.segments.back_mut()
+            && segment.id == self.last
+        {
+            segment.blocks = self.last_blocks;
+        }
+        let first = self.drop_unneeded();
+        let id = SegmentId { number: self.last.number + 1, generation: random() };
+        self.stage.begin_segment(Header {
+            id,
+            log_id: self.log_id,
+            epoch: self.epoch,
+            members: Members::default(),
+            blocks: self.geometry.segment_blocks,
+            previous_generation: self.last.generation,
+            previous_blocks: self.last_blocks,
+            chain: self.stage.chain(),
+            first,
+            doubt: self.doubt,
+        });
+        self.last = id;
+        self.segments.push_back(SegmentInfo::new(id));
+        if self.has_state {
+            self.stage.append(Kind::StateCopy, (0, 0), &[&self.state], 0);
+        }
+        self.request_places();
+    }
+
+    /// Makes sure that a record fits where the stream stands.
+    fn make_room(&mut self, payload_bytes: usize, is_entry: bool) -> Result<(), LogError> {
+        let need = record_bytes(payload_bytes);
+        if !self.stage.fits_memory(need + record_bytes(self.state.len())) {
+            return Err(LogError::QueueFull);
+        }
+        if is_entry
+            && let Some((number, error, _)) = &self.no_room
+            && *number <= self.last.number
+        {
+            return Err(error.clone());
+        }
+        if self.stage.fits_segment(need) {
+            return Ok(());
+        }
+        let first = self.drop_unneeded();
+        let segments = self.last.number + 2 - first;
+        let limit = self.max_bytes / self.geometry.segment_bytes() - if is_entry { RESERVED_SEGMENTS } else { 0 };
+        if segments > limit {
+            return Err(LogError::LogFull { max_bytes: self.max_bytes });
+        }
+        self.roll();
+        Ok(())
+    }
+
+    fn append_truncation(&mut self) -> Result<(), LogError> {
+        if let Some(through) = self.truncate_due {
+            self.make_room(0, false)?;
+            self.stage.append(Kind::Truncate, (through, 0), &[], 0);
+            self.truncate_due = None;
+        }
+        Ok(())
+    }
+
+    /// The longest payload that a record can have here.
+    fn max_payload_bytes(&self) -> usize {
+        let segment = (self.geometry.segment_blocks as usize - 2) * DATA_BYTES - 2 * record_bytes(self.state.len());
+        let memory = self.stage.memory().len() / 2;
+        MAX_RECORD_BYTES.min(segment).min(memory)
+    }
+
+    /// Starts the next group, if none is under way.
+    fn submit(&mut self) {
+        if self.in_flight || self.failed.is_some() {
+            return;
+        }
+        if self.stage.first_group().is_none() {
+            if self.flush_wanted {
+                self.stage.close();
+            }
+            self.flush_wanted = false;
+        }
+        let Some(number) = self.stage.first_group().map(|group| group.segment.number) else { return };
+        if number != self.bound && !self.bind(number) {
+            return;
+        }
+        let (epoch, members) = (self.epoch, self.legs.members());
+        self.stage.complete_header(|header| (header.epoch, header.members) = (epoch, members));
+        let group = *self.stage.first_group().expect("it was there");
+        let (bytes, offset) = (self.stage.bytes_of(&group), u64::from(group.start) * BLOCK_BYTES as u64);
+        self.in_flight = true;
+        for leg in 0..self.legs.len() {
+            if self.legs.takes(leg, number) {
+                self.legs.set_busy(leg, true);
+                if let Err(error) = self.driver.write(leg, bytes.clone(), offset) {
+                    self.leg_failed(leg, error);
+                }
+            }
+        }
+    }
+
+    /// Lets the driver write the next segment; false if its places are not there yet.
+    fn bind(&mut self, number: SegmentNumber) -> bool {
+        let Some((_, places)) = self.prepared.pop_front_if(|(prepared, _)| *prepared == number) else {
+            return false;
+        };
+        self.bound = number;
+        for leg in 0..self.legs.len() {
+            if !self.legs.takes(leg, number) {
+                continue;
+            }
+            let bound = match &places[leg] {
+                Some(place) => self.driver.bind(leg, place),
+                None => Err(io::ErrorKind::NotFound.into()),
+            };
+            if let Err(error) = bound {
+                self.leg_failed(leg, error);
+            }
+        }
+        while let Some(leg) = self.legs.next_to_fill(number) {
+            let before = self.segments.iter().filter(|segment| segment.id.number < number);
+            let segments = before.map(|segment| (segment.id.number, segment.blocks)).collect();
+            self.keeper.send(Command::Copy { leg, segments });
+        }
+        self.request_places();
+        true
+    }
+
+    fn leg_failed(&mut self, leg: usize, error: io::Error) {
+        self.drop_leg(leg, LogError::io("writing the log to", self.legs.path(leg), error));
+    }
+
+    fn drop_leg(&mut self, leg: usize, error: LogError) {
+        if self.legs.fail(leg, error, Instant::now()) {
+            self.keeper.send(Command::GiveUp(leg));
+            self.epoch += 1;
+            self.roll_wanted = true;
+        }
+    }
+
+    /// The group in flight is done on all copies that are left.
+    fn complete_group(&mut self) {
+        self.in_flight = false;
+        if self.legs.members() == Members::default() {
+            let nobody = LogError::io("writing", Path::new("the log"), io::ErrorKind::NotFound);
+            let error = self.legs.error().unwrap_or(nobody);
+            tracing::error!(error = &error as &dyn std::error::Error, "the log has failed");
+            self.failed = Some(error);
+            return;
+        }
+        let Group { header, ticket, .. } = self.stage.release();
+        self.written = self.written.max(ticket);
+        if let Some(header) = header {
+            self.legs.record(header.members);
+            self.oldest = self.oldest.max(header.first);
+            self.keeper.send(Command::Release(header.first));
+        }
+        if self.legs.is_recorded() {
+            self.durable = self.written;
+        } else {
+            self.roll_wanted = true;
+        }
+    }
+
+    /// Writes a header although nothing calls for a new segment: who the members are must become durable.
+    fn roll_if_wanted(&mut self) {
+        let begun = self.stage.has_header_waiting(self.in_flight);
+        if self.bound == 0 || !self.roll_wanted {
+            return;
+        }
+        if !begun {
+            if !self.stage.fits_memory(2 * record_bytes(self.state.len())) {
+                return;
+            }
+            self.roll();
+        }
+        self.roll_wanted = false;
+        self.flush_wanted = true;
+    }
+
+    fn take_replies(&mut self) {
+        while let Some(reply) = self.keeper.receive() {
+            match reply {
+                Reply::Prepared { number, places } => {
+                    self.no_room = self.no_room.take().filter(|(refused, ..)| *refused != number);
+                    let at = self.prepared.partition_point(|(prepared, _)| *prepared < number);
+                    self.prepared.insert(at, (number, places));
+                    self.request_places();
+                }
+                Reply::NoRoom { number, error } => {
+                    if self.no_room.is_none() {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "there is no room for the log to grow"
+                        );
+                    }
+                    self.no_room = Some((number, error, Instant::now() + ROOM_RETRY));
+                }
+                Reply::Failed { leg, error } => self.drop_leg(leg, error),
+                Reply::Reopened { leg, places } => self.leg_reopened(leg, places),
+                Reply::Copied { leg } => {
+                    if self.legs.complete(leg) {
+                        self.epoch += 1;
+                        self.roll_wanted = true;
+                    }
+                }
+            }
+        }
+        if let Some((number, _, again_at)) = &mut self.no_room
+            && Instant::now() >= *again_at
+        {
+            *again_at = Instant::now() + ROOM_RETRY;
+            self.keeper.send(Command::Prepare(*number));
+        }
+    }
+
+    /// A copy is open again: it takes part from the first segment on that is not begun and has a place there.
+    fn leg_reopened(&mut self, leg: usize, places: Vec<(SegmentNumber, V::Place)>) {
+        for (number, place) in places {
+            if let Some((_, prepared)) = self.prepared.iter_mut().find(|(prepared, _)| *prepared == number) {
+                prepared[leg] = Some(place);
+            }
+        }
+        let with_place = self.prepared.iter().rev().take_while(|(_, places)| places[leg].is_some());
+        let from = with_place.last().map_or(self.requested + 1, |(number, _)| *number);
+        self.legs.join(leg, from);
+    }
+
+    /// Tries copies again that failed a while ago.
+    fn look_after_legs(&mut self) {
+        if self.bound == 0 || self.legs.are_all_members() {
+            return;
+        }
+        self.roll_wanted |= self.legs.awaits_segment_behind(self.last.number);
+        if let Some(leg) = self.legs.next_retry(Instant::now()) {
+            let segments = self.prepared.iter().map(|(number, _)| *number).collect();
+            self.keeper.send(Command::Reopen { leg, segments });
+        }
+    }
+}
+
+impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
+    /// Waits for the device, or a moment for the keeper, whose replies wake nobody who waits in the driver.
+    fn wait_once(&mut self, longest: Duration) {
+        let nap = if self.in_flight { longest } else { longest.min(Duration::from_millis(1)) };
+        if let Err(error) = self.driver.wait(nap) {
+            tracing::debug!(%error, "waiting for the log was interrupted");
+        }
+    }
+}
+
+/// Numbers that name generations and logs.
+pub(crate) fn random() -> u64 {
+    let mut bytes = [0; 8];
+    let read = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(read.expect("the kernel has random numbers once it is up"), bytes.len());
+    u64::from_le_bytes(bytes)
+}
+
+impl<V: Volume, D: Driver<Place = V::Place>> LogStore for Engine<V, D> {
+    fn append(&mut self, record: Record<'_>) -> Result<Ticket, LogError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.append_truncation()?;
+        let ticket = self.appended + 1;
+        match record {
+            Record::State(state) => {
+                assert!(state.len() <= DATA_BYTES / 4, "a state of {} bytes", state.len());
+                self.make_room(state.len(), false)?;
+                self.stage.append(Kind::State, (0, 0), &[state], ticket);
+                self.doubt = false;
+                self.has_state = true;
+                self.state.clear();
+                self.state.extend_from_slice(state);
+            }
+            Record::Entry { index, view, parts } => {
+                assert!(self.range.accepts(index), "entry {index} would leave a gap, next is {:?}", self.range.next());
+                let payload_bytes = parts[0].len() + parts[1].len();
+                let most = self.max_payload_bytes();
+                assert!(payload_bytes <= most, "entry {index} of {payload_bytes} bytes: at most {most} fit");
+                self.make_room(payload_bytes, true)?;
+                self.stage.append(Kind::Entry, (index, view), &parts, ticket);
+                self.range.set(index);
+                note_entry(self.segments.iter_mut(), index);
+            }
+        }
+        self.appended = ticket;
+        Ok(Ticket(ticket))
+    }
+
+    fn flush(&mut self) {
+        self.flush_wanted = true;
+        self.submit();
+    }
+
+    fn poll(&mut self) {
+        let (driver, legs) = (&mut self.driver, &mut self.legs);
+        let mut errors: [Option<io::Error>; crate::legs::MAX_LEGS] = Default::default();
+        driver.poll(&mut |leg, result| {
+            legs.set_busy(leg, false);
+            errors[leg] = result.err();
+        });
+        for (leg, error) in errors.into_iter().enumerate() {
+            if let Some(error) = error {
+                self.leg_failed(leg, error);
+            }
+        }
+        if self.in_flight && !self.legs.any_busy() {
+            self.complete_group();
+        }
+        self.take_replies();
+        self.look_after_legs();
+        self.roll_if_wanted();
+        self.submit();
+    }
+
+    fn wait(&mut self, ticket: Ticket, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            self.poll();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.durable >= ticket.0 || self.failed.is_some() || left.is_zero() {
+                return self.durable >= ticket.0;
+            }
+            self.wait_once(left.min(Duration::from_millis(50)));
+        }
+    }
+
+    fn durable(&self) -> Ticket {
+        Ticket(self.durable)
+    }
+
+    fn failed(&self) -> Option<LogError> {
+        self.failed.clone()
+    }
+
+    fn truncate_prefix(&mut self, through: u64) {
+        if self.failed.is_some() || !self.range.truncate(through) {
+            return;
+        }
+        for segment in &mut self.segments {
+            segment.last_index = segment.last_index.filter(|last| *last > through);
+        }
+        self.truncate_due = Some(through);
+        // If there is no room now, the next append comes back to it.
+        let _ = self.append_truncation();
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.driver.event_fd()
+    }
+
+    fn is_busy(&self) -> bool {
+        self.in_flight
+    }
+
+    fn status(&self) -> LogStatus {
+        LogStatus {
+            disk_bytes: (self.last.number + 1 - self.oldest.min(self.last.number + 1)) * self.geometry.segment_bytes(),
+            queued_bytes: self.stage.staged_bytes(),
+            legs: self.legs.status(),
+            no_room: self.no_room.as_ref().map(|(_, error, _)| error.clone()),
+        }
+    }
+}
+
+impl<V: Volume, D: Driver<Place = V::Place>> Drop for Engine<V, D> {
+    /// Writes what was appended and waits for it, for a while.
+    fn drop(&mut self) {
+        const PATIENCE: Duration = Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
+        self.flush();
+        while self.failed.is_none() && (self.in_flight || self.flush_wanted || self.stage.first_group().is_some()) {
+            if Instant::now() >= deadline {
+                tracing::error!("the log is closed with records that are not durable: the disk did not answer");
+                break;
+            }
+            self.wait_once(Duration::from_millis(50));
+            self.poll();
+        }
+    }
+}

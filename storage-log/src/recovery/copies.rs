@@ -1,0 +1,176 @@
+//! The copies of one segment side by side.
+
+use std::collections::BTreeMap;
+
+use super::Gap;
+use crate::LogError;
+use crate::block::{BLOCK_BYTES, Block, Content, SegmentId, Trailer, examine, stream};
+use crate::segment::{Header, SegmentNumber};
+use crate::volume::{CHUNK_BYTES, Volume, aligned_buffer};
+
+/// What a copy holds in the place of a block of a certain segment and generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// The block.
+    Ours(Trailer),
+    /// Blank, or from an earlier time: the block was not written here.
+    Never,
+    /// Damage, or the file is too short.
+    Bad,
+    /// The copy has no such segment.
+    Absent,
+}
+
+/// All headers of all copies.
+pub(crate) struct Headers {
+    found: BTreeMap<SegmentNumber, Header>,
+    by_leg: Vec<BTreeMap<SegmentNumber, SegmentId>>,
+}
+
+impl Headers {
+    pub fn read<V: Volume>(legs: &[Option<V>]) -> Result<Headers, LogError> {
+        let mut headers = Headers { found: BTreeMap::new(), by_leg: vec![BTreeMap::new(); legs.len()] };
+        let mut log_id = None;
+        for (leg, volume) in legs.iter().enumerate() {
+            let Some(volume) = volume else { continue };
+            for number in volume.segments() {
+                let Some(header) = read_header(volume, number)? else { continue };
+                if *log_id.get_or_insert(header.log_id) != header.log_id {
+                    return Err(LogError::Foreign { path: volume.describe(number) });
+                }
+                headers.by_leg[leg].insert(number, header.id);
+                let best = headers.found.entry(number).or_insert(header);
+                if header.epoch > best.epoch {
+                    *best = header;
+                }
+            }
+        }
+        Ok(headers)
+    }
+
+    /// The header that was written last.
+    pub fn last(&self) -> Option<Header> {
+        self.found.values().copied().max_by_key(|header| (header.epoch, header.id.number))
+    }
+
+    pub fn of(&self, number: SegmentNumber) -> Option<Header> {
+        self.found.get(&number).copied()
+    }
+
+    /// Whether a copy holds any segment of the log that ends with `last`.
+    pub fn leg_has_any(&self, leg: usize, last: &Header) -> bool {
+        let of_log =
+            |(number, id): (&SegmentNumber, &SegmentId)| self.found.get(number).is_some_and(|header| header.id == *id);
+        self.by_leg[leg].range(last.first..=last.id.number).any(of_log)
+    }
+}
+
+fn read_header<V: Volume>(volume: &V, number: SegmentNumber) -> Result<Option<Header>, LogError> {
+    let mut buffer = aligned_buffer(BLOCK_BYTES)?;
+    if volume.read(number, 0, &mut buffer)? == 0 {
+        return Ok(None);
+    }
+    let block: &Block = buffer[..].try_into().expect("a block's length");
+    Ok(match examine(block, 0) {
+        Content::Whole(trailer) if trailer.segment.number == number => Header::read(block, trailer),
+        _ => None,
+    })
+}
+
+/// See the module.
+pub(crate) struct Copies {
+    id: SegmentId,
+    /// The bytes of each copy that has the segment.
+    legs: Vec<Option<Vec<u8>>>,
+}
+
+impl Copies {
+    pub fn read<V: Volume>(legs: &[Option<V>], id: SegmentId) -> Result<Copies, LogError> {
+        let read = |volume: &Option<V>| -> Result<Option<Vec<u8>>, LogError> {
+            match volume {
+                Some(volume) if volume.segments().contains(&id.number) => read_all(volume, id.number).map(Some),
+                _ => Ok(None),
+            }
+        };
+        let mut copies = Copies { id, legs: Vec::new() };
+        let mut failure = None;
+        for volume in legs {
+            // A copy that cannot be read is as good as one that is not there, as long as there is another.
+            let bytes = read(volume).unwrap_or_else(|error| {
+                tracing::warn!(error = &error as &dyn std::error::Error, "a copy of the log cannot be read");
+                failure = Some(error);
+                None
+            });
+            copies.legs.push(bytes);
+        }
+        match failure {
+            Some(error) if copies.legs.iter().all(Option::is_none) => Err(error),
+            _ => Ok(copies),
+        }
+    }
+
+    /// The blocks of the longest copy.
+    pub fn blocks(&self) -> u32 {
+        self.legs.iter().flatten().map(|bytes| bytes.len() / BLOCK_BYTES).max().unwrap_or(0) as u32
+    }
+
+    pub fn legs(&self) -> usize {
+        self.legs.len()
+    }
+
+    fn block(&self, leg: usize, at: u32) -> Option<&Block> {
+        let start = at as usize * BLOCK_BYTES;
+        self.legs[leg]
+            .as_ref()?
+            .get(start..start + BLOCK_BYTES)
+            .map(|bytes| bytes.try_into().expect("a block's length"))
+    }
+
+    pub fn look(&self, leg: usize, at: u32) -> Look {
+        if self.legs[leg].is_none() {
+            return Look::Absent;
+        }
+        match self.block(leg, at).map(|block| examine(block, at)) {
+            Some(Content::Whole(trailer)) if trailer.segment == self.id => Look::Ours(trailer),
+            Some(Content::Whole(_) | Content::Blank) => Look::Never,
+            Some(Content::Bad) | None => Look::Bad,
+        }
+    }
+
+    /// The trailer of a block on whichever copy has it.
+    pub fn trailer(&self, at: u32) -> Option<Trailer> {
+        (0..self.legs.len()).find_map(|leg| match self.look(leg, at) {
+            Look::Ours(trailer) => Some(trailer),
+            _ => None,
+        })
+    }
+
+    /// The stream bytes of a block on whichever copy has it.
+    pub fn best(&self, at: u32) -> Option<&[u8]> {
+        (0..self.legs.len()).find_map(|leg| match self.look(leg, at) {
+            Look::Ours(trailer) => self.block(leg, at).map(|block| stream(block, trailer)),
+            _ => None,
+        })
+    }
+
+    /// Blocks below `end` that a copy lacks.
+    pub fn gaps(&self, end: u32) -> impl Iterator<Item = Gap> + '_ {
+        let segment = self.id;
+        let missing = move |(leg, block): &(usize, u32)| !matches!(self.look(*leg, *block), Look::Ours(_));
+        let all = (0..self.legs.len()).flat_map(move |leg| (0..end).map(move |block| (leg, block)));
+        all.filter(missing).map(move |(leg, block)| Gap { leg, segment, number: segment.number, block })
+    }
+}
+
+/// All blocks of a segment.
+pub(crate) fn read_all<V: Volume>(volume: &V, number: SegmentNumber) -> Result<Vec<u8>, LogError> {
+    let mut buffer = aligned_buffer(CHUNK_BYTES)?;
+    let mut bytes = Vec::new();
+    loop {
+        let blocks = volume.read(number, (bytes.len() / BLOCK_BYTES) as u32, &mut buffer)?;
+        bytes.extend_from_slice(&buffer[..blocks * BLOCK_BYTES]);
+        if blocks < buffer.len() / BLOCK_BYTES {
+            return Ok(bytes);
+        }
+    }
+}
