@@ -5,6 +5,9 @@
 //! There is never more than one group on its way: what lies before a group is durable when it is written, which is what
 //! recovery relies on, and a deeper queue gained nothing on the devices that were measured.
 
+#[cfg(test)]
+mod simulation;
+
 use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
@@ -154,9 +157,12 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         }
     }
 
-    /// The oldest segment that holds an entry which is not forgotten, or the one to come.
+    /// The oldest segment that is needed: the first with an entry that is not forgotten, or the last one. That one is
+    /// kept in any case: until the group that begins the next segment is whole, only this one holds the state.
     fn drop_unneeded(&mut self) -> SegmentNumber {
-        while self.segments.pop_front_if(|segment| segment.last_index.is_none()).is_some() {}
+        while self.segments.len() > 1 && self.segments[0].last_index.is_none() {
+            self.segments.pop_front();
+        }
         self.segments.front().map_or(self.last.number + 1, |segment| segment.id.number)
     }
 
@@ -222,6 +228,10 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         if let Some(through) = self.truncate_due {
             self.make_room(0, false)?;
             self.stage.append(Kind::Truncate, (through, 0), &[], 0);
+            // Only now: a header that leaves segments out must not be durable before the reason for it is.
+            for segment in &mut self.segments {
+                segment.last_index = segment.last_index.filter(|last| *last > through);
+            }
             self.truncate_due = None;
         }
         Ok(())
@@ -270,11 +280,11 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             return false;
         };
         self.bound = number;
-        for leg in 0..self.legs.len() {
+        for (leg, place) in places.iter().enumerate() {
             if !self.legs.takes(leg, number) {
                 continue;
             }
-            let bound = match &places[leg] {
+            let bound = match place {
                 Some(place) => self.driver.bind(leg, place),
                 None => Err(io::ErrorKind::NotFound.into()),
             };
@@ -503,9 +513,6 @@ impl<V: Volume, D: Driver<Place = V::Place>> LogStore for Engine<V, D> {
     fn truncate_prefix(&mut self, through: u64) {
         if self.failed.is_some() || !self.range.truncate(through) {
             return;
-        }
-        for segment in &mut self.segments {
-            segment.last_index = segment.last_index.filter(|last| *last > through);
         }
         self.truncate_due = Some(through);
         // If there is no room now, the next append comes back to it.

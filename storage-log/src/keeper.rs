@@ -151,7 +151,7 @@ pub(crate) enum Port<V: Volume> {
     /// On its own thread.
     Thread { commands: Option<Sender<Command>>, replies: Receiver<Reply<V::Place>>, thread: Option<JoinHandle<()>> },
     /// In the engine's thread.
-    #[cfg_attr(not(feature = "spdk"), expect(dead_code, reason = "for devices of one thread"))]
+    #[cfg_attr(not(any(test, feature = "spdk")), expect(dead_code, reason = "for devices of one thread"))]
     Inline { keeper: Keeper<V>, replies: VecDeque<Reply<V::Place>> },
 }
 

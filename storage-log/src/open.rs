@@ -16,7 +16,7 @@ use crate::volume::{Access, FileVolume, Geometry, LegSpec, Volume, aligned_buffe
 use crate::{LogError, LogStore, Options, Recovered};
 
 /// A copy that lacks more than this is rebuilt while the log runs; smaller gaps are filled before it is opened.
-const FILL_AT_ONCE_BLOCKS: usize = (16 << 20) / BLOCK_BYTES;
+const FILL_AT_ONCE_BLOCKS: usize = if cfg!(test) { 12 } else { (16 << 20) / BLOCK_BYTES };
 
 /// Opens a log that is kept in `legs`, each of which holds all of it, through io_uring; and returns what it holds.
 ///

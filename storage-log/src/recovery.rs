@@ -66,11 +66,6 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
         }
         read_segment(legs, header, next.transpose()?, &last, &mut scan, visit)?;
     }
-    for leg in 0..legs.len() {
-        if headers.leg_has_any(leg, &last) {
-            scan.present.insert(leg);
-        }
-    }
     let all_members = (0..32).filter(|&leg| last.members.contains(leg)).all(|leg| scan.present.contains(leg));
     scan.recovered.doubtful |= !all_members || tail::beginning_lost(legs, last.number(), last.members)?;
     Ok(scan)
@@ -128,6 +123,7 @@ fn read_segment<V: Volume>(
         block += 1;
     }
     scan.gaps.extend(copies.gaps(block));
+    copies.legs_with_any(block).for_each(|leg| scan.present.insert(leg));
     scan.recovered.doubtful |= header.doubt;
     if next.is_some() && block < wanted {
         let problem = "a block is damaged or was never written, although later ones were".to_owned();

@@ -24,21 +24,18 @@ pub(crate) enum Look {
 /// All headers of all copies.
 pub(crate) struct Headers {
     found: BTreeMap<SegmentNumber, Header>,
-    by_leg: Vec<BTreeMap<SegmentNumber, SegmentId>>,
 }
 
 impl Headers {
     pub fn read<V: Volume>(legs: &[Option<V>]) -> Result<Headers, LogError> {
-        let mut headers = Headers { found: BTreeMap::new(), by_leg: vec![BTreeMap::new(); legs.len()] };
+        let mut headers = Headers { found: BTreeMap::new() };
         let mut log_id = None;
-        for (leg, volume) in legs.iter().enumerate() {
-            let Some(volume) = volume else { continue };
+        for volume in legs.iter().flatten() {
             for number in volume.segments() {
                 let Some(header) = read_header(volume, number)? else { continue };
                 if *log_id.get_or_insert(header.log_id) != header.log_id {
                     return Err(LogError::Foreign { path: volume.describe(number) });
                 }
-                headers.by_leg[leg].insert(number, header.id);
                 let best = headers.found.entry(number).or_insert(header);
                 if header.epoch > best.epoch {
                     *best = header;
@@ -55,13 +52,6 @@ impl Headers {
 
     pub fn of(&self, number: SegmentNumber) -> Option<Header> {
         self.found.get(&number).copied()
-    }
-
-    /// Whether a copy holds any segment of the log that ends with `last`.
-    pub fn leg_has_any(&self, leg: usize, last: &Header) -> bool {
-        let of_log =
-            |(number, id): (&SegmentNumber, &SegmentId)| self.found.get(number).is_some_and(|header| header.id == *id);
-        self.by_leg[leg].range(last.first..=last.id.number).any(of_log)
     }
 }
 
@@ -151,6 +141,12 @@ impl Copies {
             Look::Ours(trailer) => self.block(leg, at).map(|block| stream(block, trailer)),
             _ => None,
         })
+    }
+
+    /// Copies that hold some of the blocks below `end`: they have a part in this log.
+    pub fn legs_with_any(&self, end: u32) -> impl Iterator<Item = usize> + '_ {
+        let ours = move |leg: usize| (0..end).any(|at| matches!(self.look(leg, at), Look::Ours(_)));
+        (0..self.legs.len()).filter(move |leg| ours(*leg))
     }
 
     /// Blocks below `end` that a copy lacks.

@@ -1,0 +1,362 @@
+//! The engine and the recovery over simulated disks: one seed decides what is appended, when the device answers, when the
+//! power fails, which of the unsynced blocks survive it, and which byte rots.
+//!
+//! After each death the log is opened again and must be what the appended records amount to up to some point behind
+//! everything acknowledged; or it says that it is in doubt or damaged, and then there must be a reason.
+
+mod disks;
+
+use std::cell::RefCell;
+use std::collections::{HashSet, VecDeque};
+use std::rc::Rc;
+
+use super::{Engine, LogStore};
+use crate::block::BLOCK_BYTES;
+use crate::keeper::{Keeper, Port};
+use crate::legs::Legs;
+use crate::open::{open_copies, start};
+use crate::stage::Stage;
+use crate::volume::Geometry;
+use crate::{LogError, MemoryLog, Options, Record, Recovered, Ticket};
+use disks::{Disks, SimDriver, SimVolume, Spec};
+
+type Log = Engine<SimVolume, SimDriver>;
+
+/// A small generator, so that a seed means the same everywhere (SplitMix64).
+#[derive(Debug)]
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    fn chance(&mut self, per_mille: u64) -> bool {
+        self.below(1000) < per_mille
+    }
+}
+
+/// What was appended, in order.
+#[derive(Debug, Clone)]
+enum Op {
+    State(Vec<u8>),
+    Entry(u64, Vec<u8>),
+    Truncate(u64),
+}
+
+fn apply(op: &Op, model: &mut MemoryLog) {
+    let record = match op {
+        Op::State(state) => Record::State(state),
+        Op::Entry(index, bytes) => Record::Entry { index: *index, view: *index, parts: [bytes, &[]] },
+        Op::Truncate(through) => return model.truncate_prefix(*through),
+    };
+    model.append(record).expect("memory takes everything");
+}
+
+struct Run {
+    rng: Rng,
+    disks: Rc<RefCell<Disks>>,
+    legs: usize,
+    options: Options,
+    /// What the log held when this life of it began, and what was appended since.
+    before: Vec<Op>,
+    ops: Vec<Op>,
+    /// Ops up to here are acknowledged.
+    acknowledged: usize,
+    /// The op of each ticket that is not acknowledged yet.
+    tickets: VecDeque<(Ticket, usize)>,
+    next_index: u64,
+    /// Every entry that was ever appended.
+    history: HashSet<(u64, Vec<u8>)>,
+    /// Where the entries began when this life of the log did.
+    floor: u64,
+    rotten: bool,
+    /// Only one copy was complete when the power failed.
+    is_alone: bool,
+    seen: Seen,
+}
+
+/// That a campaign visits what it should.
+#[derive(Debug, Default, Clone, Copy)]
+struct Seen {
+    lives: u64,
+    torn: u64,
+    doubtful: u64,
+    damaged: u64,
+    healed: u64,
+    failed_legs: u64,
+    rebuilt: u64,
+}
+
+impl Run {
+    fn new(seed: u64, legs: usize) -> Run {
+        let options = Options {
+            segment_bytes: 8 * BLOCK_BYTES as u64,
+            max_bytes: 64 * 8 * BLOCK_BYTES as u64,
+            stage_bytes: 24 * BLOCK_BYTES,
+            direct: true,
+        };
+        Run {
+            rng: Rng(seed.wrapping_mul(7919)),
+            disks: Rc::new(RefCell::new(Disks::new(legs))),
+            legs,
+            options,
+            before: Vec::new(),
+            ops: Vec::new(),
+            acknowledged: 0,
+            tickets: VecDeque::new(),
+            next_index: 1,
+            history: HashSet::new(),
+            floor: 1,
+            rotten: false,
+            is_alone: legs == 1,
+            seen: Seen::default(),
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.options.geometry().expect("the options are right")
+    }
+
+    fn open(&mut self) -> Result<(Log, Recovered), LogError> {
+        let geometry = self.geometry();
+        let specs: Vec<Spec> = (0..self.legs).map(|leg| Spec { disks: Rc::clone(&self.disks), leg }).collect();
+        let opened = open_copies::<SimVolume>(&specs, geometry)?;
+        if opened.scan.gaps.iter().any(|gap| self.disks.borrow().is_whole(gap.leg)) {
+            self.seen.healed += 1;
+        }
+        let stage = Stage::new(Box::new(vec![0; self.options.stage_bytes]), opened.scan.chain);
+        let driver = SimDriver::new(stage.memory(), Rc::clone(&self.disks));
+        let keeper =
+            Port::Inline { keeper: Keeper { specs, geometry, volumes: opened.volumes }, replies: VecDeque::new() };
+        let legs = Legs::new(opened.out.into_iter().map(|out| (std::path::PathBuf::from("sim"), out)));
+        let (start, recovered) = start(driver, stage, keeper, legs, geometry, &self.options, opened.scan);
+        Ok((Engine::new(start), recovered))
+    }
+
+    /// What the log may hold: the model after each number of ops that is possible.
+    fn matches(&self, recovered: &Recovered, at_least: usize) -> bool {
+        let mut model = MemoryLog::new();
+        self.before.iter().for_each(|op| apply(op, &mut model));
+        for done in 0..=self.ops.len() {
+            if done >= at_least && is_same(&model, recovered) {
+                return true;
+            }
+            if let Some(op) = self.ops.get(done) {
+                apply(op, &mut model);
+            }
+        }
+        false
+    }
+
+    /// Whether all that was found was appended once.
+    fn is_from_history(&self, recovered: &Recovered) -> bool {
+        recovered.entries.iter().all(|entry| self.history.contains(&(entry.index, entry.bytes.clone())))
+    }
+
+    /// Appends, flushes and polls until the power fails.
+    fn live(&mut self, log: &mut Log) {
+        let turns = self.rng.below(120);
+        let errors = self.legs > 1 && self.rng.chance(200);
+        for _ in 0..turns {
+            for _ in 0..self.rng.below(4) {
+                self.append_something(log);
+            }
+            if self.rng.chance(600) {
+                log.flush();
+            }
+            if errors && self.rng.chance(20) && log.legs.are_all_members() && self.disks.borrow().are_all_up() {
+                let leg = self.rng.below(self.legs as u64) as usize;
+                self.disks.borrow_mut().fail(leg);
+                self.seen.failed_legs += 1;
+            }
+            if self.rng.chance(20) {
+                self.disks.borrow_mut().repair();
+            }
+            let was = log.legs.members();
+            self.disks.borrow_mut().advance(|bound| self.rng.next() % bound);
+            if self.rng.chance(700) {
+                log.poll();
+            }
+            self.seen.rebuilt += u64::from(log.legs.members().0 > was.0);
+            while let Some((ticket, op)) = self.tickets.front().copied()
+                && ticket <= log.durable()
+            {
+                self.acknowledged = op + 1;
+                self.tickets.pop_front();
+            }
+            assert!(log.failed().is_none(), "{:?}", log.failed());
+        }
+    }
+
+    fn append_something(&mut self, log: &mut Log) {
+        let record_bytes = match self.rng.below(10) {
+            0 => self.rng.below(12_000),
+            _ => self.rng.below(500),
+        };
+        let fill = self.rng.next() as u8;
+        let op = match self.rng.below(20) {
+            0..3 => Op::State(vec![fill; 40]),
+            3 => Op::Truncate(self.next_index.saturating_sub(1 + self.rng.below(10))),
+            4 => Op::Entry(self.next_index.saturating_sub(self.rng.below(6)).max(1), vec![fill; record_bytes as usize]),
+            _ => Op::Entry(self.next_index, vec![fill; record_bytes as usize]),
+        };
+        let result = match &op {
+            Op::State(state) => log.append(Record::State(state)).map(Some),
+            Op::Entry(index, bytes) => {
+                let index = (*index).max(self.lowest());
+                let record = Record::Entry { index, view: index, parts: [bytes, &[]] };
+                log.append(record).map(Some)
+            }
+            Op::Truncate(through) => {
+                log.truncate_prefix(*through);
+                Ok(None)
+            }
+        };
+        match result {
+            Ok(ticket) => {
+                let op = match op {
+                    Op::Entry(index, bytes) => {
+                        let index = index.max(self.lowest());
+                        self.next_index = index + 1;
+                        self.history.insert((index, bytes.clone()));
+                        Op::Entry(index, bytes)
+                    }
+                    other => other,
+                };
+                self.ops.push(op);
+                if let Some(ticket) = ticket {
+                    self.tickets.push_back((ticket, self.ops.len() - 1));
+                }
+            }
+            Err(error) => assert!(error.is_full(), "{error}"),
+        }
+    }
+
+    /// Entries are not appended again below what was forgotten, as consensus does not.
+    fn lowest(&self) -> u64 {
+        let through = |op: &Op| match op {
+            Op::Truncate(through) => Some(*through),
+            _ => None,
+        };
+        self.ops.iter().filter_map(through).map(|through| through + 1).fold(self.floor, u64::max)
+    }
+
+    /// The power fails, and perhaps a byte rots before it is back.
+    fn die(&mut self, log: Log) {
+        self.is_alone = self.legs == 1 || !log.legs.are_all_members() || !log.legs.is_recorded();
+        self.disks.borrow_mut().power_off(|bound| self.rng.next() % bound);
+        drop(log);
+        // What rots may be a block that is not needed now, and show up later.
+        self.rotten |= self.rng.chance(250) && {
+            let leg = self.rng.below(self.legs as u64) as usize;
+            let rng = &mut self.rng;
+            self.disks.borrow_mut().rot(leg, |bound| rng.next() % bound)
+        };
+        self.disks.borrow_mut().power_on();
+        self.seen.lives += 1;
+    }
+
+    /// Opens the log after a death and compares it with what it may be.
+    fn check(&mut self, seed: u64) -> Option<Log> {
+        let (log, recovered) = match self.open() {
+            Ok(opened) => opened,
+            Err(LogError::Damaged { problem, .. }) => {
+                assert!(self.rotten && self.is_alone, "seed {seed}: damaged without a reason: {problem}");
+                self.seen.damaged += 1;
+                return None;
+            }
+            Err(error) => panic!("seed {seed}: {error}"),
+        };
+        self.seen.torn += u64::from(recovered.torn_bytes > 0);
+        self.seen.doubtful += u64::from(recovered.doubtful);
+        // A copy that did not even get the first header is taken for one that was exchanged.
+        let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
+        let may_doubt = (self.rotten && self.is_alone) || newborn || !self.disks.borrow().are_all_up();
+        assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
+        assert!(
+            if recovered.doubtful {
+                self.is_from_history(&recovered)
+            } else {
+                self.matches(&recovered, self.acknowledged)
+            },
+            "seed {seed}: {} ops, {} acknowledged, doubtful {}: found {:?}, entries {:?}",
+            self.ops.len(),
+            self.acknowledged,
+            recovered.doubtful,
+            recovered.state,
+            recovered.entries.iter().map(|entry| (entry.index, entry.bytes.len())).collect::<Vec<_>>()
+        );
+        self.restart_model(&recovered);
+        Some(log)
+    }
+
+    /// The model begins with what was found.
+    fn restart_model(&mut self, recovered: &Recovered) {
+        self.floor = recovered.entries.first().map_or(self.next_index, |first| first.index);
+        self.before.clear();
+        self.before.extend(recovered.state.clone().map(Op::State));
+        self.before.extend(recovered.entries.iter().map(|entry| Op::Entry(entry.index, entry.bytes.clone())));
+        self.next_index = recovered.entries.last().map_or(self.floor, |last| last.index + 1);
+        (self.ops, self.acknowledged) = (Vec::new(), 0);
+        self.tickets.clear();
+    }
+
+    fn play(mut self, seed: u64, lives: u64) -> Seen {
+        let (mut log, _) = self.open().expect("blank disks");
+        for _ in 0..lives {
+            self.live(&mut log);
+            self.die(log);
+            let Some(next) = self.check(seed) else { return self.seen };
+            log = next;
+        }
+        self.seen
+    }
+}
+
+fn is_same(model: &MemoryLog, recovered: &Recovered) -> bool {
+    let snapshot = model.snapshot();
+    snapshot.state == recovered.state && snapshot.entries == recovered.entries
+}
+
+fn campaign(legs: usize, seeds: std::ops::Range<u64>) -> Seen {
+    let mut total = Seen::default();
+    for seed in seeds {
+        let seen = Run::new(seed, legs).play(seed, 8);
+        total.lives += seen.lives;
+        total.torn += seen.torn;
+        total.doubtful += seen.doubtful;
+        total.damaged += seen.damaged;
+        total.healed += seen.healed;
+        total.failed_legs += seen.failed_legs;
+        total.rebuilt += seen.rebuilt;
+    }
+    println!("{total:?}");
+    total
+}
+
+fn seeds(default: u64) -> std::ops::Range<u64> {
+    let number = |name: &str, default| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
+    let first = number("PLOVER_LOG_FIRST_SEED", 1);
+    first..first + number("PLOVER_LOG_SEEDS", default)
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_without_saying_so() {
+    let seen = campaign(1, seeds(1500));
+    assert!(seen.torn > 100 && seen.doubtful > 20 && seen.damaged > 100, "the seeds are too tame: {seen:?}");
+}
+
+#[test]
+fn a_mirror_hides_what_one_copy_loses() {
+    let seen = campaign(2, seeds(700));
+    assert!(seen.healed > 50 && seen.failed_legs > 20 && seen.rebuilt > 20, "the seeds are too tame: {seen:?}");
+}
