@@ -407,7 +407,10 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             return;
         }
         self.roll_wanted |= self.legs.awaits_segment_behind(self.last.number);
-        if let Some(leg) = self.legs.next_retry(Instant::now()) {
+        // Not before the disks know that it is out: opening it anew forgets what it held.
+        if self.legs.is_recorded()
+            && let Some(leg) = self.legs.next_retry(Instant::now())
+        {
             let segments = self.prepared.iter().map(|(number, _)| *number).collect();
             self.keeper.send(Command::Reopen { leg, segments });
         }

@@ -79,6 +79,8 @@ struct Run {
     /// Where the entries began when this life of the log did.
     floor: u64,
     rotten: bool,
+    /// The log was in doubt when it was opened, and no state was acknowledged since.
+    in_doubt: bool,
     /// Only one copy was complete when the power failed.
     is_alone: bool,
     seen: Seen,
@@ -117,6 +119,7 @@ impl Run {
             history: HashSet::new(),
             floor: 1,
             rotten: false,
+            in_doubt: false,
             is_alone: legs == 1,
             seen: Seen::default(),
         }
@@ -191,6 +194,7 @@ impl Run {
                 && ticket <= log.durable()
             {
                 self.acknowledged = op + 1;
+                self.in_doubt &= !matches!(self.ops[op], Op::State(_));
                 self.tickets.pop_front();
             }
             assert!(log.failed().is_none(), "{:?}", log.failed());
@@ -280,7 +284,8 @@ impl Run {
         self.seen.doubtful += u64::from(recovered.doubtful);
         // A copy that did not even get the first header is taken for one that was exchanged.
         let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
-        let may_doubt = (self.rotten && self.is_alone) || newborn || !self.disks.borrow().are_all_up();
+        let may_doubt = (self.rotten && self.is_alone) || newborn || self.in_doubt || !self.disks.borrow().are_all_up();
+        self.in_doubt = recovered.doubtful;
         assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
         assert!(
             if recovered.doubtful {
