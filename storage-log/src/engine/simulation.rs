@@ -271,10 +271,12 @@ impl Run {
 
     /// Opens the log after a death and compares it with what it may be.
     fn check(&mut self, seed: u64) -> Option<Log> {
+        // Nothing else has what rotted.
+        let may_lose = self.is_alone || !self.disks.borrow().are_all_up();
         let (log, recovered) = match self.open() {
             Ok(opened) => opened,
             Err(LogError::Damaged { problem, .. }) => {
-                assert!(self.rotten && self.is_alone, "seed {seed}: damaged without a reason: {problem}");
+                assert!(self.rotten && may_lose, "seed {seed}: damaged without a reason: {problem}");
                 self.seen.damaged += 1;
                 return None;
             }
@@ -284,7 +286,7 @@ impl Run {
         self.seen.doubtful += u64::from(recovered.doubtful);
         // A copy that did not even get the first header is taken for one that was exchanged.
         let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
-        let may_doubt = (self.rotten && self.is_alone) || newborn || self.in_doubt || !self.disks.borrow().are_all_up();
+        let may_doubt = (self.rotten && may_lose) || newborn || self.in_doubt || !self.disks.borrow().are_all_up();
         self.in_doubt = recovered.doubtful;
         assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
         assert!(
