@@ -52,9 +52,11 @@ pub(crate) type Visit<'a> = &'a mut dyn FnMut(SegmentNumber, u32, &record::Found
 /// Reads all that the copies hold; `None` is one that cannot be opened.
 pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Scan, LogError> {
     let headers = Headers::read(legs)?;
+    // Even if it was left out properly: it may have been used alone since, when this one was away.
+    let is_one_missing = legs.iter().any(Option::is_none);
     let mut scan = Scan::default();
     let Some(last) = headers.last() else {
-        scan.recovered.doubtful = tail::beginning_lost(legs, 0, Members::default())?;
+        scan.recovered.doubtful = is_one_missing || tail::beginning_lost(legs, 0, Members::default())?;
         return Ok(scan);
     };
     (scan.last, scan.chain) = (Some(last), last.chain);
@@ -67,7 +69,14 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
         read_segment(legs, header, next.transpose()?, &last, &mut scan, visit)?;
     }
     let all_members = (0..32).filter(|&leg| last.members.contains(leg)).all(|leg| scan.present.contains(leg));
-    scan.recovered.doubtful |= !all_members || tail::beginning_lost(legs, last.number(), last.members)?;
+    let split = headers.are_split(&last);
+    if split {
+        tracing::warn!(
+            "two copies of the log went on without one another; the newer one counts, and nothing is certain"
+        );
+    }
+    scan.recovered.doubtful |=
+        is_one_missing || split || !all_members || tail::beginning_lost(legs, last.number(), last.members)?;
     Ok(scan)
 }
 
@@ -103,11 +112,6 @@ fn read_segment<V: Volume>(
     visit: Visit<'_>,
 ) -> Result<(), LogError> {
     let number = header.number();
-    if let Some(next) = &next
-        && next.previous_generation != header.id.generation
-    {
-        return Err(damaged(legs, number, 0, "the segment behind it follows another one of this number".to_owned()));
-    }
     if scan.chain != header.chain {
         return Err(damaged(legs, number, 0, "its first record does not follow the one before it".to_owned()));
     }

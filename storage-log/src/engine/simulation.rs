@@ -81,6 +81,8 @@ struct Run {
     rotten: bool,
     /// The log was in doubt when it was opened, and no state was acknowledged since.
     in_doubt: bool,
+    /// A copy was missing when the log was opened once.
+    pulled: bool,
     /// Only one copy was complete when the power failed.
     is_alone: bool,
     seen: Seen,
@@ -120,6 +122,7 @@ impl Run {
             floor: 1,
             rotten: false,
             in_doubt: false,
+            pulled: false,
             is_alone: legs == 1,
             seen: Seen::default(),
         }
@@ -168,7 +171,8 @@ impl Run {
     /// Appends, flushes and polls until the power fails.
     fn live(&mut self, log: &mut Log) {
         let turns = self.rng.below(120);
-        let errors = self.legs > 1 && self.rng.chance(200);
+        // One at a time: with both the log may fail.
+        let mut errors = self.legs > 1 && self.rng.chance(200);
         for _ in 0..turns {
             for _ in 0..self.rng.below(4) {
                 self.append_something(log);
@@ -180,6 +184,7 @@ impl Run {
                 let leg = self.rng.below(self.legs as u64) as usize;
                 self.disks.borrow_mut().fail(leg);
                 self.seen.failed_legs += 1;
+                errors = false;
             }
             if self.rng.chance(20) {
                 self.disks.borrow_mut().repair();
@@ -266,13 +271,22 @@ impl Run {
             self.disks.borrow_mut().rot(leg, |bound| rng.next() % bound)
         };
         self.disks.borrow_mut().power_on();
+        if self.legs > 1 && self.rng.chance(150) {
+            // Somebody pulls a cable, and another one next time.
+            self.disks.borrow_mut().repair();
+            if self.rng.chance(600) {
+                let leg = self.rng.below(self.legs as u64) as usize;
+                self.disks.borrow_mut().fail(leg);
+                self.pulled = true;
+            }
+        }
         self.seen.lives += 1;
     }
 
     /// Opens the log after a death and compares it with what it may be.
     fn check(&mut self, seed: u64) -> Option<Log> {
         // Nothing else has what rotted.
-        let may_lose = self.is_alone || !self.disks.borrow().are_all_up();
+        let may_lose = self.is_alone || self.pulled || !self.disks.borrow().are_all_up();
         let (log, recovered) = match self.open() {
             Ok(opened) => opened,
             Err(LogError::Damaged { problem, .. }) => {
@@ -280,17 +294,22 @@ impl Run {
                 self.seen.damaged += 1;
                 return None;
             }
+            // A blank copy made a log of its own while the other was away.
+            Err(LogError::Foreign { .. }) if self.pulled => return None,
             Err(error) => panic!("seed {seed}: {error}"),
         };
         self.seen.torn += u64::from(recovered.torn_bytes > 0);
         self.seen.doubtful += u64::from(recovered.doubtful);
         // A copy that did not even get the first header is taken for one that was exchanged.
         let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
-        let may_doubt = (self.rotten && may_lose) || newborn || self.in_doubt || !self.disks.borrow().are_all_up();
+        let may_doubt =
+            (self.rotten && may_lose) || newborn || self.in_doubt || self.pulled || !self.disks.borrow().are_all_up();
         self.in_doubt = recovered.doubtful;
         assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
+        // What a copy that was away has more of was never acknowledged; it counts as long as nobody wrote behind it.
+        let reappears = self.pulled && self.acknowledged == 0;
         assert!(
-            if recovered.doubtful {
+            if recovered.doubtful || reappears {
                 self.is_from_history(&recovered)
             } else {
                 self.matches(&recovered, self.acknowledged)

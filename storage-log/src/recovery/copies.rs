@@ -21,37 +21,69 @@ pub(crate) enum Look {
     Absent,
 }
 
-/// All headers of all copies.
+/// All headers of all copies, and those of them that are the log.
 pub(crate) struct Headers {
-    found: BTreeMap<SegmentNumber, Header>,
+    by_leg: Vec<BTreeMap<SegmentNumber, Header>>,
+    last: Option<Header>,
+    /// From `last` back, each the one that the next one names, as far as it is there.
+    chain: BTreeMap<SegmentNumber, Header>,
 }
 
 impl Headers {
     pub fn read<V: Volume>(legs: &[Option<V>]) -> Result<Headers, LogError> {
-        let mut headers = Headers { found: BTreeMap::new() };
+        let mut by_leg = Vec::new();
         let mut log_id = None;
-        for volume in legs.iter().flatten() {
-            for number in volume.segments() {
+        for volume in legs {
+            let mut of_leg = BTreeMap::new();
+            for number in volume.iter().flat_map(Volume::segments) {
+                let Some(volume) = volume else { break };
                 let Some(header) = read_header(volume, number)? else { continue };
                 if *log_id.get_or_insert(header.log_id) != header.log_id {
                     return Err(LogError::Foreign { path: volume.describe(number) });
                 }
-                let best = headers.found.entry(number).or_insert(header);
-                if header.epoch > best.epoch {
-                    *best = header;
-                }
+                of_leg.insert(number, header);
             }
+            by_leg.push(of_leg);
+        }
+        let all = by_leg.iter().flat_map(|of_leg| of_leg.values().copied());
+        let last = all.max_by_key(|header| (header.epoch, header.id.number));
+        let mut headers = Headers { by_leg, last, chain: BTreeMap::new() };
+        let mut next = last;
+        while let Some(header) = next {
+            headers.chain.insert(header.id.number, header);
+            let before =
+                SegmentId { number: header.id.number.saturating_sub(1), generation: header.previous_generation };
+            next = headers
+                .by_leg
+                .iter()
+                .find_map(|of_leg| of_leg.get(&before.number).filter(|it| it.id == before))
+                .copied();
         }
         Ok(headers)
     }
 
     /// The header that was written last.
     pub fn last(&self) -> Option<Header> {
-        self.found.values().copied().max_by_key(|header| (header.epoch, header.id.number))
+        self.last
     }
 
+    /// The header of a segment of the log.
     pub fn of(&self, number: SegmentNumber) -> Option<Header> {
-        self.found.get(&number).copied()
+        self.chain.get(&number).copied()
+    }
+
+    /// Whether a copy went on without the members of the log that ends with `last`, as they did without it. Then each may
+    /// hold something acknowledged that the other lacks.
+    pub fn are_split(&self, last: &Header) -> bool {
+        self.by_leg.iter().any(|of_leg| {
+            let is_common = |header: &&Header| self.of(header.id.number).is_some_and(|ours| ours.id == header.id);
+            let common = of_leg.range(..=last.id.number).map(|(_, header)| header).filter(is_common).next_back();
+            let (number, epoch) = common.map_or((0, 0), |common| (common.id.number, common.epoch));
+            let first = number.max(last.first.saturating_sub(1)).saturating_add(1);
+            let behind = of_leg.range(first..).map(|(_, header)| header);
+            let mut alone = behind.filter(|header| header.members.0 & last.members.0 == 0 && header.epoch > epoch);
+            alone.next().is_some()
+        })
     }
 }
 

@@ -56,6 +56,8 @@ pub(super) fn beginning_lost<V: Volume>(
                 FirstGroup::Nothing => false,
                 // All copies get a group before it is acknowledged: one that lacks it proves that it was not.
                 FirstGroup::Doubtful => !elsewhere_unwritten(legs, number, leg, members)?,
+                // A copy that went on alone once, and not even its header tells.
+                FirstGroup::Followed if elsewhere_unwritten(legs, number, leg, members)? => true,
                 FirstGroup::Followed => {
                     let problem = "its header is damaged, although later blocks were written".to_owned();
                     return Err(LogError::Damaged { file: volume.describe(number), offset: 0, problem });
@@ -102,13 +104,10 @@ fn first_group<V: Volume>(volume: &V, number: SegmentNumber) -> Result<FirstGrou
     let bytes = read_all(volume, number)?;
     let blocks = bytes.as_chunks::<BLOCK_BYTES>().0;
     let content = |at: usize| blocks.get(at).map_or(Content::Bad, |block| examine(block, at as u32));
-    let header_bad = match content(0) {
-        Content::Bad => true,
-        Content::Blank => false,
-        // Valid: of a copy that went another way, and lost.
-        Content::Whole(trailer) if trailer.segment.number == number => return Ok(FirstGroup::Nothing),
-        Content::Whole(_) => false,
-    };
+    // Whole: of an earlier time, or of a copy that went another way and lost. Blank: not begun.
+    if content(0) != Content::Bad {
+        return Ok(FirstGroup::Nothing);
+    }
     let ours: Vec<_> = (1..blocks.len())
         .filter_map(|at| match content(at) {
             Content::Whole(trailer) if trailer.segment.number == number => Some(trailer),
@@ -125,5 +124,5 @@ fn first_group<V: Volume>(volume: &V, number: SegmentNumber) -> Result<FirstGrou
         Content::Bad => false,
     };
     let torn = newest.is_some_and(|group| (1..group.group_blocks as usize).any(|at| is_unwritten(at, group.segment)));
-    Ok(if header_bad && !torn { FirstGroup::Doubtful } else { FirstGroup::Nothing })
+    Ok(if torn { FirstGroup::Nothing } else { FirstGroup::Doubtful })
 }
