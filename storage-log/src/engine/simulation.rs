@@ -81,6 +81,8 @@ struct Run {
     rotten: bool,
     /// The log was in doubt when it was opened, and no state was acknowledged since.
     in_doubt: bool,
+    /// A copy failed once: when it is back, the log may not tell any more that it went on from there.
+    failed_once: bool,
     /// A copy was missing when the log was opened once.
     pulled: bool,
     /// Only one copy was complete when the power failed.
@@ -122,6 +124,7 @@ impl Run {
             floor: 1,
             rotten: false,
             in_doubt: false,
+            failed_once: false,
             pulled: false,
             is_alone: legs == 1,
             seen: Seen::default(),
@@ -184,6 +187,7 @@ impl Run {
                 let leg = self.rng.below(self.legs as u64) as usize;
                 self.disks.borrow_mut().fail(leg);
                 self.seen.failed_legs += 1;
+                self.failed_once = true;
                 errors = false;
             }
             if self.rng.chance(20) {
@@ -302,8 +306,12 @@ impl Run {
         self.seen.doubtful += u64::from(recovered.doubtful);
         // A copy that did not even get the first header is taken for one that was exchanged.
         let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
-        let may_doubt =
-            (self.rotten && may_lose) || newborn || self.in_doubt || self.pulled || !self.disks.borrow().are_all_up();
+        let may_doubt = (self.rotten && may_lose)
+            || newborn
+            || self.in_doubt
+            || self.pulled
+            || self.failed_once
+            || !self.disks.borrow().are_all_up();
         self.in_doubt = recovered.doubtful;
         assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
         // What a copy that was away has more of was never acknowledged; it counts as long as nobody wrote behind it.

@@ -73,16 +73,14 @@ impl Headers {
     }
 
     /// Whether a copy went on without the members of the log that ends with `last`, as they did without it. Then each may
-    /// hold something acknowledged that the other lacks.
+    /// hold something acknowledged that the other lacks. A copy's newest header tells who had a part in it then.
     pub fn are_split(&self, last: &Header) -> bool {
-        self.by_leg.iter().any(|of_leg| {
-            let is_common = |header: &&Header| self.of(header.id.number).is_some_and(|ours| ours.id == header.id);
-            let common = of_leg.range(..=last.id.number).map(|(_, header)| header).filter(is_common).next_back();
-            let (number, epoch) = common.map_or((0, 0), |common| (common.id.number, common.epoch));
-            let first = number.max(last.first.saturating_sub(1)).saturating_add(1);
-            let behind = of_leg.range(first..).map(|(_, header)| header);
-            let mut alone = behind.filter(|header| header.members.0 & last.members.0 == 0 && header.epoch > epoch);
-            alone.next().is_some()
+        let newest = |of_leg: &BTreeMap<SegmentNumber, Header>| {
+            of_leg.values().copied().max_by_key(|header| (header.epoch, header.id.number))
+        };
+        self.by_leg.iter().filter_map(newest).any(|header| {
+            let is_ours = self.of(header.id.number).is_some_and(|ours| ours.id == header.id);
+            !is_ours && header.members.0 & last.members.0 == 0
         })
     }
 }
