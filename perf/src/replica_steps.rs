@@ -175,17 +175,18 @@ impl Group {
         let slot = usize::from(id.0);
         loop {
             let records = self.out.persist.drain(..).count() as u64;
-            for (to, message) in self.out.messages.drain(..) {
-                let form = match self.passing {
-                    Passing::AsIs => Form::Message(message),
-                    Passing::Wire => {
-                        let mut bytes = self.spare.pop().unwrap_or_default();
-                        bytes.clear();
-                        message.encode(&mut bytes);
-                        Form::Bytes(bytes)
-                    }
-                };
-                self.flying.push_back(Flying { from: id, to, form });
+            match self.passing {
+                Passing::AsIs => self.flying.extend(self.out.messages.drain(..).map(|(to, message)| Flying {
+                    from: id,
+                    to,
+                    form: Form::Message(message),
+                })),
+                Passing::Wire => self.out.send(|to, message| {
+                    let mut bytes = self.spare.pop().unwrap_or_default();
+                    bytes.clear();
+                    message.encode(&mut bytes);
+                    self.flying.push_back(Flying { from: id, to, form: Form::Bytes(bytes) });
+                }),
             }
             for (index, _, entry) in self.out.committed.drain(..) {
                 black_box(entry.payload());
@@ -207,7 +208,7 @@ impl Group {
             let message = match form {
                 Form::Message(message) => message,
                 Form::Bytes(bytes) => {
-                    let message = Message::decode(&bytes).context("a message does not decode")?;
+                    let message = self.out.decode(&bytes).context("a message does not decode")?;
                     self.spare.push(bytes);
                     message
                 }

@@ -252,12 +252,16 @@ impl Replica {
             Message::Prepare { view, genesis_nonce } => self.on_prepare(from, view, genesis_nonce, out),
             Message::Promise { view, last, commit } => self.on_promise(from, view, Vote { last, commit }, out),
             Message::Fetch { view, from: index } => self.on_fetch(from, view, index, out),
-            Message::Fetched { view, prev, entries } => self.on_fetched(from, view, prev, entries, out),
+            Message::Fetched { view, prev, mut entries } => {
+                self.on_fetched(from, view, prev, &mut entries, out);
+                out.spare.give(entries);
+            }
             Message::FetchedBase { view, base } => self.on_fetched_base(from, view, base, out),
-            Message::Accept { view, prev, commit, base, entries } => {
+            Message::Accept { view, prev, commit, base, mut entries } => {
                 if self.follow(from, view, out) {
-                    self.on_accept(from, prev, (commit, base), entries, out);
+                    self.on_accept(from, prev, (commit, base), &mut entries, out);
                 }
+                out.spare.give(entries);
             }
             Message::AcceptOk { view, through, voting } => self.on_accept_ok(from, view, through, voting, out),
             Message::Reject { view, prev, have, commit } => self.on_reject(from, view, (prev, have, commit), out),

@@ -36,7 +36,8 @@ impl Replica {
             {
                 return;
             }
-            let entries = self.log.batch(peer.next, self.log.last().index, config.batch_entries, config.batch_bytes);
+            let mut entries = out.spare.take();
+            self.log.batch(peer.next, config.batch_entries, config.batch_bytes, &mut entries);
             let through = Index(sent.0 + entries.len() as u64);
             peer.next = through.next();
             peer.in_flight.push_back(through);
