@@ -83,7 +83,11 @@ impl Replica {
         for peer in self.config.peers() {
             let waits = everybody || self.committed.second == Some(peer);
             if waits && self.peers[peer.slot()].told_commit < self.commit {
-                self.send_heartbeat(peer, out);
+                // Entries that may go now tell it as well.
+                self.send_entries(peer, out);
+                if self.peers[peer.slot()].told_commit < self.commit {
+                    self.send_heartbeat(peer, out);
+                }
             }
         }
     }
