@@ -50,7 +50,7 @@ pub enum Event {
 }
 
 /// A record to make durable. Records are numbered from 1 in order of emission ([`PersistId`]).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Persist {
     /// Replaces the state that was stored before.
     State(HardState),

@@ -9,7 +9,7 @@ use crate::entry::{Base, Entry};
 use crate::ids::{Index, View, Viewstamp};
 use crate::spare::Entries;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Slot {
     view: View,
     entry: Entry,
@@ -18,7 +18,7 @@ struct Slot {
 }
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Log {
     slots: VecDeque<Slot>,
     /// The entry before the first slot.
