@@ -7,7 +7,7 @@ use crate::ids::{Index, ReplicaId, View};
 pub const MAX_REPLICAS: usize = 7;
 
 /// Settings of a replica. All replicas of a group must agree on `replicas` and `genesis_leader`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
     /// This replica.
     pub me: ReplicaId,

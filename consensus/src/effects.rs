@@ -3,6 +3,8 @@
 use crate::entry::{Entry, HardState};
 use crate::ids::{Index, PersistId, ReplicaId, View};
 use crate::message::Message;
+use crate::spare::Spare;
+use crate::wire::WireError;
 
 /// Something that happened to a replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +50,7 @@ pub enum Event {
 }
 
 /// A record to make durable. Records are numbered from 1 in order of emission ([`PersistId`]).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Persist {
     /// Replaces the state that was stored before.
     State(HardState),
@@ -105,8 +107,12 @@ pub enum Notice {
     Promoted,
 }
 
-/// What the caller must do after a step. It drains the vectors and passes the same value in again, so that
-/// steady state allocates nothing here.
+/// What the caller must do after a step. It drains the vectors and passes the same value in again.
+///
+/// Steady state allocates nothing: the memory of messages circulates through this value as well. A step takes what
+/// it needs from here and leaves here what the message that it was given held; [`Effects::send`] and
+/// [`Effects::decode`] do the same on the way to and from the wire. A caller that drops messages instead
+/// merely pays for new ones.
 ///
 /// Order: hand `persist` to the log store first, then send `messages` (those that depend on a record of this
 /// step are not emitted before [`Event::Persisted`] covers it, so that sending never has to wait), then apply
@@ -121,12 +127,34 @@ pub struct Effects {
     pub committed: Vec<(Index, View, Entry)>,
     /// What else happened.
     pub notices: Vec<Notice>,
+    pub(crate) spare: Spare,
 }
 
 impl Effects {
+    /// Shows every message to `send`, in order, and takes it back.
+    pub fn send(&mut self, mut send: impl FnMut(ReplicaId, &Message)) {
+        for (to, message) in self.messages.drain(..) {
+            send(to, &message);
+            message.recycle(&mut self.spare);
+        }
+    }
+
+    /// [`Message::decode`] with memory from here.
+    ///
+    /// # Errors
+    /// As [`Message::decode`].
+    pub fn decode(&mut self, bytes: &[u8]) -> Result<Message, WireError> {
+        Message::decode_with(bytes, &mut self.spare)
+    }
+
+    /// Gives back the memory of a message that was taken out of `messages` and is not needed any more.
+    pub fn recycle(&mut self, message: Message) {
+        message.recycle(&mut self.spare);
+    }
+
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
-        self.messages.clear();
+        self.send(|_, _| {});
         self.persist.clear();
         self.committed.clear();
         self.notices.clear();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::ids::{Index, ReplicaId, View, Viewstamp};
 
 /// An opaque batch of frames. A clone is a reference count, never a copy.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Payload(Arc<Vec<u8>>);
 
 impl From<Vec<u8>> for Payload {
@@ -31,7 +31,7 @@ impl fmt::Debug for Payload {
 }
 
 /// One log entry.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Entry {
     /// Input of the virtual machine: an opaque batch of frames.
     Input(Payload),
@@ -86,7 +86,7 @@ impl fmt::Display for Entry {
 
 /// What the entries up to and including some index amount to once they are gone: the place where the log
 /// begins, and the roles as of there, so that roles survive truncation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Base {
     /// The last index that is covered; the log holds what follows.
     pub index: Index,
@@ -118,7 +118,7 @@ impl Base {
 }
 
 /// What a replica must remember besides its entries.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct HardState {
     /// It accepts nothing from views below this one.
     pub promised: View,

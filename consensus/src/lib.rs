@@ -17,6 +17,7 @@ mod message;
 mod replica;
 mod rng;
 pub mod sim;
+mod spare;
 mod wire;
 
 pub use config::{Config, MAX_REPLICAS, Recovered};

@@ -7,8 +7,9 @@ use std::collections::VecDeque;
 
 use crate::entry::{Base, Entry};
 use crate::ids::{Index, View, Viewstamp};
+use crate::spare::Entries;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Slot {
     view: View,
     entry: Entry,
@@ -17,7 +18,7 @@ struct Slot {
 }
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Log {
     slots: VecDeque<Slot>,
     /// The entry before the first slot.
@@ -133,18 +134,17 @@ impl Log {
         roles
     }
 
-    /// Copies entries from `from` on into a new vector: at least one if there is one, and no more than the limits.
-    pub(crate) fn batch(&self, from: Index, through: Index, max_entries: u64, max_bytes: u64) -> Vec<(View, Entry)> {
-        let last = through.min(self.last().index);
-        let Some(start) = self.offset(from).filter(|_| from <= last) else {
-            return Vec::new();
+    /// Copies entries from `from` on behind what is in `out`: at least one if there is one, and no more than the
+    /// limits.
+    pub(crate) fn batch(&self, from: Index, max_entries: u64, max_bytes: u64, out: &mut Entries) {
+        let Some(start) = self.offset(from) else {
+            return;
         };
-        let limit = (last.0 - from.0 + 1).min(max_entries);
+        let limit = self.slots.len().min(start.saturating_add(max_entries as usize));
         let before = self.end_bytes(from.prev());
-        let count = (0..limit)
-            .take_while(|n| *n == 0 || self.slots[start + *n as usize].end_bytes - before <= max_bytes)
-            .count();
-        self.slots.range(start..start + count).map(|slot| (slot.view, slot.entry.clone())).collect()
+        let batch = self.slots.range(start..limit).enumerate();
+        let batch = batch.take_while(|(n, slot)| *n == 0 || slot.end_bytes - before <= max_bytes);
+        out.extend(batch.map(|(_, slot)| (slot.view, slot.entry.clone())));
     }
 }
 
@@ -191,9 +191,15 @@ mod tests {
         for bytes in [1000, 10, 10, 10] {
             log.append(View(1), input(bytes));
         }
-        assert_eq!(log.batch(Index(1), Index(9), 100, 100).len(), 1);
-        assert_eq!(log.batch(Index(2), Index(9), 2, 10_000).len(), 2);
-        assert_eq!(log.batch(Index(2), Index(9), 100, 2 * (10 + ENTRY_OVERHEAD_BYTES)).len(), 2);
-        assert_eq!(log.batch(Index(5), Index(9), 100, 100).len(), 0);
+        let batch = |from, max_entries, max_bytes| {
+            let mut entries = Entries::new();
+            log.batch(Index(from), max_entries, max_bytes, &mut entries);
+            entries.len()
+        };
+        assert_eq!(batch(1, 100, 100), 1);
+        assert_eq!(batch(2, 2, 10_000), 2);
+        assert_eq!(batch(2, 100, 2 * (10 + ENTRY_OVERHEAD_BYTES)), 2);
+        assert_eq!(batch(2, u64::MAX, 10_000), 3);
+        assert_eq!(batch(5, 100, 100), 0);
     }
 }

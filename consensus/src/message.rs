@@ -2,6 +2,7 @@
 
 use crate::entry::{Base, Entry};
 use crate::ids::{Index, View, Viewstamp};
+use crate::spare::Spare;
 
 /// A message between two replicas of one group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,4 +129,13 @@ pub enum Message {
         /// The last entry of the sender's log.
         last: Viewstamp,
     },
+}
+
+impl Message {
+    /// Keeps the memory of the entries, if the message is of a kind that has any.
+    pub(crate) fn recycle(self, spare: &mut Spare) {
+        if let Message::Accept { entries, .. } | Message::Fetched { entries, .. } = self {
+            spare.give(entries);
+        }
+    }
 }

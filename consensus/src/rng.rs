@@ -2,7 +2,7 @@
 //! the sequence is part of what makes a seed replay, so it must never change under us.
 
 /// SplitMix64.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Rng(u64);
 
 impl Rng {

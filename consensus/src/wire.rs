@@ -9,6 +9,7 @@ use crate::config::MAX_REPLICAS;
 use crate::entry::{Base, Entry, HardState, Payload};
 use crate::ids::{Index, ReplicaId, View, Viewstamp};
 use crate::message::Message;
+use crate::spare::{Entries, Spare};
 
 /// Why bytes are not what they should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -145,6 +146,10 @@ impl Message {
     /// # Errors
     /// When the bytes are not a message of this version, or changed on the way.
     pub fn decode(bytes: &[u8]) -> Result<Message, WireError> {
+        Message::decode_with(bytes, &mut Spare::default())
+    }
+
+    pub(crate) fn decode_with(bytes: &[u8], spare: &mut Spare) -> Result<Message, WireError> {
         let what = "message";
         let Some((body, checksum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
             return Err(WireError::Truncated { what });
@@ -153,10 +158,10 @@ impl Message {
         if expected != found {
             return Err(WireError::Checksum { expected, found });
         }
-        Message::decode_body(Reader { bytes: body, what })
+        Message::decode_body(Reader { bytes: body, what }, spare)
     }
 
-    fn decode_body(mut r: Reader<'_>) -> Result<Message, WireError> {
+    fn decode_body(mut r: Reader<'_>, spare: &mut Spare) -> Result<Message, WireError> {
         let (tag, view) = (r.u8()?, View(r.u64()?));
         let message = match tag {
             1 => Message::PreVote { view },
@@ -164,22 +169,22 @@ impl Message {
             3 => Message::Prepare { view, genesis_nonce: r.u64()? },
             4 => Message::Promise { view, last: r.viewstamp()?, commit: Index(r.u64()?) },
             5 => Message::Fetch { view, from: Index(r.u64()?) },
-            6 => Message::Fetched { view, prev: r.viewstamp()?, entries: r.entries()? },
+            6 => Message::Fetched { view, prev: r.viewstamp()?, entries: r.entries(spare)? },
             7 => Message::FetchedBase { view, base: r.base()? },
-            _ => Message::decode_later_kinds(tag, view, &mut r)?,
+            _ => Message::decode_later_kinds(tag, view, &mut r, spare)?,
         };
         r.end()?;
         Ok(message)
     }
 
-    fn decode_later_kinds(tag: u8, view: View, r: &mut Reader<'_>) -> Result<Message, WireError> {
+    fn decode_later_kinds(tag: u8, view: View, r: &mut Reader<'_>, spare: &mut Spare) -> Result<Message, WireError> {
         Ok(match tag {
             8 => Message::Accept {
                 view,
                 prev: r.viewstamp()?,
                 commit: Index(r.u64()?),
                 base: Index(r.u64()?),
-                entries: r.entries()?,
+                entries: r.entries(spare)?,
             },
             9 => Message::AcceptOk { view, through: Index(r.u64()?), voting: r.flag()? },
             10 => Message::Reject { view, prev: Index(r.u64()?), have: r.viewstamp()?, commit: Index(r.u64()?) },
@@ -255,7 +260,7 @@ impl Put for Base {
 
 /// Lengths are `u32` on the wire: a batch is bounded by `Config::batch_bytes` plus one entry, and an entry by the
 /// largest batch of frames, both far below 4 GiB.
-impl Put for Vec<(View, Entry)> {
+impl Put for Entries {
     fn put(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&(self.len() as u32).to_le_bytes());
         for (view, entry) in self {
@@ -328,13 +333,14 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn entries(&mut self) -> Result<Vec<(View, Entry)>, WireError> {
+    fn entries(&mut self, spare: &mut Spare) -> Result<Entries, WireError> {
         let count = self.u32()? as usize;
         if count > self.bytes.len() / MIN_ENTRY_BYTES {
             return Err(WireError::OutOfRange { what: "entry count", value: count as u64 });
         }
         // Grown as entries appear, not reserved: `count` may claim one entry per 13 bytes of a large payload.
-        let mut entries = Vec::with_capacity(count.min(1024));
+        let mut entries = spare.take();
+        entries.reserve(count.min(1024));
         for _ in 0..count {
             let (view, length) = (View(self.u64()?), self.u32()? as usize);
             let bytes = self.bytes.get(..length).ok_or(WireError::Truncated { what: "entry" })?;

@@ -2,9 +2,10 @@
 
 use super::{Phase, Replica};
 use crate::effects::{Effects, Notice};
-use crate::entry::{Base, Entry};
+use crate::entry::Base;
 use crate::ids::{Index, ReplicaId, View, Viewstamp};
 use crate::message::Message;
+use crate::spare::Entries;
 
 impl Replica {
     pub(super) fn on_prepare(&mut self, from: ReplicaId, view: View, genesis_nonce: u64, out: &mut Effects) {
@@ -83,7 +84,7 @@ impl Replica {
         from: ReplicaId,
         prev: Viewstamp,
         (commit, base): (Index, Index),
-        mut entries: Vec<(View, Entry)>,
+        entries: &mut Entries,
         out: &mut Effects,
     ) {
         let mut prev = prev;
@@ -111,9 +112,9 @@ impl Replica {
 
     /// Takes the entries that follow `after`, which is known to match, and returns the last index that now does.
     /// Entries that are already here stay, so that a message that was overtaken never shortens the log.
-    pub(super) fn take_entries(&mut self, after: Index, entries: Vec<(View, Entry)>, out: &mut Effects) -> Index {
+    pub(super) fn take_entries(&mut self, after: Index, entries: &mut Entries, out: &mut Effects) -> Index {
         let mut index = after;
-        for (view, entry) in entries {
+        for (view, entry) in entries.drain(..) {
             index = index.next();
             match self.log.view_at(index) {
                 Some(have) if have == view => continue,

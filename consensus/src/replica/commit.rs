@@ -15,7 +15,8 @@ impl Replica {
         };
         let noop = leading.noop;
         let mut held = [Index(0); MAX_REPLICAS];
-        for (slot, index) in held.iter_mut().enumerate().take(usize::from(self.config.replicas)) {
+        let held = &mut held[..usize::from(self.config.replicas)];
+        for (slot, index) in held.iter_mut().enumerate() {
             let peer = &self.peers[slot];
             *index = if slot == self.config.me.slot() {
                 self.durability.index()

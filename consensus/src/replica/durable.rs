@@ -8,15 +8,15 @@ use crate::entry::{Entry, HardState};
 use crate::ids::{Index, PersistId, View};
 
 /// Counts records and remembers which entries they cover.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Durability {
-    emitted: PersistId,
-    durable: PersistId,
+    pub(super) emitted: PersistId,
+    pub(super) durable: PersistId,
     /// The last state record that an acknowledgement depends on: a promise, a jump, a promotion. Mere
     /// truncation is not one, so that it holds up nobody.
-    binding: PersistId,
+    pub(super) binding: PersistId,
     /// Appends that are not durable yet.
-    pending: VecDeque<(PersistId, Index)>,
+    pub(super) pending: VecDeque<(PersistId, Index)>,
     index: Index,
     /// Stored entries are void until the next append supersedes them (R11).
     void_entries: bool,

@@ -5,6 +5,7 @@
 //! over at every view change.
 
 mod acceptor;
+mod canonical;
 mod commit;
 mod durable;
 mod election;
@@ -52,7 +53,7 @@ pub enum ProposeError {
 }
 
 /// What this replica is doing about leadership.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     Follower,
     PreVote { view: View, granted: u8 },
@@ -60,13 +61,13 @@ enum Phase {
     Leader(Leading),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Vote {
     last: Viewstamp,
     commit: Index,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Candidate {
     view: View,
     votes: [Option<Vote>; MAX_REPLICAS],
@@ -77,7 +78,7 @@ struct Candidate {
     give_up_us: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Leading {
     noop: Index,
     serving: bool,
@@ -85,14 +86,14 @@ struct Leading {
     handover: Option<HandOver>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct HandOver {
     to: ReplicaId,
     give_up_us: u64,
 }
 
 /// What is known of another replica.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Peer {
     /// The connection broke and nothing was heard since.
     lost: bool,
@@ -113,8 +114,8 @@ struct Peer {
     hello: Option<(View, Viewstamp)>,
 }
 
-/// A replica of the log. See the crate's documentation for how to drive it.
-#[derive(Debug)]
+/// A replica of the log. See the crate's documentation for how to drive it. Copied and compared by model checkers only.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
     config: Config,
     rng: Rng,
@@ -252,12 +253,16 @@ impl Replica {
             Message::Prepare { view, genesis_nonce } => self.on_prepare(from, view, genesis_nonce, out),
             Message::Promise { view, last, commit } => self.on_promise(from, view, Vote { last, commit }, out),
             Message::Fetch { view, from: index } => self.on_fetch(from, view, index, out),
-            Message::Fetched { view, prev, entries } => self.on_fetched(from, view, prev, entries, out),
+            Message::Fetched { view, prev, mut entries } => {
+                self.on_fetched(from, view, prev, &mut entries, out);
+                out.spare.give(entries);
+            }
             Message::FetchedBase { view, base } => self.on_fetched_base(from, view, base, out),
-            Message::Accept { view, prev, commit, base, entries } => {
+            Message::Accept { view, prev, commit, base, mut entries } => {
                 if self.follow(from, view, out) {
-                    self.on_accept(from, prev, (commit, base), entries, out);
+                    self.on_accept(from, prev, (commit, base), &mut entries, out);
                 }
+                out.spare.give(entries);
             }
             Message::AcceptOk { view, through, voting } => self.on_accept_ok(from, view, through, voting, out),
             Message::Reject { view, prev, have, commit } => self.on_reject(from, view, (prev, have, commit), out),

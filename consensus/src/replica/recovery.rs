@@ -6,6 +6,7 @@ use crate::effects::{Effects, Notice};
 use crate::entry::{Base, Entry};
 use crate::ids::{Index, ReplicaId, View, Viewstamp};
 use crate::message::Message;
+use crate::spare::Entries;
 
 impl Replica {
     /// Asks, or asks again, whatever the campaign waits for.
@@ -76,9 +77,10 @@ impl Replica {
             out.messages.push((from, Message::FetchedBase { view, base: *self.log.base() }));
             return;
         }
-        let (index, last) = (first.prev(), self.log.last().index);
+        let index = first.prev();
         if let Some(before) = self.log.view_at(index) {
-            let entries = self.log.batch(first, last, self.config.batch_entries, self.config.batch_bytes);
+            let mut entries = out.spare.take();
+            self.log.batch(first, self.config.batch_entries, self.config.batch_bytes, &mut entries);
             out.messages.push((from, Message::Fetched { view, prev: Viewstamp { view: before, index }, entries }));
         }
     }
@@ -98,7 +100,7 @@ impl Replica {
         from: ReplicaId,
         view: View,
         prev: Viewstamp,
-        entries: Vec<(View, Entry)>,
+        entries: &mut Entries,
         out: &mut Effects,
     ) {
         let Some(target) = self.fetch_target(from, view) else {

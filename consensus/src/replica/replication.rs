@@ -36,7 +36,8 @@ impl Replica {
             {
                 return;
             }
-            let entries = self.log.batch(peer.next, self.log.last().index, config.batch_entries, config.batch_bytes);
+            let mut entries = out.spare.take();
+            self.log.batch(peer.next, config.batch_entries, config.batch_bytes, &mut entries);
             let through = Index(sent.0 + entries.len() as u64);
             peer.next = through.next();
             peer.in_flight.push_back(through);
@@ -82,7 +83,11 @@ impl Replica {
         for peer in self.config.peers() {
             let waits = everybody || self.committed.second == Some(peer);
             if waits && self.peers[peer.slot()].told_commit < self.commit {
-                self.send_heartbeat(peer, out);
+                // Entries that may go now tell it as well.
+                self.send_entries(peer, out);
+                if self.peers[peer.slot()].told_commit < self.commit {
+                    self.send_heartbeat(peer, out);
+                }
             }
         }
     }

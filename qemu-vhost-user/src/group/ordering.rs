@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use consensus::{
-    Config, Effects, Entry, Event, HardState, Index, Message, Notice, Persist, PersistId, Recovered, Replica,
+    Config, Effects, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica,
     ReplicaId, View,
 };
 use dataplane::fabric::{Fabric, PeerId, TcpFabric};
@@ -124,7 +124,7 @@ impl Ordering {
 
     /// A consensus message, without its kind byte.
     pub fn receive(&mut self, now_us: u64, from: ReplicaId, bytes: &[u8]) {
-        match Message::decode(bytes) {
+        match self.effects.decode(bytes) {
             Ok(message) => self.step(now_us, Event::Message { from, message }),
             Err(error) => {
                 tracing::warn!(from = from.0, %error, "a peer's message is not understood; its connection is closed");
@@ -235,13 +235,13 @@ impl Ordering {
         }
         self.effects.persist = records;
         self.log.flush();
-        for (to, message) in self.effects.messages.drain(..) {
+        self.effects.send(|to, message| {
             self.buffer.clear();
             self.buffer.push(KIND_CONSENSUS);
             message.encode(&mut self.buffer);
             // Lost when the peer is away: consensus sends again.
             let _ = self.fabric.send(PeerId(to.0), &[&self.buffer]);
-        }
+        });
         let committed = self.effects.committed.drain(..);
         self.committed.extend(committed.map(|(index, view, entry)| Committed { index, view, entry }));
         self.notices.extend(self.effects.notices.drain(..));
