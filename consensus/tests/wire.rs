@@ -57,7 +57,7 @@ fn message() -> impl Strategy<Value = Message> {
         (view(), base()).prop_map(|(view, base)| Message::FetchedBase { view, base }),
         (view(), stamp(), index(), index(), entries())
             .prop_map(|(view, prev, commit, base, entries)| { Message::Accept { view, prev, commit, base, entries } }),
-        (view(), index(), any::<bool>()).prop_map(|(view, through, voting)| Message::AcceptOk {
+        (view(), index(), any::<bool>(), index()).prop_map(|(view, through, voting, consumed)| Message::AcceptOk {
             view,
             through,
             voting

@@ -3,6 +3,7 @@
 use super::{Phase, Replica};
 use crate::config::MAX_REPLICAS;
 use crate::effects::{Effects, Notice};
+use crate::entry::Entry;
 use crate::ids::Index;
 
 impl Replica {
@@ -19,10 +20,8 @@ impl Replica {
             let peer = &self.peers[slot];
             *index = if slot == self.config.me.slot() {
                 self.durability.index()
-            } else if peer.voting {
-                peer.matched
             } else {
-                Index(0)
+                peer.counted
             };
         }
         held.sort_unstable_by(|a, b| b.cmp(a));
@@ -54,6 +53,9 @@ impl Replica {
             self.committed.advance(index, view, entry);
             out.committed.push((index, view, entry.clone()));
             self.commit = index;
+            if let Entry::Second { replica, .. } = *entry {
+                self.second_committed(view, replica);
+            }
         }
     }
 

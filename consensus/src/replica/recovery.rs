@@ -13,6 +13,9 @@ impl Replica {
         let Phase::Candidate(candidate) = &self.phase else {
             return;
         };
+        if !candidate.asked {
+            return;
+        }
         let view = candidate.view;
         if let Some((from, _)) = candidate.fetching {
             out.messages.push((from, Message::Fetch { view, from: self.commit.next() }));
@@ -175,7 +178,8 @@ impl Replica {
                 None => last.next(),
             };
             let peer = &mut self.peers[id.slot()];
-            (peer.next, peer.matched, peer.told_commit) = (next, Index(0), Index(0));
+            (peer.next, peer.matched, peer.counted) = (next, Index(0), Index(0));
+            (peer.told_commit, peer.consumed) = (Index(0), Index(0));
             (peer.voting, peer.heard_us) = (true, self.now_us);
             peer.in_flight.clear();
         }
@@ -184,6 +188,9 @@ impl Replica {
             serving: false,
             heartbeat_us: self.now_us + self.config.heartbeat_interval_us,
             handover: None,
+            alone: false,
+            syncvm: None,
+            lag_mark: None,
         });
         self.leader = Some(self.config.me);
         self.append(view, Entry::Noop { leader: self.config.me }, out);

@@ -116,16 +116,20 @@ impl Replica {
         &mut self,
         from: ReplicaId,
         view: View,
-        through: Index,
-        voting: bool,
+        (through, voting): (Index, bool),
+        consumed: Index,
         out: &mut Effects,
     ) {
         if !self.leads(view) || through > self.log.last().index {
             return;
         }
+        self.note_consumed(from, consumed);
         let peer = &mut self.peers[from.slot()];
         (peer.heard_us, peer.voting) = (self.now_us, voting);
         peer.matched = peer.matched.max(through);
+        if voting {
+            peer.counted = peer.counted.max(through);
+        }
         peer.next = peer.next.max(peer.matched.next());
         while peer.in_flight.pop_front_if(|sent| *sent <= through).is_some() {}
         self.commit_by_majority(out);
@@ -148,7 +152,7 @@ impl Replica {
             return; // Overtaken by an acknowledgement, or by another refusal that was acted upon.
         }
         if have.index < peer.matched {
-            peer.matched = Index(0); // Its disk was wiped. Counting less is always safe.
+            (peer.matched, peer.counted) = (Index(0), Index(0)); // It lost its disk. Counting less is always safe.
         }
         let known = if self.log.holds(have) { have.index } else { commit };
         peer.next = known.max(peer.matched).next();

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use super::Mutant;
 use super::cluster::{Cluster, GENESIS_LEADER, REPLICAS};
+use super::guest::Guest;
 use crate::effects::Event;
 use crate::entry::{Entry, Payload};
 use crate::ids::{Index, ReplicaId};
@@ -70,7 +71,9 @@ pub(super) fn describe(message: &Message) -> String {
         }
         Message::InstallBase { view, base } => format!("InstallBase {view} {}", base.viewstamp()),
         Message::FetchedBase { view, base } => format!("FetchedBase {view} {}", base.viewstamp()),
-        Message::AcceptOk { view, through, voting } => format!("AcceptOk {view} through {through} voting {voting}"),
+        Message::AcceptOk { view, through, voting, .. } => {
+            format!("AcceptOk {view} through {through} voting {voting}")
+        }
     }
 }
 
@@ -126,7 +129,7 @@ impl<'a> Command<'a> {
         match self {
             Command::Form => {
                 (0..REPLICAS).for_each(|id| cluster.start(ReplicaId(id)));
-                cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Index(0));
+                cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Guest::booted(Index(0), GENESIS_LEADER));
                 cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
             }
             Command::Setup => {
@@ -146,7 +149,7 @@ impl<'a> Command<'a> {
                     return;
                 };
                 cluster.run_until(cluster.now_us + 5000);
-                cluster.nodes[second.slot()].guest = Some(base);
+                cluster.nodes[second.slot()].guest = Some(Guest::booted(base, leader));
                 cluster.step(second, Event::GuestIntact(true));
                 cluster.propose(leader, Entry::Second { replica: Some(second), base });
             }
