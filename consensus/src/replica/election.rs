@@ -171,12 +171,13 @@ impl Replica {
             genesis,
             asked: genesis,
             fetching: None,
+            fetch_from: self.commit.next(),
             give_up_us: self.now_us + OWN_DISK_TIMEOUTS * self.campaign_us(),
         }));
         self.repeat_question(out);
     }
 
-    fn campaign_us(&self) -> u64 {
+    pub(super) fn campaign_us(&self) -> u64 {
         self.config.failure_timeout_us.max(4 * self.config.campaign_retry_us)
     }
 

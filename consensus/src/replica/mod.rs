@@ -87,6 +87,8 @@ struct Candidate {
     asked: bool,
     /// The voter whose log is better than ours, and its last entry.
     fetching: Option<(ReplicaId, Viewstamp)>,
+    /// The first entry that it has not sent yet.
+    fetch_from: Index,
     give_up_us: u64,
 }
 
@@ -127,6 +129,9 @@ struct Peer {
     next: Index,
     /// The last index of each message with entries that it has not acknowledged (leader only).
     in_flight: VecDeque<Index>,
+    /// It lacked what came before the last message, which is sent alone until it matches behind this entry
+    /// (leader only, R9).
+    probe: Option<Index>,
     /// It had a vote when it was last heard (leader only).
     voting: bool,
     /// The highest commit index that it was told (leader only).
@@ -401,8 +406,14 @@ impl Replica {
         self.guest_intact = intact;
         if intact {
             self.campaign_if_leaderless(out);
-        } else if !self.may_have_guest() && matches!(self.phase, Phase::PreVote { .. } | Phase::Candidate(_)) {
-            self.become_follower(self.config.failure_timeout_us);
+        } else if !self.may_have_guest() {
+            match self.phase {
+                Phase::PreVote { .. } | Phase::Candidate(_) => self.become_follower(self.config.failure_timeout_us),
+                // It would begin to serve without one (R6). A leader that serves may have something left to say;
+                // it stops by `StepDown`.
+                Phase::Leader(Leading { serving: false, .. }) => self.lose_lead(out),
+                _ => {}
+            }
         }
     }
 

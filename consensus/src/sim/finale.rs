@@ -106,7 +106,8 @@ fn calm(cluster: &mut Cluster) {
     cluster.note(|| "all faults end".to_owned());
     (cluster.weather, cluster.ambush) = (Weather::fair(), None);
     for node in &mut cluster.nodes {
-        (node.disk.full, node.disk.slow_until_us, node.sluggish_until_us) = (false, 0, 0);
+        (node.disk.full, node.disk.failed) = (false, false);
+        (node.disk.slow_until_us, node.sluggish_until_us) = (0, 0);
     }
     for id in everybody() {
         if cluster.replica(id).is_none() {

@@ -105,14 +105,17 @@ impl Cluster {
         let sluggish = self.nodes[id.slot()].sluggish_until_us > self.now_us;
         let mut budget = if sluggish { self.rng.below(2) } else { 4 + self.rng.below(60) };
         while let Some((index, view, entry)) = self.nodes[id.slot()].inbox.front().cloned() {
-            let guest = self.nodes[id.slot()].guest.is_some();
+            let node = &self.nodes[id.slot()];
+            let (guest, news) = (node.guest.is_some(), index > node.consumed);
             match entry {
+                // Older than a guest that ran on while its daemon was away.
+                Entry::Noop { .. } | Entry::Second { .. } if !news => {}
                 Entry::Noop { leader } => self.leader_changed(id, leader),
                 Entry::Second { replica, .. } => self.second_named(id, replica),
                 Entry::SyncVm { with } if with == id && self.waits_as_follower(id, index, view) => break,
                 Entry::SyncVm { with } if with != id && self.waits_as_leader(id, index) => break,
                 Entry::SyncVm { .. } => {}
-                Entry::Input(_) if guest && index > self.nodes[id.slot()].consumed => {
+                Entry::Input(_) if guest && news => {
                     if budget == 0 {
                         break;
                     }
