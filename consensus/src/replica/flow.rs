@@ -27,12 +27,12 @@ impl Replica {
             || leading.lag_mark.is_some_and(late)
     }
 
-    /// A peer said what its guest has consumed.
+    /// A peer said what its guest has consumed. Taken as it is: less than before means that its process is another
+    /// one, or that the message was overtaken, and then the next heartbeat's answer says more.
     pub(super) fn note_consumed(&mut self, from: ReplicaId, consumed: Index) {
         let (now_us, last) = (self.now_us, self.log.last().index);
-        let peer = &mut self.peers[from.slot()];
-        peer.consumed = peer.consumed.max(consumed.min(last));
-        let consumed = peer.consumed;
+        let consumed = consumed.min(last);
+        self.peers[from.slot()].consumed = consumed;
         if self.committed.second == Some(from)
             && let Phase::Leader(leading) = &mut self.phase
             && leading.lag_mark.is_some_and(|(index, _)| index <= consumed)

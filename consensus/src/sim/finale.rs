@@ -165,9 +165,12 @@ pub(super) fn play_single_fault(cluster: &mut Cluster) -> Result<(), String> {
         }
     };
     cluster.note(|| format!("{fault}, for good"));
-    let before = cluster.checker.inputs;
+    let (before, reigns, cut) = (cluster.checker.inputs, cluster.counts.reigns, !fault.ends_with("down"));
     for _ in 0..FAULT_ROUNDS {
         cluster.run_until(cluster.now_us + ROUND_US);
+        if cut && cluster.counts.reigns > reigns {
+            return Err(format!("R3: {fault}, and the lead changes though its leader lives and reaches a majority"));
+        }
         if cluster.violation.is_some() || cluster.checker.inputs >= before + FAULT_INPUTS {
             return Ok(());
         }

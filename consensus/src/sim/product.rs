@@ -320,6 +320,9 @@ impl Cluster {
         if node.life != life || !agrees || !waits {
             return;
         }
+        if node.guest.is_none() {
+            node.guest_since_us = self.now_us;
+        }
         (node.guest, node.follow) = (Some(guest.clone()), None);
         self.checker.on_made_whole(view, index);
         self.note(|| format!("the guest of {id} is made whole by syncvm {index}"));
