@@ -13,8 +13,8 @@ const ROUND_US: u64 = 10_000;
 const ROUNDS: u64 = 200;
 /// Ten failure timeouts with a fault that stays: notice it, elect or drop, and commit.
 const FAULT_ROUNDS: u64 = 100;
-/// Inputs that must be committed by then.
-const FAULT_INPUTS: u64 = 20;
+/// Inputs that must be committed by then: more than a dead secondary may be behind.
+const FAULT_INPUTS: u64 = 60;
 
 fn everybody() -> impl Iterator<Item = ReplicaId> {
     (0..REPLICAS).map(ReplicaId)
@@ -176,6 +176,7 @@ pub(super) fn play_single_fault(cluster: &mut Cluster) -> Result<(), String> {
         }
         for id in everybody() {
             if cluster.nodes[id.slot()].leading().is_some() {
+                propose_input(cluster, id, 0);
                 propose_input(cluster, id, 0);
             }
         }

@@ -72,6 +72,8 @@ pub(super) struct Exchange {
 const SILENCE_US: u64 = 200_000;
 const EXCHANGE_TIMEOUT_US: u64 = 150_000;
 const SYNC_FAILURES_LIMIT: u32 = 3;
+/// Per mille of the syncvms that are done with somebody although another is secondary: they release nothing.
+const SYNC_WITH_ANOTHER: u64 = 50;
 
 /// Whether a stored log says that `me` led last and nobody was secondary.
 pub(super) fn served_alone(recovered: &Recovered, me: ReplicaId) -> bool {
@@ -204,6 +206,10 @@ impl Cluster {
         self.drive_sync(id);
         let Some(replica) = self.replica(id) else { return };
         let (commit, second) = (replica.commit_index(), replica.second());
+        // Asked too early and too often, to see that consensus does not agree.
+        if second.is_none() {
+            self.release_alone(id);
+        }
         let Some(none) = lead.none else {
             let none = self.propose(id, Entry::Second { replica: None, base: Index(0) }).and_then(Result::ok);
             if let Some(lead) = self.lead(id) {
@@ -214,16 +220,15 @@ impl Cluster {
         if commit < none {
             return;
         }
-        match second {
-            None => self.release_alone(id),
-            Some(second) if lead.named.is_none_or(|named| named <= commit) => self.drop_failed(id, second),
-            Some(_) => {}
+        if let Some(second) = second.filter(|_| lead.named.is_none_or(|named| named <= commit)) {
+            self.drop_failed(id, second);
         }
         let Some(lead) = self.lead(id).copied() else { return };
         if lead.sync.is_some() || lead.named.is_some_and(|named| named > commit) {
             return;
         }
-        let with = second.unwrap_or(ReplicaId((id.0 + 1 + self.rng.below(2) as u8) % REPLICAS));
+        let anybody = ReplicaId((id.0 + 1 + self.rng.below(2) as u8) % REPLICAS);
+        let with = second.filter(|_| !self.rng.chance(SYNC_WITH_ANOTHER)).unwrap_or(anybody);
         let silent = self.replica(id).is_none_or(|replica| replica.peer_silent_us(with, self.now_us) > SILENCE_US / 2);
         if !silent && self.rng.chance(500) {
             self.start_sync(id, with);
@@ -264,15 +269,16 @@ impl Cluster {
     }
 
     /// Lets the frames that the guest had said by `through` leave, if consensus agrees.
-    fn release(&mut self, id: ReplicaId, view: View, release: Release, through: Index) {
-        let Some(replica) = self.replica(id) else { return };
+    fn release(&mut self, id: ReplicaId, view: View, release: Release, through: Index) -> bool {
+        let Some(replica) = self.replica(id) else { return false };
         if !replica.may_release(view, release) && self.mutant != Mutant::ReleaseUnasked {
             self.counts.releases_refused += 1;
-            return;
+            return false;
         }
         self.counts.releases += 1;
         let result = self.checker.on_release(&self.nodes, id, view, release, through);
         self.check(result);
+        true
     }
 
     /// The syncvm under way gets as far as it can.
@@ -347,8 +353,9 @@ impl Cluster {
         }
         (lead.sync, lead.failures) = (None, 0);
         self.counts.syncvms += 1;
-        self.release(id, view, Release::SyncVm(index), through);
-        self.step(id, Event::Truncate(index));
+        if self.release(id, view, Release::SyncVm(index), through) {
+            self.step(id, Event::Truncate(index));
+        }
         if self.replica(id).is_some_and(|replica| replica.second().is_none())
             && let Some(Ok(named)) = self.propose(id, Entry::Second { replica: Some(with), base: index })
             && let Some(lead) = self.lead(id)
