@@ -60,7 +60,8 @@ fn message() -> impl Strategy<Value = Message> {
         (view(), index(), any::<bool>(), index()).prop_map(|(view, through, voting, consumed)| Message::AcceptOk {
             view,
             through,
-            voting
+            voting,
+            consumed
         }),
         (view(), index(), stamp(), index())
             .prop_map(|(view, prev, have, commit)| { Message::Reject { view, prev, have, commit } }),

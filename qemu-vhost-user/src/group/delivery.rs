@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use consensus::{Entry, Index, ReplicaId, View};
+use consensus::{Entry, Event, Index, ReplicaId, View};
 use dataplane::batch;
 
 use super::ordering::Committed;
@@ -28,6 +28,8 @@ pub struct Delivery {
     /// Frames of the first entry that were delivered already.
     frames_done: usize,
     applied: Index,
+    /// What consensus was told of it.
+    told: Index,
     /// Entries up to here were for an earlier daemon or guest: their inputs reached the guest or are lost frames, and
     /// their roles say nothing about the guest that is here.
     pub skip_through: Index,
@@ -143,6 +145,14 @@ impl Reactor<'_> {
                 Step::Done => self.delivery.pop(self.me),
                 Step::Blocked => return,
             }
+        }
+    }
+
+    /// Tells consensus how far the guest is: the leader waits for its secondary.
+    pub(super) fn tell_consumed(&mut self, now: u64) {
+        let applied = self.delivery.applied;
+        if std::mem::replace(&mut self.delivery.told, applied) != applied {
+            self.ordering.step(now, Event::Consumed(applied));
         }
     }
 

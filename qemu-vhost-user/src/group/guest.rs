@@ -266,7 +266,6 @@ impl Reactor<'_> {
         GuestReport {
             attached: self.guest.attached.is_some(),
             intact: self.guest.intact,
-            applied: self.delivery.applied().0,
             fingerprint: self.guest.attached.as_ref().map(|attached| attached.fingerprint.clone()),
             problem: self.guest.problem.clone(),
         }
