@@ -128,9 +128,7 @@ impl Message {
             Message::Fetched { view, prev, entries } => put(out, 6, &[view, prev, entries]),
             Message::FetchedBase { view, base } => put(out, 7, &[view, base]),
             Message::Accept { view, prev, commit, base, entries } => put(out, 8, &[view, prev, commit, base, entries]),
-            Message::AcceptOk { view, through, voting, consumed } => {
-                put(out, 9, &[view, through, voting, consumed])
-            }
+            Message::AcceptOk { view, through, voting, consumed } => put(out, 9, &[view, through, voting, consumed]),
             Message::Reject { view, prev, have, commit } => put(out, 10, &[view, prev, have, commit]),
             Message::InstallBase { view, base } => put(out, 11, &[view, base]),
             Message::Nack { promised } => put(out, 12, &[promised]),
@@ -183,12 +181,7 @@ impl Message {
                 base: Index(r.u64()?),
                 entries: r.entries()?,
             },
-            9 => Message::AcceptOk {
-                view,
-                through: Index(r.u64()?),
-                voting: r.flag()?,
-                consumed: Index(r.u64()?),
-            },
+            9 => Message::AcceptOk { view, through: Index(r.u64()?), voting: r.flag()?, consumed: Index(r.u64()?) },
             10 => Message::Reject { view, prev: Index(r.u64()?), have: r.viewstamp()?, commit: Index(r.u64()?) },
             11 => Message::InstallBase { view, base: r.base()? },
             12 => Message::Nack { promised: view },

@@ -18,11 +18,7 @@ impl Replica {
         let mut held = [Index(0); MAX_REPLICAS];
         for (slot, index) in held.iter_mut().enumerate().take(usize::from(self.config.replicas)) {
             let peer = &self.peers[slot];
-            *index = if slot == self.config.me.slot() {
-                self.durability.index()
-            } else {
-                peer.counted
-            };
+            *index = if slot == self.config.me.slot() { self.durability.index() } else { peer.counted };
         }
         held.sort_unstable_by(|a, b| b.cmp(a));
         let majority = held[usize::from(self.config.replicas) / 2];

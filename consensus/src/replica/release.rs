@@ -34,9 +34,9 @@ impl Replica {
             // A syncvm under way ends in a guest that may be named: what leaves after its stop must be in the
             // next one, and when it stops only the wiring knows.
             Release::Alone => leading.alone && leading.syncvm.is_none() && self.heirs().next().is_none(),
-            Release::SyncVm(index) => leading
-                .syncvm
-                .is_some_and(|last| last.index == index && index <= self.commit && self.heirs().all(|id| id == last.with)),
+            Release::SyncVm(index) => leading.syncvm.is_some_and(|last| {
+                last.index == index && index <= self.commit && self.heirs().all(|id| id == last.with)
+            }),
         }
     }
 

@@ -166,7 +166,9 @@ impl Cluster {
         let node = &mut self.nodes[id.slot()];
         if node.disk.damaged {
             node.disk.wipe();
-            self.note(|| format!("{id} refuses its log, which is damaged in the middle; the operator empties the disk"));
+            self.note(|| {
+                format!("{id} refuses its log, which is damaged in the middle; the operator empties the disk")
+            });
         }
         let node = &mut self.nodes[id.slot()];
         node.life += 1;

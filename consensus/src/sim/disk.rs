@@ -59,8 +59,7 @@ impl Disk {
                 break;
             };
             self.applied += 1;
-            if std::mem::take(&mut self.doubtful)
-                && !matches!(record, Persist::State(HardState { learner: true, .. }))
+            if std::mem::take(&mut self.doubtful) && !matches!(record, Persist::State(HardState { learner: true, .. }))
             {
                 return Err(format!("R15: the first record on a doubtful disk is {record:?}"));
             }

@@ -122,7 +122,10 @@ impl fmt::Display for Summary {
         let Summary { events, committed, reigns, lives, doubtful_starts, ambushes, .. } = self;
         let Summary { storage_failures, syncvms, releases, releases_refused, .. } = self;
         let Summary { refused_for_lag, longest_lag, cold_starts, whole, .. } = self;
-        write!(f, "{events} events, {committed} entries, {reigns} reigns, {lives} lives ({doubtful_starts} doubtful), ")?;
+        write!(
+            f,
+            "{events} events, {committed} entries, {reigns} reigns, {lives} lives ({doubtful_starts} doubtful), "
+        )?;
         write!(f, "{ambushes} deaths amid a step, {storage_failures} store failures, {syncvms} syncvms, ")?;
         write!(f, "{releases} releases ({releases_refused} refused), {refused_for_lag} inputs refused for lag ")?;
         write!(f, "(longest {longest_lag}), {cold_starts} cold starts, {whole} whole in the end")

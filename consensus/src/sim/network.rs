@@ -9,18 +9,44 @@ use std::cmp::Reverse;
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Happening {
-    Deliver { from: u8, to: u8, slot: usize },
-    DiskDone { node: u8, life: u32, through: PersistId },
-    LinkLost { at: u8, peer: u8 },
-    LinkUp { at: u8, peer: u8 },
+    Deliver {
+        from: u8,
+        to: u8,
+        slot: usize,
+    },
+    DiskDone {
+        node: u8,
+        life: u32,
+        through: PersistId,
+    },
+    LinkLost {
+        at: u8,
+        peer: u8,
+    },
+    LinkUp {
+        at: u8,
+        peer: u8,
+    },
     /// The product around a replica does its round.
-    Product { node: u8, life: u32 },
+    Product {
+        node: u8,
+        life: u32,
+    },
     /// The guest's state arrives, or the word that it did.
-    Transfer { exchange: usize },
-    Acknowledged { exchange: usize },
+    Transfer {
+        exchange: usize,
+    },
+    Acknowledged {
+        exchange: usize,
+    },
     /// A group whose store failed is put together anew.
-    TearDown { node: u8, life: u32 },
-    Start { node: u8 },
+    TearDown {
+        node: u8,
+        life: u32,
+    },
+    Start {
+        node: u8,
+    },
 }
 
 type Links<T> = [[T; REPLICAS as usize]; REPLICAS as usize];

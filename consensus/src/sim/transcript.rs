@@ -146,8 +146,12 @@ impl<'a> Command<'a> {
                 cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
             }
             Command::Setup => {
-                let steps =
-                    [Command::Form, Command::Run(20), Command::Second(ReplicaId(0), Some(ReplicaId(1))), Command::Run(30)];
+                let steps = [
+                    Command::Form,
+                    Command::Run(20),
+                    Command::Second(ReplicaId(0), Some(ReplicaId(1))),
+                    Command::Run(30),
+                ];
                 for step in steps {
                     step.play(cluster);
                 }

@@ -11,6 +11,9 @@ use anyhow::Result;
 use crate::progress::{loud_step, run};
 use crate::setup;
 
+/// A wrong variant must be noticed within so many seeds.
+pub const PROOF_SEEDS: u64 = 10_000;
+
 /// What to simulate.
 #[derive(clap::Args)]
 pub struct Arguments {

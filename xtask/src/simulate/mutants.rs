@@ -46,7 +46,8 @@ struct Mutant {
 pub fn prove(seeds: u64, only: &[String]) -> Result<()> {
     let text = fs::read_to_string(LIST).with_context(|| format!("cannot read {LIST}"))?;
     let list: List = toml::from_str(&text).with_context(|| format!("{LIST} is not understood"))?;
-    let wanted = |mutant: &Mutant| only.is_empty() || only.iter().any(|word| *word == mutant.name || *word == mutant.rule);
+    let wanted =
+        |mutant: &Mutant| only.is_empty() || only.iter().any(|word| *word == mutant.name || *word == mutant.rule);
     let mutants: Vec<Mutant> = list.mutant.into_iter().filter(wanted).collect();
     ensure!(!mutants.is_empty(), "no variant in {LIST} has such a name or rule");
     step(format!("{} variants", mutants.len()), || write_all(&mutants))?;
