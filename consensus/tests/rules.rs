@@ -192,7 +192,9 @@ fn a_doubtful_disk_says_so_first_and_keeps_its_log() {
 
 #[test]
 fn a_doubtful_disk_is_not_blank() {
-    let mut alone = Alone::new(R1, Recovered { doubtful: true, ..Recovered::default() }, |_| {});
+    let recovered = Recovered { doubtful: true, ..Recovered::default() };
+    assert!(!recovered.is_blank() && Recovered::default().is_blank());
+    let mut alone = Alone::new(R1, recovered, |_| {});
     alone.step(Event::Tick);
     assert_eq!(alone.sent(|message| matches!(message, Message::Hello { blank: false, .. })), 2);
 }
