@@ -38,6 +38,13 @@ pub struct Config {
     pub pipeline_messages: usize,
     /// Bytes of truncated entries that stay in memory for peers that are behind.
     pub retain_bytes: u64,
+    /// Entries that the secondary's guest may be behind before inputs are refused (R16).
+    pub second_lag_entries: u64,
+    /// Bytes of such entries.
+    pub second_lag_bytes: u64,
+    /// How long the secondary's guest may take to consume an entry before inputs are refused (R16). More than
+    /// the longest syncvm that should not be felt: while it is applied, the secondary consumes nothing.
+    pub second_lag_us: u64,
     /// Seeds jitter and nonces. Must differ between two starts of a process (R13 relies on it).
     pub seed: u64,
 }
@@ -61,6 +68,9 @@ impl Config {
             peer_window_bytes: 16 << 20,
             pipeline_messages: 16,
             retain_bytes: 64 << 20,
+            second_lag_entries: 4096,
+            second_lag_bytes: 32 << 20,
+            second_lag_us: 2_000_000,
             seed,
         }
     }
@@ -101,6 +111,9 @@ impl Config {
             self.peer_window_entries,
             self.peer_window_bytes,
             self.pipeline_messages as u64,
+            self.second_lag_entries,
+            self.second_lag_bytes,
+            self.second_lag_us,
         ];
         assert!(limits.iter().all(|limit| *limit > 0), "a limit or interval in {self:?} is 0: must be at least 1");
         assert!(
@@ -125,10 +138,14 @@ pub struct Recovered {
     pub learner: bool,
     /// As in [`HardState::void_entries`].
     pub void_entries: bool,
+    /// The store cut damaged records off its end, and they may have been acknowledged: this disk is a former
+    /// state of itself, and may vote no more than an empty one (R15). The store must keep the evidence until the
+    /// first record of this process is durable.
+    pub doubtful: bool,
 }
 
 impl Recovered {
-    /// From the stored state record, if there is one, and the stored entries.
+    /// From the stored state record, if there is one, and the stored entries; not doubtful.
     pub fn from_store(state: Option<HardState>, entries: Vec<(Index, View, Entry)>) -> Recovered {
         let Some(state) = state else {
             return Recovered::default();
@@ -139,12 +156,14 @@ impl Recovered {
             entries,
             learner: state.learner,
             void_entries: state.void_entries,
+            doubtful: false,
         }
     }
 
     /// A new disk or a wiped one: every replica that ever took part has stored a promise above 0 or that it is
-    /// a learner.
+    /// a learner. A doubtful disk is not blank even when nothing is left on it: something was there.
     pub fn is_blank(&self) -> bool {
-        self.promised == View(0) && !self.learner && self.base == Base::default() && self.entries.is_empty()
+        let empty = self.base == Base::default() && self.entries.is_empty();
+        empty && self.promised == View(0) && !self.learner && !self.doubtful
     }
 }

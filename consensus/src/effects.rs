@@ -39,6 +39,10 @@ pub enum Event {
         /// The secondary.
         to: ReplicaId,
     },
+    /// The guest of this replica has consumed every entry through this index, or has none that could (R16).
+    Consumed(Index),
+    /// The syncvm with this index is given up: nothing is released for it and nobody named by it (R17).
+    SyncVmFailed(Index),
     /// A syncvm that was acknowledged covers every entry through this index. Indices above the commit index
     /// are clamped to it.
     Truncate(Index),
@@ -102,7 +106,7 @@ pub enum Notice {
         /// The view of the campaign.
         view: View,
     },
-    /// This replica came back with an empty disk, has caught up, and votes again as
+    /// This replica came back with an empty or doubtful disk, has caught up, and votes again as
     /// soon as the record that says so is durable (R13).
     Promoted,
 }

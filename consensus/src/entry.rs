@@ -124,7 +124,7 @@ pub struct HardState {
     pub promised: View,
     /// Where its log begins.
     pub base: Base,
-    /// It came back with an empty disk and must not vote until it has caught up (R13).
+    /// It came back with an empty or doubtful disk and must not vote until it has caught up (R13, R15).
     pub learner: bool,
     /// Entries that were stored before this record and lie above `base` are void: the replica jumped (R11).
     pub void_entries: bool,

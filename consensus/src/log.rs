@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use crate::entry::{Base, Entry};
-use crate::ids::{Index, View, Viewstamp};
+use crate::ids::{Index, ReplicaId, View, Viewstamp};
 use crate::spare::Entries;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -134,6 +134,15 @@ impl Log {
         roles
     }
 
+    /// Everybody whom a `Second` entry above `index` names.
+    pub(crate) fn named_above(&self, index: Index) -> impl Iterator<Item = ReplicaId> {
+        let marks = self.role_marks.iter().rev().take_while(move |mark| **mark > index);
+        marks.filter_map(|mark| match self.get(*mark) {
+            Some((_, Entry::Second { replica, .. })) => *replica,
+            _ => None,
+        })
+    }
+
     /// Copies entries from `from` on behind what is in `out`: at least one if there is one, and no more than the
     /// limits.
     pub(crate) fn batch(&self, from: Index, max_entries: u64, max_bytes: u64, out: &mut Entries) {
@@ -152,7 +161,6 @@ impl Log {
 mod tests {
     use super::*;
     use crate::entry::{ENTRY_OVERHEAD_BYTES, Payload};
-    use crate::ids::ReplicaId;
 
     fn input(bytes: usize) -> Entry {
         Entry::Input(Payload::from(vec![7; bytes]))

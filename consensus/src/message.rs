@@ -82,6 +82,8 @@ pub enum Message {
         through: Index,
         /// Whether the sender counts towards a majority (a learner does not, R13).
         voting: bool,
+        /// What the sender's guest has consumed (R16).
+        consumed: Index,
     },
     /// "My log does not hold `prev`."
     Reject {
@@ -113,7 +115,7 @@ pub enum Message {
         /// From the leader itself: skip the pre-vote. Otherwise only a hint.
         handover: bool,
     },
-    /// "My disk is empty (or I have not caught up since it was); what must I know before I may vote?" (R13)
+    /// "My disk is empty or doubtful (or I have not caught up since); what must I know before I may vote?" (R13)
     Hello {
         /// Drawn afresh by every process, so that an old answer is never taken for a new one.
         nonce: u64,

@@ -1,6 +1,6 @@
 //! Many seeds through the simulator, and wrong variants that it must notice.
 
-use consensus::sim::{self, Mutant, Options};
+use consensus::sim::{self, Mutant, Options, Summary};
 
 fn setting(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
@@ -13,24 +13,19 @@ fn setting(name: &str, default: u64) -> u64 {
 fn seeds() {
     let (first, count) = (setting("PLOVER_SIM_FIRST_SEED", 1), setting("PLOVER_SIM_SEEDS", 4000));
     let trace = setting("PLOVER_SIM_TRACE", 0) != 0;
-    let (mut events, mut committed, mut reigns, mut lives, mut cold_starts) = (0, 0, 0, 0, 0);
+    let mut total = Summary::default();
     for seed in first..first + count {
         match sim::run(&Options { trace, ..Options::new(seed) }) {
-            Ok(summary) => {
-                events += summary.events;
-                committed += summary.committed;
-                reigns += summary.reigns;
-                lives += summary.lives;
-                cold_starts += u64::from(summary.cold_start);
-            }
+            Ok(summary) => total.add(&summary),
             Err(violation) => panic!("{violation}"),
         }
     }
-    println!(
-        "{count} seeds: {events} events, {committed} entries, {reigns} reigns, {lives} lives, {cold_starts} cold starts"
-    );
+    println!("{count} seeds: {total}");
     if count >= 1000 {
+        let Summary { committed, reigns, lives, syncvms, doubtful_starts, ambushes, .. } = total;
         assert!(reigns > 3 * count && committed > 200 * count && lives > 4 * count, "the seeds are too tame");
+        assert!(syncvms > 50 * count && ambushes > count && 3 * doubtful_starts > count, "the seeds are too tame");
+        assert!(total.whole > count / 2 && total.refused_for_lag > count, "the seeds are too brutal");
     }
 }
 
@@ -59,6 +54,11 @@ fn a_guest_that_is_not_there_is_noticed() {
 #[test]
 fn a_majority_of_one_is_noticed() {
     seeds_to_notice(Mutant::ForgedAcknowledgement, "I2", 100);
+}
+
+#[test]
+fn a_release_without_the_question_is_noticed() {
+    seeds_to_notice(Mutant::ReleaseUnasked, "I3", 100);
 }
 
 #[test]

@@ -57,10 +57,11 @@ fn message() -> impl Strategy<Value = Message> {
         (view(), base()).prop_map(|(view, base)| Message::FetchedBase { view, base }),
         (view(), stamp(), index(), index(), entries())
             .prop_map(|(view, prev, commit, base, entries)| { Message::Accept { view, prev, commit, base, entries } }),
-        (view(), index(), any::<bool>()).prop_map(|(view, through, voting)| Message::AcceptOk {
+        (view(), index(), any::<bool>(), index()).prop_map(|(view, through, voting, consumed)| Message::AcceptOk {
             view,
             through,
-            voting
+            voting,
+            consumed
         }),
         (view(), index(), stamp(), index())
             .prop_map(|(view, prev, have, commit)| { Message::Reject { view, prev, have, commit } }),

@@ -1,9 +1,10 @@
-//! Entry points: `cargo xtask setup|test|tidy|demo|perf`.
+//! Entry points: `cargo xtask setup|test|tidy|demo|simulate|perf`.
 
 mod demo;
 mod perf;
 mod progress;
 mod setup;
+mod simulate;
 mod test;
 mod tidy;
 
@@ -32,6 +33,8 @@ enum Task {
     Tidy,
     /// Show a guest surviving the death of its leader
     Demo(demo::Arguments),
+    /// Run consensus through simulated faults, from seeds
+    Simulate(simulate::Arguments),
     /// Measure
     Perf(perf::Arguments),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::test(&arguments),
         Task::Tidy => tidy::tidy(),
         Task::Demo(arguments) => demo::run(&arguments),
+        Task::Simulate(arguments) => simulate::simulate(&arguments),
         Task::Perf(arguments) => perf::perf(&arguments),
     };
     match outcome {

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::progress::{loud_step, output, run};
-use crate::{perf, setup, tidy};
+use crate::{perf, setup, simulate, tidy};
 
 /// Which parts to run; without any flag all of them.
 #[derive(clap::Args)]
@@ -38,6 +38,9 @@ pub fn test(arguments: &Arguments) -> Result<()> {
     if !arguments.e2e {
         checks()?;
         fast_tests(nextest, &arguments.filters)?;
+    }
+    if !arguments.fast && !arguments.e2e && arguments.filters.is_empty() {
+        simulate::prove(simulate::PROOF_SEEDS, &[])?;
     }
     if !arguments.fast {
         e2e_tests(nextest, &arguments.filters)?;

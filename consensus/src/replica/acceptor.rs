@@ -165,7 +165,9 @@ impl Replica {
         if self.ack_due || through > self.acked {
             self.ack_due = false;
             self.acked = through;
-            out.messages.push((leader, Message::AcceptOk { view: self.promised, through, voting: !self.learner }));
+            self.told_consumed = self.consumed;
+            let (view, voting, consumed) = (self.promised, !self.learner, self.consumed);
+            out.messages.push((leader, Message::AcceptOk { view, through, voting, consumed }));
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{Phase, Replica};
 use crate::config::MAX_REPLICAS;
 use crate::effects::{Effects, Notice};
+use crate::entry::Entry;
 use crate::ids::Index;
 
 impl Replica {
@@ -18,13 +19,7 @@ impl Replica {
         let held = &mut held[..usize::from(self.config.replicas)];
         for (slot, index) in held.iter_mut().enumerate() {
             let peer = &self.peers[slot];
-            *index = if slot == self.config.me.slot() {
-                self.durability.index()
-            } else if peer.voting {
-                peer.matched
-            } else {
-                Index(0)
-            };
+            *index = if slot == self.config.me.slot() { self.durability.index() } else { peer.counted };
         }
         held.sort_unstable_by(|a, b| b.cmp(a));
         let majority = held[usize::from(self.config.replicas) / 2];
@@ -55,6 +50,9 @@ impl Replica {
             self.committed.advance(index, view, entry);
             out.committed.push((index, view, entry.clone()));
             self.commit = index;
+            if let Entry::Second { replica, .. } = *entry {
+                self.second_committed(view, replica);
+            }
         }
     }
 

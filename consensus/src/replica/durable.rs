@@ -104,6 +104,7 @@ impl Replica {
 
     pub(super) fn on_persisted(&mut self, through: PersistId, out: &mut Effects) {
         self.durability.persisted(through);
+        self.ask_once_durable(out);
         self.answer_prepare(out);
         self.answer_accept(out);
         self.count_votes(out);

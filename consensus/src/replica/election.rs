@@ -7,6 +7,9 @@ use crate::entry::Base;
 use crate::ids::{ReplicaId, View};
 use crate::message::Message;
 
+/// A candidate waits for its own disk this many times as long as for the others.
+const OWN_DISK_TIMEOUTS: u64 = 4;
+
 impl Replica {
     /// Whether a log with these roles lets this replica lead (R6).
     pub(super) fn is_named_by(&self, roles: &Base) -> bool {
@@ -153,7 +156,7 @@ impl Replica {
         }
     }
 
-    /// Phase 1. A group that forms persists nothing yet: should it turn out that this disk was wiped, it must
+    /// Phase 1: promise to oneself, and ask the others once that is durable (R1). A group that forms persists nothing yet: should it turn out that this disk was wiped, it must
     /// still count as blank after a crash (R12).
     pub(super) fn start_campaign(&mut self, genesis: bool, out: &mut Effects) {
         let Some(view) = self.next_view() else { return };
@@ -166,9 +169,29 @@ impl Replica {
             view,
             votes: [None; MAX_REPLICAS],
             genesis,
+            asked: genesis,
             fetching: None,
-            give_up_us: self.now_us + self.config.failure_timeout_us.max(4 * self.config.campaign_retry_us),
+            fetch_from: self.commit.next(),
+            give_up_us: self.now_us + OWN_DISK_TIMEOUTS * self.campaign_us(),
         }));
         self.repeat_question(out);
+    }
+
+    pub(super) fn campaign_us(&self) -> u64 {
+        self.config.failure_timeout_us.max(4 * self.config.campaign_retry_us)
+    }
+
+    /// Asks the others as soon as this candidate's own promise is durable. Asked before, a voter could promise a
+    /// view that no disk of the candidate knows, and forget it with its own disk: a later life of the candidate
+    /// would lead the same view by the old promise (R13).
+    pub(super) fn ask_once_durable(&mut self, out: &mut Effects) {
+        let (bound, give_up_us) = (self.durability.is_bound(), self.now_us + self.campaign_us());
+        if let Phase::Candidate(candidate) = &mut self.phase
+            && !candidate.asked
+            && bound
+        {
+            (candidate.asked, candidate.give_up_us) = (true, give_up_us);
+            self.repeat_question(out);
+        }
     }
 }

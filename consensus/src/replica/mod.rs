@@ -9,8 +9,10 @@ mod canonical;
 mod commit;
 mod durable;
 mod election;
+mod flow;
 mod recovery;
 mod rejoin;
+mod release;
 mod replication;
 
 use std::collections::VecDeque;
@@ -23,6 +25,9 @@ use crate::log::Log;
 use crate::message::Message;
 use crate::rng::Rng;
 use durable::Durability;
+use release::SyncVm;
+
+pub use release::Release;
 
 /// What the committed log makes of this replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +52,12 @@ pub enum ProposeError {
     /// Too much is proposed and not yet committed.
     #[error("the window of uncommitted entries is full; propose again after the next commit")]
     WindowFull,
+    /// The secondary's guest is too far behind (R16). Only inputs are refused for that.
+    #[error("the secondary's guest is too far behind; propose again when it has caught up, or name another")]
+    SecondaryLags,
+    /// The entry names a secondary that no syncvm of this view made whole (R17).
+    #[error("no syncvm of this view with that replica and index is committed; do one first")]
+    NotWhole,
     /// The log store failed.
     #[error("the log store of this replica failed; repair it and restart the process")]
     StorageFailed,
@@ -73,8 +84,12 @@ struct Candidate {
     votes: [Option<Vote>; MAX_REPLICAS],
     /// A new group forms: every replica must promise (R12).
     genesis: bool,
+    /// The others were asked; not before the own promise is durable (R1).
+    asked: bool,
     /// The voter whose log is better than ours, and its last entry.
     fetching: Option<(ReplicaId, Viewstamp)>,
+    /// The first entry that it has not sent yet.
+    fetch_from: Index,
     give_up_us: u64,
 }
 
@@ -84,6 +99,12 @@ struct Leading {
     serving: bool,
     heartbeat_us: u64,
     handover: Option<HandOver>,
+    /// The last `Second` that was committed is a `Second(none)` of this view (R17).
+    alone: bool,
+    /// The last syncvm that was proposed in this view, unless it was given up (R17).
+    syncvm: Option<SyncVm>,
+    /// The secondary has not consumed this entry, which was there at that time (R16).
+    lag_mark: Option<(Index, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,11 +121,19 @@ struct Peer {
     heard_us: u64,
     /// Its log matches ours through here, durably (leader only).
     matched: Index,
+    /// As `matched`, by what it said while it had a vote: that alone counts towards a majority, since an
+    /// acknowledgement from before it lost its disk may arrive late (leader only, R13).
+    counted: Index,
+    /// What its guest has consumed (leader only, R16).
+    consumed: Index,
     /// The next entry to send (leader only).
     next: Index,
     /// The last index of each message with entries that it has not acknowledged (leader only).
     in_flight: VecDeque<Index>,
-    /// It counts towards a majority (leader only).
+    /// It lacked what came before the last message, which is sent alone until it matches behind this entry
+    /// (leader only, R9).
+    probe: Option<Index>,
+    /// It had a vote when it was last heard (leader only).
     voting: bool,
     /// The highest commit index that it was told (leader only).
     told_commit: Index,
@@ -135,6 +164,9 @@ pub struct Replica {
     /// An `Accept` of the present view is not answered yet.
     ack_due: bool,
     acked: Index,
+    /// What this replica's guest has consumed, and what the leader was told of it (R16).
+    consumed: Index,
+    told_consumed: Index,
     /// A `Prepare` for `promised` is not answered yet.
     promise_due: Option<ReplicaId>,
     phase: Phase,
@@ -146,6 +178,8 @@ pub struct Replica {
     hinted_until_us: u64,
     learner: bool,
     blank: bool,
+    /// The disk is doubtful, and no record says yet that its replica is a learner (R15).
+    doubt_unsaved: bool,
     nonce: u64,
     /// What a learner must reach before it votes.
     learn_target: Option<Viewstamp>,
@@ -178,7 +212,7 @@ impl Replica {
         }
         let mut rng = Rng::new(config.seed ^ now_us.rotate_left(32));
         let nonce = rng.next().max(1);
-        let learner = (blank && config.replicas > 1) || recovered.learner;
+        let learner = (blank && config.replicas > 1) || recovered.learner || recovered.doubtful;
         let deadline_us =
             now_us + if learner { 0 } else { config.failure_timeout_us + rng.below(config.campaign_retry_us) };
         let durability = Durability::new(log.last().index, recovered.void_entries);
@@ -195,6 +229,8 @@ impl Replica {
             leader_heard_us: 0,
             ack_due: false,
             acked: Index(0),
+            consumed: Index(0),
+            told_consumed: Index(0),
             promise_due: None,
             phase: Phase::Follower,
             deadline_us,
@@ -203,6 +239,7 @@ impl Replica {
             hinted_until_us: 0,
             learner,
             blank,
+            doubt_unsaved: recovered.doubtful,
             nonce,
             learn_target: None,
             failed: false,
@@ -218,6 +255,10 @@ impl Replica {
         if self.failed {
             return;
         }
+        if std::mem::take(&mut self.doubt_unsaved) {
+            // Before anything else is stored: the first record overwrites the store's evidence.
+            self.persist_state(true, out);
+        }
         match event {
             Event::Message { from, message } => self.on_message(from, message, out),
             Event::Persisted { through } => self.on_persisted(through, out),
@@ -228,6 +269,8 @@ impl Replica {
             Event::GuestIntact(intact) => self.on_guest_intact(intact, out),
             Event::StepDown => self.on_step_down(out),
             Event::HandOver { to } => self.on_hand_over(to, out),
+            Event::Consumed(index) => self.on_consumed(index, out),
+            Event::SyncVmFailed(index) => self.on_syncvm_failed(index),
             Event::Truncate(index) => self.truncate(index, out),
             Event::StorageFailed => self.on_storage_failed(out),
             Event::AllowColdStart => {
@@ -264,7 +307,9 @@ impl Replica {
                 }
                 out.spare.give(entries);
             }
-            Message::AcceptOk { view, through, voting } => self.on_accept_ok(from, view, through, voting, out),
+            Message::AcceptOk { view, through, voting, consumed } => {
+                self.on_accept_ok(from, view, (through, voting), consumed, out)
+            }
             Message::Reject { view, prev, have, commit } => self.on_reject(from, view, (prev, have, commit), out),
             Message::InstallBase { view, base } => {
                 if self.follow(from, view, out) {
@@ -304,7 +349,16 @@ impl Replica {
         {
             return Err(ProposeError::WindowFull);
         }
+        match entry {
+            Entry::Input(_) if self.second_lags(self.now_us) => return Err(ProposeError::SecondaryLags),
+            Entry::Second { replica: Some(replica), base } if !self.is_whole(replica, base) => {
+                return Err(ProposeError::NotWhole);
+            }
+            _ => {}
+        }
+        let with = if let Entry::SyncVm { with } = entry { Some(with) } else { None };
         let index = self.append(self.promised, entry, out);
+        self.note_proposed(index, with);
         self.replicate(out);
         Ok(index)
     }
@@ -357,8 +411,14 @@ impl Replica {
         self.guest_intact = intact;
         if intact {
             self.campaign_if_leaderless(out);
-        } else if !self.may_have_guest() && matches!(self.phase, Phase::PreVote { .. } | Phase::Candidate(_)) {
-            self.become_follower(self.config.failure_timeout_us);
+        } else if !self.may_have_guest() {
+            match self.phase {
+                Phase::PreVote { .. } | Phase::Candidate(_) => self.become_follower(self.config.failure_timeout_us),
+                // It would begin to serve without one (R6). A leader that serves may have something left to say;
+                // it stops by `StepDown`.
+                Phase::Leader(Leading { serving: false, .. }) => self.lose_lead(out),
+                _ => {}
+            }
         }
     }
 

@@ -14,9 +14,12 @@ impl Replica {
         let Phase::Candidate(candidate) = &self.phase else {
             return;
         };
+        if !candidate.asked {
+            return;
+        }
         let view = candidate.view;
         if let Some((from, _)) = candidate.fetching {
-            out.messages.push((from, Message::Fetch { view, from: self.commit.next() }));
+            out.messages.push((from, Message::Fetch { view, from: candidate.fetch_from }));
             return;
         }
         for peer in self.config.peers().filter(|peer| candidate.votes[peer.slot()].is_none()) {
@@ -61,7 +64,7 @@ impl Replica {
             .max_by_key(|(_, last)| *last)
             .filter(|(_, last)| *last > self.log.last());
         if best.is_some() {
-            candidate.fetching = best;
+            (candidate.fetching, candidate.fetch_from) = (best, self.commit.next());
             self.repeat_question(out);
         } else {
             self.finish_recovery(out);
@@ -85,11 +88,12 @@ impl Replica {
         }
     }
 
-    /// The entry up to which this campaign fetches from `from`.
-    fn fetch_target(&self, from: ReplicaId, view: View) -> Option<Viewstamp> {
+    /// The entry up to which this campaign fetches from `from`, and the one that it wants next.
+    fn fetch_target(&self, from: ReplicaId, view: View) -> Option<(Viewstamp, Index)> {
         match &self.phase {
             Phase::Candidate(candidate) if candidate.view == view => {
-                candidate.fetching.filter(|(voter, _)| *voter == from).map(|(_, target)| target)
+                let (voter, target) = candidate.fetching?;
+                (voter == from).then_some((target, candidate.fetch_from))
             }
             _ => None,
         }
@@ -103,30 +107,35 @@ impl Replica {
         entries: &mut Entries,
         out: &mut Effects,
     ) {
-        let Some(target) = self.fetch_target(from, view) else {
+        let Some((target, wanted)) = self.fetch_target(from, view) else {
             return;
         };
-        if !self.log.holds(prev) || prev.index < self.commit {
+        // One question and one answer at a time: a doubled answer must not double what follows.
+        if prev.index.next() != wanted || !self.log.holds(prev) || entries.is_empty() {
             return;
         }
         let through = self.take_entries(prev.index, entries, out);
+        self.fetch_on(target, through.next(), out);
+    }
+
+    /// Asks for the rest. A campaign that gets on is not given up.
+    fn fetch_on(&mut self, target: Viewstamp, from: Index, out: &mut Effects) {
         if self.log.holds(target) {
-            self.finish_recovery(out);
-        } else {
-            out.messages.push((from, Message::Fetch { view, from: through.next() }));
+            return self.finish_recovery(out);
         }
+        let give_up_us = self.now_us + self.campaign_us();
+        if let Phase::Candidate(candidate) = &mut self.phase {
+            (candidate.fetch_from, candidate.give_up_us) = (from, give_up_us);
+        }
+        self.repeat_question(out);
     }
 
     pub(super) fn on_fetched_base(&mut self, from: ReplicaId, view: View, base: Base, out: &mut Effects) {
-        let Some(target) = self.fetch_target(from, view) else {
+        let Some((target, _)) = self.fetch_target(from, view).filter(|(_, wanted)| *wanted <= base.index) else {
             return;
         };
         self.adopt_base(base, out);
-        if self.log.holds(target) {
-            self.finish_recovery(out);
-        } else {
-            self.repeat_question(out);
-        }
+        self.fetch_on(target, self.commit.next(), out);
     }
 
     /// The log is that of the best among a majority. Leads if it still names this replica (R6). Otherwise a
@@ -177,15 +186,20 @@ impl Replica {
                 None => last.next(),
             };
             let peer = &mut self.peers[id.slot()];
-            (peer.next, peer.matched, peer.told_commit) = (next, Index(0), Index(0));
+            (peer.next, peer.matched, peer.counted) = (next, Index(0), Index(0));
+            (peer.told_commit, peer.consumed) = (Index(0), Index(0));
             (peer.voting, peer.heard_us) = (true, self.now_us);
             peer.in_flight.clear();
+            peer.probe = None;
         }
         self.phase = Phase::Leader(Leading {
             noop: last.next(),
             serving: false,
             heartbeat_us: self.now_us + self.config.heartbeat_interval_us,
             handover: None,
+            alone: false,
+            syncvm: None,
+            lag_mark: None,
         });
         self.leader = Some(self.config.me);
         self.append(view, Entry::Noop { leader: self.config.me }, out);

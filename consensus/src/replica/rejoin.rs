@@ -14,10 +14,11 @@ impl Replica {
 
     pub(super) fn on_hello(&mut self, from: ReplicaId, nonce: u64, blank: bool, out: &mut Effects) {
         self.peers[from.slot()].blank_nonce = blank.then_some(nonce);
-        if !self.learner {
-            out.messages.push((from, Message::HelloReply { nonce, promised: self.promised, last: self.log.last() }));
-        } else {
+        if self.learner {
             self.form_group(out);
+        } else if self.durability.is_bound() {
+            // Sooner, it might forget that it votes, and two replicas would be without a vote (R2).
+            out.messages.push((from, Message::HelloReply { nonce, promised: self.promised, last: self.log.last() }));
         }
     }
 

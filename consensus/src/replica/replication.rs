@@ -2,7 +2,9 @@
 //!
 //! There is no timer that sends data again. A heartbeat names the last entry that was sent; a follower that
 //! does not hold it says what it does hold, and the leader goes on from there. A peer whose disk is merely
-//! slow holds everything and so costs no repeated traffic, which a timer could not tell from loss.
+//! slow holds everything and so costs no repeated traffic, which a timer could not tell from loss. After a
+//! refusal one message goes alone until it matches: were all that are on their way sent again for each of the
+//! refusals that they meet, a message that is overtaken would multiply without end.
 
 use super::{Phase, Replica};
 use crate::effects::{Effects, Notice};
@@ -26,11 +28,13 @@ impl Replica {
                 peer.next = base.index.next();
                 peer.in_flight.clear();
                 peer.in_flight.push_back(base.index);
+                peer.probe = Some(base.index);
                 out.messages.push((to, Message::InstallBase { view: self.promised, base }));
                 continue;
             }
             let sent = peer.next.prev();
-            if peer.in_flight.len() >= config.pipeline_messages
+            let pipeline = if peer.probe.is_some() { 1 } else { config.pipeline_messages };
+            if peer.in_flight.len() >= pipeline
                 || sent.0.saturating_sub(peer.matched.0) >= config.peer_window_entries
                 || self.log.bytes_between(peer.matched, sent) >= config.peer_window_bytes
             {
@@ -121,18 +125,23 @@ impl Replica {
         &mut self,
         from: ReplicaId,
         view: View,
-        through: Index,
-        voting: bool,
+        (through, voting): (Index, bool),
+        consumed: Index,
         out: &mut Effects,
     ) {
         if !self.leads(view) || through > self.log.last().index {
             return;
         }
+        self.note_consumed(from, consumed);
         let peer = &mut self.peers[from.slot()];
         (peer.heard_us, peer.voting) = (self.now_us, voting);
         peer.matched = peer.matched.max(through);
+        if voting {
+            peer.counted = peer.counted.max(through);
+        }
         peer.next = peer.next.max(peer.matched.next());
         while peer.in_flight.pop_front_if(|sent| *sent <= through).is_some() {}
+        peer.probe.take_if(|probe| *probe <= through);
         self.commit_by_majority(out);
         self.send_entries(from, out);
     }
@@ -152,12 +161,16 @@ impl Replica {
         if prev < peer.matched || prev >= peer.next {
             return; // Overtaken by an acknowledgement, or by another refusal that was acted upon.
         }
+        if peer.probe.is_some_and(|probe| prev != probe && prev != peer.next.prev()) {
+            return; // Neither the message that goes alone nor a heartbeat behind it was refused.
+        }
         if have.index < peer.matched {
-            peer.matched = Index(0); // Its disk was wiped. Counting less is always safe.
+            (peer.matched, peer.counted) = (Index(0), Index(0)); // It lost its disk. Counting less is always safe.
         }
         let known = if self.log.holds(have) { have.index } else { commit };
         peer.next = known.max(peer.matched).next();
         peer.in_flight.clear();
+        peer.probe = Some(peer.next.prev());
         self.send_entries(from, out);
     }
 

@@ -1,12 +1,12 @@
 //! The invariants, checked while the simulation runs. The checker knows every replica and all of the past,
 //! which no replica does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::cluster::Node;
 use crate::entry::{Base, Entry};
 use crate::ids::{Index, ReplicaId, View};
-use crate::replica::Replica;
+use crate::replica::{Release, Replica};
 
 /// See the module.
 #[derive(Debug)]
@@ -14,15 +14,28 @@ pub(super) struct Checker {
     genesis_leader: ReplicaId,
     /// Entry 1 is at 0.
     committed: Vec<(View, Entry)>,
+    pub(super) inputs: u64,
+    /// The last `Second` that was committed, and its view.
+    second: Option<(View, Option<ReplicaId>)>,
     /// Which process (replica and incarnation) sent entries in a view.
     leaders: BTreeMap<View, (ReplicaId, u32)>,
-    /// How many times a replica began to lead.
-    pub(super) reigns: u64,
+    /// Through where frames of a view's guest left.
+    released: BTreeMap<View, Index>,
+    /// Syncvms, by view and index, after which a guest was whole.
+    made_whole: BTreeSet<(View, Index)>,
 }
 
 impl Checker {
     pub(super) fn new(genesis_leader: ReplicaId) -> Checker {
-        Checker { genesis_leader, committed: Vec::new(), leaders: BTreeMap::new(), reigns: 0 }
+        Checker {
+            genesis_leader,
+            committed: Vec::new(),
+            inputs: 0,
+            second: None,
+            leaders: BTreeMap::new(),
+            released: BTreeMap::new(),
+            made_whole: BTreeSet::new(),
+        }
     }
 
     pub(super) fn committed(&self) -> u64 {
@@ -48,14 +61,22 @@ impl Checker {
         if index.0 != known + 1 {
             return Err(format!("I1: {by} commits {index} while only {known} entries were committed before"));
         }
+        match entry {
+            Entry::Input(_) => self.inputs += 1,
+            Entry::Second { replica, .. } => self.second = Some((view, *replica)),
+            Entry::SyncVm { .. } | Entry::Noop { .. } => {}
+        }
         self.committed.push((view, entry.clone()));
         self.on_disks(index, nodes)
     }
 
-    /// I2 for one entry. A wiped disk that has not caught up counts as a loss that the group may bear.
+    /// I2 for one entry. What a lost disk held before counts: that loss the group may bear.
     fn on_disks(&self, index: Index, nodes: &[Node]) -> Result<(), String> {
         let (view, entry) = &self.committed[index.0 as usize - 1];
-        let held = nodes.iter().filter(|node| node.wiped || node.disk.holds(index, *view)).count();
+        let holds = |node: &&Node| {
+            node.disk.holds(index, *view) || node.lost.as_ref().is_some_and(|former| former.holds(index, *view))
+        };
+        let held = nodes.iter().filter(holds).count();
         if held * 2 > nodes.len() {
             Ok(())
         } else {
@@ -79,6 +100,36 @@ impl Checker {
         }
     }
 
+    pub(super) fn on_made_whole(&mut self, view: View, syncvm: Index) {
+        self.made_whole.insert((view, syncvm));
+    }
+
+    /// I3: what leaves was acknowledged, or nobody else may lead; and whoever leads later already has it.
+    pub(super) fn on_release(
+        &mut self,
+        nodes: &[Node],
+        by: ReplicaId,
+        view: View,
+        release: Release,
+        through: Index,
+    ) -> Result<(), String> {
+        let fine = match release {
+            Release::SyncVm(index) => self.made_whole.contains(&(view, index)),
+            Release::Alone => self.second == Some((view, None)),
+        };
+        if !fine {
+            return Err(format!("I3: {by} releases {release:?} in {view}; the last Second is {:?}", self.second));
+        }
+        let later = |node: &&Node| node.leading().is_some_and(|led| led > view);
+        let lacks = |node: &&Node| node.guest.as_ref().is_none_or(|guest| !guest.contains(view, through));
+        if let Some(other) = nodes.iter().filter(later).find(lacks) {
+            return Err(format!("I3: {by} releases {release:?} in {view}, and {} leads later without it", other.id));
+        }
+        let released = self.released.entry(view).or_default();
+        *released = through.max(*released);
+        Ok(())
+    }
+
     /// The roles by the committed entries below `index`.
     fn roles_before(&self, index: Index) -> Base {
         let mut roles = Base::default();
@@ -88,11 +139,12 @@ impl Checker {
         roles
     }
 
-    /// I2 and I6 for a replica that begins to lead.
+    /// I2, I3 and I6 for a replica that begins to lead.
     pub(super) fn on_leading(&mut self, node: &Node, replica: &Replica, view: View) -> Result<(), String> {
-        self.reigns += 1;
         let me = node.id;
-        for (at, (known_view, entry)) in self.committed.iter().enumerate() {
+        // A leader whose Noop was chosen may learn so late, when a higher view has committed more.
+        let earlier = |(_, (led, _)): &(usize, &(View, Entry))| *led <= view;
+        for (at, (known_view, entry)) in self.committed.iter().enumerate().filter(earlier) {
             let index = Index(at as u64 + 1);
             if index > replica.base().index && replica.entry(index) != Some((*known_view, entry)) {
                 return Err(format!("I2: {me} leads {view} without the committed {entry} of {known_view} at {index}"));
@@ -109,15 +161,22 @@ impl Checker {
             return Err(format!("I6: {me} leads {view}; the log names second {second:?}, leader {leader:?}"));
         }
         if node.cold_start {
+            // The operator gave up what was released before.
+            self.released.clear();
             return Ok(());
         }
-        match node.guest {
-            None => Err(format!("I6: {me} leads {view} and has no guest")),
-            Some(whole) if roles.leader != Some(me) && !first && whole < roles.second_base => {
-                let base = roles.second_base;
-                Err(format!("I6: {me} leads {view} with a guest of syncvm {whole}; the log says {base}"))
+        let Some(guest) = &node.guest else {
+            return Err(format!("I6: {me} leads {view} and has no guest"));
+        };
+        if roles.leader != Some(me) && !first && guest.whole < roles.second_base {
+            let (whole, base) = (guest.whole, roles.second_base);
+            return Err(format!("I6: {me} leads {view} with a guest of syncvm {whole}; the log says {base}"));
+        }
+        match self.released.range(..view).find(|(led, through)| !guest.contains(**led, **through)) {
+            Some((led, through)) => {
+                Err(format!("I3: {me} leads {view}; its guest lacks what {led} released through {through}"))
             }
-            Some(_) => Ok(()),
+            None => Ok(()),
         }
     }
 }

@@ -1,15 +1,17 @@
-//! The simulator: one seed runs a whole group through crashes, lost disks, partitions and a network that
+//! The simulator: one seed runs a whole group through crashes, disk faults, partitions and a network that
 //! loses, doubles and reorders; the invariants are checked after every event.
 //!
-//! It is part of the library, not of the tests, so that `xtask` can run it for hours; nothing in the product
-//! refers to it, and it needs no dependency. Wrong variants ([`Mutant`]) are made by lying to correct
-//! replicas from outside, so that the product contains no faulty code.
+//! It is part of the library, not of the tests, so that `cargo xtask simulate` can run it for hours; nothing in the
+//! product refers to it, and it needs no dependency. What goes wrong around correct replicas ([`Mutant`]) is made
+//! here; wrong replicas are made from `consensus/mutants.toml`, so that the product contains no faulty code.
 
 mod chaos;
 mod checker;
 mod cluster;
 mod disk;
 mod finale;
+mod guest;
+mod network;
 mod product;
 mod transcript;
 
@@ -19,6 +21,7 @@ pub use transcript::{ScriptError, play};
 
 use chaos::Temper;
 use cluster::{Cluster, GENESIS_LEADER, REPLICAS};
+use guest::Guest;
 
 use crate::config::Config;
 use crate::effects::Event;
@@ -37,6 +40,8 @@ pub enum Mutant {
     ForgedAcknowledgement,
     /// A wiped disk passes for one that merely has nothing new.
     VoteAfterWipe,
+    /// Frames leave without the question whether they may.
+    ReleaseUnasked,
 }
 
 /// What to run.
@@ -70,8 +75,61 @@ pub struct Summary {
     pub reigns: u64,
     /// How many times a replica was started.
     pub lives: u64,
-    /// Every guest was lost and an operator had to allow a cold start.
-    pub cold_start: bool,
+    /// How many of those found a doubtful disk.
+    pub doubtful_starts: u64,
+    /// Deaths in the middle of a step.
+    pub ambushes: u64,
+    /// Stores that refused a record or broke.
+    pub storage_failures: u64,
+    /// Syncvms that were acknowledged.
+    pub syncvms: u64,
+    /// How many times frames left.
+    pub releases: u64,
+    /// How many times they were not allowed to.
+    pub releases_refused: u64,
+    /// Inputs that were refused because the secondary's guest was too far behind.
+    pub refused_for_lag: u64,
+    /// The furthest that a secondary's guest was behind when an input was taken, in entries.
+    pub longest_lag: u64,
+    /// Every guest was lost and an operator had to allow a cold start in the end.
+    pub cold_starts: u64,
+    /// The group was whole in the end, and lived through one more fault.
+    pub whole: u64,
+}
+
+impl Summary {
+    /// Adds another run.
+    pub fn add(&mut self, other: &Summary) {
+        self.events += other.events;
+        self.committed += other.committed;
+        self.reigns += other.reigns;
+        self.lives += other.lives;
+        self.doubtful_starts += other.doubtful_starts;
+        self.ambushes += other.ambushes;
+        self.storage_failures += other.storage_failures;
+        self.syncvms += other.syncvms;
+        self.releases += other.releases;
+        self.releases_refused += other.releases_refused;
+        self.refused_for_lag += other.refused_for_lag;
+        self.longest_lag = self.longest_lag.max(other.longest_lag);
+        self.cold_starts += other.cold_starts;
+        self.whole += other.whole;
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary { events, committed, reigns, lives, doubtful_starts, ambushes, .. } = self;
+        let Summary { storage_failures, syncvms, releases, releases_refused, .. } = self;
+        let Summary { refused_for_lag, longest_lag, cold_starts, whole, .. } = self;
+        write!(
+            f,
+            "{events} events, {committed} entries, {reigns} reigns, {lives} lives ({doubtful_starts} doubtful), "
+        )?;
+        write!(f, "{ambushes} deaths amid a step, {storage_failures} store failures, {syncvms} syncvms, ")?;
+        write!(f, "{releases} releases ({releases_refused} refused), {refused_for_lag} inputs refused for lag ")?;
+        write!(f, "(longest {longest_lag}), {cold_starts} cold starts, {whole} whole in the end")
+    }
 }
 
 /// An invariant broke.
@@ -93,11 +151,7 @@ impl fmt::Display for Violation {
             writeln!(f, "{line}")?;
         }
         writeln!(f, "seed {} at {} us: {}", self.seed, self.at_us, self.what)?;
-        write!(
-            f,
-            "replay: PLOVER_SIM_FIRST_SEED={} PLOVER_SIM_SEEDS=1 PLOVER_SIM_TRACE=1 cargo test -p consensus --test simulation seeds -- --nocapture",
-            self.seed
-        )
+        write!(f, "replay: cargo xtask simulate --first {} --seeds 1 --trace", self.seed)
     }
 }
 
@@ -110,6 +164,9 @@ fn tight_limits(config: &mut Config) {
     config.peer_window_entries = 16;
     config.pipeline_messages = 4;
     config.retain_bytes = 600;
+    config.second_lag_entries = 24;
+    config.second_lag_bytes = 5000;
+    config.second_lag_us = 300_000;
 }
 
 /// Runs one seed.
@@ -119,12 +176,13 @@ fn tight_limits(config: &mut Config) {
 pub fn run(options: &Options) -> Result<Summary, Box<Violation>> {
     let mut cluster = Cluster::new(options.seed, options.mutant, tight_limits);
     cluster.trace = options.trace.then(Vec::new);
+    cluster.products = true;
     let temper = Temper::draw(&mut cluster);
     cluster.note(|| format!("{temper:?}"));
     for id in (0..REPLICAS).map(ReplicaId) {
         cluster.start(id);
     }
-    cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Index(0));
+    cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Guest::booted(Index(0), GENESIS_LEADER));
     cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
     for _ in 0..options.rounds {
         let pause_us = 500 + cluster.rng.below(9500);
@@ -134,15 +192,15 @@ pub fn run(options: &Options) -> Result<Summary, Box<Violation>> {
         }
         chaos::act(&mut cluster, &temper);
     }
-    let finale = if cluster.violation.is_none() { finale::play(&mut cluster) } else { Ok(false) };
+    let mut finale = Ok(());
+    if cluster.violation.is_none() {
+        finale = finale::play(&mut cluster).and_then(|whole| {
+            cluster.counts.whole += u64::from(whole);
+            if whole { finale::play_single_fault(&mut cluster) } else { Ok(()) }
+        });
+    }
     match (cluster.violation.take(), finale) {
-        (None, Ok(cold_start)) => Ok(Summary {
-            events: cluster.events,
-            committed: cluster.checker.committed(),
-            reigns: cluster.checker.reigns,
-            lives: cluster.nodes.iter().map(|node| u64::from(node.life)).sum(),
-            cold_start,
-        }),
+        (None, Ok(())) => Ok(Summary { committed: cluster.checker.committed(), ..cluster.counts }),
         (Some(what), _) | (None, Err(what)) => Err(Box::new(Violation {
             seed: options.seed,
             at_us: cluster.now_us,

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 
 use super::Mutant;
 use super::cluster::{Cluster, GENESIS_LEADER, REPLICAS};
+use super::guest::Guest;
+use crate::config::Config;
 use crate::effects::Event;
 use crate::entry::{Entry, Payload};
 use crate::ids::{Index, ReplicaId};
@@ -70,7 +72,9 @@ pub(super) fn describe(message: &Message) -> String {
         }
         Message::InstallBase { view, base } => format!("InstallBase {view} {}", base.viewstamp()),
         Message::FetchedBase { view, base } => format!("FetchedBase {view} {}", base.viewstamp()),
-        Message::AcceptOk { view, through, voting } => format!("AcceptOk {view} through {through} voting {voting}"),
+        Message::AcceptOk { view, through, voting, .. } => {
+            format!("AcceptOk {view} through {through} voting {voting}")
+        }
     }
 }
 
@@ -83,8 +87,15 @@ enum Command<'a> {
     Run(u64),
     /// `propose r0 text`
     Propose(ReplicaId, &'a str),
-    /// `second r0 r1`: a syncvm makes r1's guest whole and r0 names it secondary.
-    Second(ReplicaId, ReplicaId),
+    /// `many r0 50`: so many inputs, 1 ms apart, without a word.
+    Many(ReplicaId, u64),
+    /// `second r0 r1`: a syncvm makes r1's guest whole and r0 names it secondary; `second r0 none`: nobody.
+    Second(ReplicaId, Option<ReplicaId>),
+    /// `truncate r0`: r0 says that nobody needs what is committed any more.
+    Truncate(ReplicaId),
+    /// `wipe r2`: the disk of a dead replica is empty; `rot r2 3`: its last records are bad.
+    Wipe(ReplicaId),
+    Rot(ReplicaId, usize),
     /// `crash r0`, `start r0`, `lost r0` (its connections break)
     Crash(ReplicaId),
     Start(ReplicaId),
@@ -110,7 +121,12 @@ impl<'a> Command<'a> {
             ["setup"] => Command::Setup,
             ["run", ms] => Command::Run(ms.parse().ok()?),
             ["propose", id, text] => Command::Propose(replica(id)?, text),
-            ["second", leader, second] => Command::Second(replica(leader)?, replica(second)?),
+            ["many", id, count] => Command::Many(replica(id)?, count.parse().ok()?),
+            ["second", leader, "none"] => Command::Second(replica(leader)?, None),
+            ["second", leader, second] => Command::Second(replica(leader)?, Some(replica(second)?)),
+            ["truncate", id] => Command::Truncate(replica(id)?),
+            ["wipe", id] => Command::Wipe(replica(id)?),
+            ["rot", id, records] => Command::Rot(replica(id)?, records.parse().ok()?),
             ["crash", id] => Command::Crash(replica(id)?),
             ["start", id] => Command::Start(replica(id)?),
             ["lost", id] => Command::Lost(replica(id)?),
@@ -126,12 +142,16 @@ impl<'a> Command<'a> {
         match self {
             Command::Form => {
                 (0..REPLICAS).for_each(|id| cluster.start(ReplicaId(id)));
-                cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Index(0));
+                cluster.nodes[GENESIS_LEADER.slot()].guest = Some(Guest::booted(Index(0), GENESIS_LEADER));
                 cluster.step(GENESIS_LEADER, Event::GuestIntact(true));
             }
             Command::Setup => {
-                let steps =
-                    [Command::Form, Command::Run(20), Command::Second(ReplicaId(0), ReplicaId(1)), Command::Run(30)];
+                let steps = [
+                    Command::Form,
+                    Command::Run(20),
+                    Command::Second(ReplicaId(0), Some(ReplicaId(1))),
+                    Command::Run(30),
+                ];
                 for step in steps {
                     step.play(cluster);
                 }
@@ -141,15 +161,22 @@ impl<'a> Command<'a> {
             Command::Propose(id, text) => {
                 cluster.propose(id, Entry::Input(Payload::from(text.as_bytes().to_vec())));
             }
-            Command::Second(leader, second) => {
+            Command::Many(id, count) => many(cluster, id, count),
+            Command::Second(leader, None) => {
+                cluster.propose(leader, Entry::Second { replica: None, base: Index(0) });
+            }
+            Command::Second(leader, Some(second)) => {
                 let Some(Ok(base)) = cluster.propose(leader, Entry::SyncVm { with: second }) else {
                     return;
                 };
                 cluster.run_until(cluster.now_us + 5000);
-                cluster.nodes[second.slot()].guest = Some(base);
+                cluster.nodes[second.slot()].guest = Some(Guest::booted(base, leader));
                 cluster.step(second, Event::GuestIntact(true));
                 cluster.propose(leader, Entry::Second { replica: Some(second), base });
             }
+            Command::Truncate(id) => cluster.step(id, Event::Truncate(Index(u64::MAX))),
+            Command::Wipe(id) => cluster.wipe(id),
+            Command::Rot(id, records) => cluster.rot_end(id, records),
             Command::Crash(id) => cluster.crash(id),
             Command::Start(id) => {
                 cluster.start(id);
@@ -167,12 +194,30 @@ impl<'a> Command<'a> {
     }
 }
 
+fn many(cluster: &mut Cluster, id: ReplicaId, count: u64) {
+    let trace = cluster.trace.take();
+    for number in 0..count {
+        cluster.propose(id, Entry::Input(Payload::from(number.to_le_bytes().to_vec())));
+        cluster.run_until(cluster.now_us + 1000);
+    }
+    cluster.trace = trace;
+}
+
+/// Truncated entries are gone at once.
+fn limits(config: &mut Config) {
+    config.retain_bytes = 0;
+}
+
 fn state(cluster: &mut Cluster) {
     for id in (0..REPLICAS).map(ReplicaId) {
         let line = match cluster.replica(id) {
             None => format!("{id} dead"),
             Some(replica) => {
-                let leads = if replica.leading().is_some() { ", leading" } else { "" };
+                let leads = match (replica.leading(), replica.is_learner()) {
+                    (Some(_), _) => ", leading",
+                    (None, true) => ", learner",
+                    (None, false) => "",
+                };
                 let (view, last, commit) = (replica.view(), replica.last_index(), replica.commit_index());
                 format!("{id} {:?}{leads}, {view}, last {last}, commit {commit}", replica.role())
             }
@@ -186,7 +231,7 @@ fn state(cluster: &mut Cluster) {
 /// # Errors
 /// A line that is no command, or an invariant that breaks.
 pub fn play(script: &str) -> Result<String, ScriptError> {
-    let mut cluster = Cluster::new(1, Mutant::None, |_| {});
+    let mut cluster = Cluster::new(1, Mutant::None, limits);
     let mut result = String::new();
     for (at, text) in script.lines().enumerate() {
         let line = at + 1;

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use consensus::{Entry, Index, ReplicaId, View};
+use consensus::{Entry, Event, Index, ReplicaId, View};
 use dataplane::batch;
 
 use super::ordering::Committed;
@@ -28,8 +28,11 @@ pub struct Delivery {
     /// Frames of the first entry that were delivered already.
     frames_done: usize,
     applied: Index,
-    /// Inputs up to here reached the guest before this daemon was restarted, or are lost frames.
-    pub skip_inputs_through: Index,
+    /// What consensus was told of it.
+    told: Index,
+    /// Entries up to here were for an earlier daemon or guest: their inputs reached the guest or are lost frames, and
+    /// their roles say nothing about the guest that is here.
+    pub skip_through: Index,
     /// Syncvms with this replica that are in the queue.
     syncs_queued: usize,
     stalled_since_us: Option<u64>,
@@ -122,8 +125,10 @@ impl Reactor<'_> {
         }
         while let Some(head) = self.delivery.queue.front() {
             let (index, view) = (head.index, head.view);
-            let consumes = self.guest.consumes() && index > self.delivery.skip_inputs_through;
+            let news = index > self.delivery.skip_through;
+            let consumes = self.guest.consumes() && news;
             let step = match head.entry {
+                Entry::Noop { .. } if !news => Step::Done,
                 Entry::Noop { leader } => {
                     self.leader_changed(now, leader);
                     Step::Done
@@ -140,6 +145,14 @@ impl Reactor<'_> {
                 Step::Done => self.delivery.pop(self.me),
                 Step::Blocked => return,
             }
+        }
+    }
+
+    /// Tells consensus how far the guest is: the leader waits for its secondary.
+    pub(super) fn tell_consumed(&mut self, now: u64) {
+        let applied = self.delivery.applied;
+        if std::mem::replace(&mut self.delivery.told, applied) != applied {
+            self.ordering.step(now, Event::Consumed(applied));
         }
     }
 

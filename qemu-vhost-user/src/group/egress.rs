@@ -1,9 +1,9 @@
 //! The way out: what the guest sends is held in the guard, or leaves at once while there is nobody to wait for.
 //!
-//! I3 lives here: a frame leaves only through [`Egress::release`], which wants the proof that its slot was acknowledged, or
-//! through [`Egress::set_direct`], which wants the proof that `Second(none)` is committed in this view. Both proofs are made
-//! by `lead.rs` alone.
+//! I3 lives here: a frame leaves only through [`Egress::release`] and [`Egress::collect`], and both want the proof that
+//! consensus allows it now ([`Replica::may_release`], R17): that its slot was acknowledged, or that nobody else may lead.
 
+use consensus::{Release, Replica, View};
 use dataplane::guard::{Guard, SlotMark};
 use dataplane::uplink::Uplink;
 use dataplane::uplink::tap::Tap;
@@ -13,14 +13,14 @@ use crate::device::NetDevice;
 /// Frames taken from the guest in one turn of the reactor.
 const TX_BUDGET_FRAMES: usize = 256;
 
-/// Proof that frames may leave: made only when consensus says so.
+/// Proof that frames may leave: made only when consensus says so, and used up before its next event.
 #[derive(Debug)]
 pub struct ReleaseProof(());
 
 impl ReleaseProof {
-    /// `leading` is what consensus answers now, `view` the view in which the reason to release arose.
-    pub fn new(leading: Option<consensus::View>, view: consensus::View) -> Option<Self> {
-        (leading == Some(view)).then_some(Self(()))
+    /// `view` is the view in which the reason to release arose.
+    pub fn new(replica: &Replica, view: View, reason: Release) -> Option<Self> {
+        replica.may_release(view, reason).then_some(Self(()))
     }
 }
 
@@ -39,8 +39,10 @@ impl Egress {
         Self { guard: Guard::new(guard_bytes), uplink, direct: false, frames_out: 0, frames_dropped: 0 }
     }
 
-    /// Takes what the guest has sent. Returns whether there may be more at once; otherwise the guest kicks.
-    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64) -> bool {
+    /// Takes what the guest has sent. It leaves at once if that is the mode and there is proof; without proof the mode
+    /// ends. Returns whether there may be more at once; otherwise the guest kicks.
+    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64, proof: Option<ReleaseProof>) -> bool {
+        self.direct &= proof.is_some();
         let (guard, uplink) = (&mut self.guard, &mut self.uplink);
         let (mut out, mut dropped) = (0, 0);
         let taken = if self.direct {
@@ -94,8 +96,8 @@ impl Egress {
         self.guard.discard_all();
     }
 
-    /// Sends a frame of ours (an announcement), if there is room for it.
-    pub fn announce(&mut self, frame: &[u8], _proof: ReleaseProof) {
+    /// Sends a frame of ours (an announcement, which says nothing of the guest), if there is room for it.
+    pub fn announce(&mut self, frame: &[u8]) {
         send(&mut self.uplink, frame, &mut self.frames_out, &mut self.frames_dropped);
     }
 

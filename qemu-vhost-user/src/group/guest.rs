@@ -176,7 +176,7 @@ impl Reactor<'_> {
         let continues = alone && !attached.fresh;
         if boots_fresh || continues {
             if continues {
-                self.delivery.skip_inputs_through = self.ordering.recovered_last();
+                self.delivery.skip_through = self.ordering.recovered_last();
             }
             self.guest.intact = true;
             self.guest.lineage = Some(self.me);
@@ -236,7 +236,7 @@ impl Reactor<'_> {
         self.guest.lineage = None;
         self.guest.cold_start = false;
         self.guest.stopped_for_hand_over = false;
-        self.delivery.skip_inputs_through = Index(0);
+        self.delivery.skip_through = Index(0);
         self.worker.standing.may_run.store(false, Ordering::Release);
         self.egress.set_held();
         self.egress.discard_all();
@@ -266,7 +266,6 @@ impl Reactor<'_> {
         GuestReport {
             attached: self.guest.attached.is_some(),
             intact: self.guest.intact,
-            applied: self.delivery.applied().0,
             fingerprint: self.guest.attached.as_ref().map(|attached| attached.fingerprint.clone()),
             problem: self.guest.problem.clone(),
         }

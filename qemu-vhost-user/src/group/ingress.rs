@@ -17,8 +17,6 @@ const BATCH_BYTES: usize = 256 << 10;
 const PROPOSALS_IN_FLIGHT: u64 = 4;
 /// Committed input that may wait for the guest; then the uplink's own queue fills and drops, as a NIC's does.
 const BACKLOG_BYTES: usize = 8 << 20;
-/// Committed entries that the secondary's guest may be behind, by its last report.
-const SECONDARY_LAG_ENTRIES: u64 = 4096;
 /// Frames that are thrown away in one turn.
 const DRAIN_BUDGET_FRAMES: usize = 256;
 
@@ -65,19 +63,11 @@ impl Ingress {
 
 impl Reactor<'_> {
     /// Whether there is room for more input on its way to the guest.
-    pub(super) fn may_take_inputs(&self) -> bool {
+    pub(super) fn may_take_inputs(&self, now: u64) -> bool {
         let replica = self.ordering.replica();
         replica.last_index().0.saturating_sub(replica.commit_index().0) < PROPOSALS_IN_FLIGHT
             && self.delivery.backlog_bytes() < BACKLOG_BYTES
-            && self.secondary_keeps_up()
-    }
-
-    /// The secondary has consumed what was committed but for a bounded rest, as far as it has said.
-    fn secondary_keeps_up(&self) -> bool {
-        let replica = self.ordering.replica();
-        let Some(second) = replica.second().filter(|second| *second != self.me) else { return true };
-        let report = &self.peers.get(second).report;
-        !report.intact || replica.commit_index().0.saturating_sub(report.applied) < SECONDARY_LAG_ENTRIES
+            && !replica.second_lags(now)
     }
 
     /// Takes frames from the uplink: proposes them as a serving leader, throws them away otherwise.
@@ -86,7 +76,7 @@ impl Reactor<'_> {
         if !self.is_serving() {
             return self.drain_uplink();
         }
-        if !self.may_take_inputs() {
+        if !self.may_take_inputs(now) {
             return false;
         }
         let mut more = true;

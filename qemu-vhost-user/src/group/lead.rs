@@ -7,7 +7,7 @@
 
 use std::sync::atomic::Ordering;
 
-use consensus::{Entry, Event, Index, ReplicaId, View};
+use consensus::{Entry, Event, Index, Release, ReplicaId, View};
 use dataplane::guard::SlotMark;
 use dataplane::uplink::announce;
 use syncvm::idle::Activity;
@@ -144,6 +144,8 @@ impl Reactor<'_> {
         self.leave_exchange_of_another_view();
         self.lead = Some(Lead::new(view, now, SlotPolicy::new(slot_config(&self.vm.policy))));
         if !self.guest.running && self.guest.attached.as_ref().is_some_and(|attached| attached.fresh) {
+            // What was committed so far was for the guests that are lost.
+            self.delivery.skip_through = self.ordering.replica().commit_index();
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.worker.send(Command::RunFresh);
         } else if self.guest.intact && !self.follow.is_running() {
@@ -254,8 +256,8 @@ impl Reactor<'_> {
         }
         lead.announced += 1;
         let mac = self.vm.mac_bytes().expect("checked when the file was read");
-        if let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) {
-            self.egress.announce(&announce::rarp(mac), proof);
+        if self.ordering.replica().leading() == Some(view) {
+            self.egress.announce(&announce::rarp(mac));
         }
     }
 
@@ -338,6 +340,12 @@ impl Reactor<'_> {
         }
     }
 
+    /// Proof that frames may leave at once.
+    pub(super) fn alone_proof(&self) -> Option<ReleaseProof> {
+        let lead = self.lead.as_ref()?;
+        ReleaseProof::new(self.ordering.replica(), lead.view, Release::Alone)
+    }
+
     /// Nobody is secondary: serve, and bring somebody in.
     fn plan_rejoin(&mut self, now: u64, view: View) {
         let joining = matches!(
@@ -346,7 +354,7 @@ impl Reactor<'_> {
         );
         if !joining
             && self.vm.policy.degraded == Degraded::Serve
-            && let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view)
+            && let Some(proof) = ReleaseProof::new(self.ordering.replica(), view, Release::Alone)
         {
             self.egress.set_direct(proof);
         }
@@ -498,7 +506,8 @@ impl Reactor<'_> {
 
     /// The other side has it all: the slot's frames may leave.
     fn sync_acknowledged(&mut self, now: u64, number: Index, view: View) {
-        let Some(proof) = ReleaseProof::new(self.ordering.replica().leading(), view) else { return };
+        let reason = Release::SyncVm(number);
+        let Some(proof) = ReleaseProof::new(self.ordering.replica(), view, reason) else { return };
         let Some(lead) = &mut self.lead else { return };
         let LeadSync::Running { number: present, with, mark: Some(mark), .. } = lead.sync else { return };
         if present != number {
@@ -524,6 +533,8 @@ impl Reactor<'_> {
         if present != number {
             return;
         }
+        self.ordering.step(now, Event::SyncVmFailed(number));
+        let Some(lead) = &mut self.lead else { return };
         self.guest.stopped_for_hand_over = false;
         lead.sync = LeadSync::Resting;
         lead.failures += 1;

@@ -19,8 +19,6 @@ pub struct GuestReport {
     pub attached: bool,
     /// Its guest is whole: it may take over.
     pub intact: bool,
-    /// Log index up to which it has consumed inputs.
-    pub applied: u64,
     /// What must be equal on two replicas; absent until a QEMU is attached.
     pub fingerprint: Option<Fingerprint>,
     /// Why no QEMU is attached or why it was refused.
@@ -55,8 +53,8 @@ mod tests {
         }
 
         #[test]
-        fn a_report_survives_the_wire(attached: bool, intact: bool, applied: u64, problem in proptest::option::of(".*")) {
-            let report = GuestReport { attached, intact, applied, fingerprint: None, problem };
+        fn a_report_survives_the_wire(attached: bool, intact: bool, problem in proptest::option::of(".*")) {
+            let report = GuestReport { attached, intact, fingerprint: None, problem };
             let mut bytes = Vec::new();
             report.encode(&mut bytes);
             prop_assert_eq!(bytes[0], KIND_REPORT);

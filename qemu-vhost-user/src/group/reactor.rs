@@ -144,7 +144,7 @@ impl Reactor<'_> {
                 _ => 0,
             };
             planned_us = after + sleep_us;
-            self.watch_uplink();
+            self.watch_uplink(after);
             self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
             due = Due::of(&ready);
             self.loops.end_sleep(now_us());
@@ -169,11 +169,13 @@ impl Reactor<'_> {
         if due.worker {
             self.take_worker_reports(now);
         }
-        busy |= self.egress.collect(&mut self.device, now);
+        let alone = self.alone_proof();
+        busy |= self.egress.collect(&mut self.device, now, alone);
         if due.device {
             self.take_device_events();
         }
         self.deliver(now);
+        self.tell_consumed(now);
         self.note_bulk_progress(now);
         self.plan_follow(now);
         self.plan_lead(now);
@@ -211,8 +213,8 @@ impl Reactor<'_> {
     }
 
     /// The uplink is watched only while its frames are wanted, or can be thrown away at once.
-    fn watch_uplink(&mut self) {
-        let wanted = !self.is_serving() || self.may_take_inputs();
+    fn watch_uplink(&mut self, now: u64) {
+        let wanted = !self.is_serving() || self.may_take_inputs(now);
         if self.ingress.set_watched(wanted) {
             let changed = if wanted {
                 self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read)
