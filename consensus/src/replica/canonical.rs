@@ -37,6 +37,9 @@ impl Replica {
                 if let Some(handover) = &mut leading.handover {
                     future(&mut handover.give_up_us);
                 }
+                if let Some((_, since_us)) = &mut leading.lag_mark {
+                    past(since_us);
+                }
             }
             Phase::Follower | Phase::PreVote { .. } => {}
         }

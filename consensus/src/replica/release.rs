@@ -17,7 +17,7 @@ pub enum Release {
 }
 
 /// A syncvm of this view.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SyncVm {
     index: Index,
     with: ReplicaId,
