@@ -153,7 +153,7 @@ impl Group {
                 flying.push_back((id, to, bytes));
             });
         });
-        host.committed = host.out.committed.drain(..).map(|(index, ..)| index).last().unwrap_or(host.committed);
+        host.committed = host.out.committed.drain(..).next_back().map_or(host.committed, |(index, ..)| index);
         host.out.notices.clear();
         if records > 0 {
             host.persisted += records;

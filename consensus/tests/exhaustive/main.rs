@@ -50,8 +50,8 @@ fn a_crash_during_a_view_change() {
 
 #[test]
 fn view_after_view() {
-    let inputs = if large() { 2 } else { 1 };
-    let budget = Budget { inputs, breaks: 3, ..NOTHING };
+    let (inputs, breaks) = if large() { (2, 2) } else { (1, 3) };
+    let budget = Budget { inputs, breaks, ..NOTHING };
     explore("views", Group { budget, slow_disks: false, duplication: false, mutant: Mutant::None }, 10_000);
 }
 
@@ -59,28 +59,25 @@ fn view_after_view() {
 fn timeouts_at_any_moment() {
     let inputs = if large() { 1 } else { 0 };
     let budget = Budget { inputs, timeouts: 2, ..NOTHING };
-    explore("timeouts", Group { budget, slow_disks: false, duplication: true, mutant: Mutant::None }, 10_000);
+    explore("timeouts", Group { budget, slow_disks: false, duplication: !large(), mutant: Mutant::None }, 10_000);
 }
 
 #[test]
 fn inputs_in_flight() {
-    let breaks = if large() { 1 } else { 0 };
-    let budget = Budget { inputs: 2, breaks, ..NOTHING };
+    let budget = Budget { inputs: 2, ..NOTHING };
     explore("inputs", Group { budget, slow_disks: true, duplication: large(), mutant: Mutant::None }, 10_000);
 }
 
 #[test]
 fn a_secondary_that_is_dropped() {
-    let inputs = if large() { 1 } else { 0 };
-    let budget = Budget { inputs, seconds: 1, breaks: 2, ..NOTHING };
+    let budget = Budget { seconds: 1, breaks: 2, ..NOTHING };
     explore("dropped", Group { budget, slow_disks: large(), duplication: false, mutant: Mutant::None }, 5_000);
 }
 
 #[test]
 fn another_secondary() {
-    let breaks = if large() { 2 } else { 1 };
-    let budget = Budget { seconds: 2, breaks, ..NOTHING };
-    explore("seconds", Group { budget, slow_disks: false, duplication: false, mutant: Mutant::None }, 10_000);
+    let budget = Budget { seconds: 2, breaks: 1, ..NOTHING };
+    explore("seconds", Group { budget, slow_disks: large(), duplication: false, mutant: Mutant::None }, 10_000);
 }
 
 #[test]
