@@ -26,6 +26,8 @@ mod open;
 mod record;
 mod recovery;
 mod segment;
+#[cfg(feature = "spdk")]
+pub mod spdk;
 mod stage;
 mod uring;
 mod volume;
