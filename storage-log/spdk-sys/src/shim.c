@@ -73,6 +73,9 @@ int plover_spdk_env_start(const struct plover_spdk_env *env, plover_spdk_log_fn 
 	opts.core_mask = env->core_mask;
 	opts.iova_mode = env->iova_mode;
 	opts.hugedir = env->huge_dir;
+	/* Without a mount the pages are anonymous. DPDK then refuses --huge-unlink, which SPDK passes unless the
+	 * pages of a segment share a file. */
+	opts.hugepage_single_segments = env->huge_dir == NULL;
 	opts.mem_size = (int)env->memory_mib;
 	opts.env_context = (void *)env->eal_arguments;
 	/* -1: no other process shares the memory or the devices. */
