@@ -14,10 +14,14 @@ use crate::error::Context;
 use crate::guest::{Artifacts, CPU, KERNEL_QUIRKS, artifacts_dir, tsc_khz};
 use crate::host::Host;
 use crate::process::{Process, Spawn};
-use crate::{Result, RigError, program, tool};
+use crate::{Deadline, Result, RigError, program, tool};
 
 /// Runs in the guest; built by `cargo xtask test` when SPDK is installed.
 pub const PROGRAM: &str = "rig-nvme-guest";
+/// What tests say that cannot run for want of it.
+pub const SKIPPED: &str = "********** skipped: no SPDK **********
+pkg-config finds no spdk_nvme and spdk_env_dpdk, so the storage log's SPDK engine was not tested: install SPDK with its
+static libraries, set PKG_CONFIG_PATH to its lib/pkgconfig, and start «cargo xtask test» again (docs/spdk.md)";
 const INIT: &str = include_str!("../guest/nvme-init.sh");
 const MEMORY_MIB: u32 = 768;
 const LIBRARIES: &str = "/lib/x86_64-linux-gnu";
@@ -33,6 +37,7 @@ const MODULES: [&str; 6] = [
 ];
 /// Where PCI addresses of the controllers begin: 0000:00:05.0, 0000:00:06.0, …
 const FIRST_SLOT: usize = 5;
+const SHOWN_LINES: usize = 20;
 
 /// The version of SPDK's NVMe library that a build would use; None when there is none.
 pub fn spdk_version() -> Option<String> {
@@ -102,24 +107,19 @@ impl NvmeGuest {
     ///
     /// # Errors
     /// When the deadline passes; with the last lines of the console.
-    pub fn wait(&self, deadline: crate::Deadline) -> Result<Outcome> {
-        let status = self.process.wait_exit(deadline).map_err(|error| {
-            let console = self.console();
-            let tail: Vec<&str> = console.lines().rev().take(20).collect();
-            let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n    ");
-            RigError::Explained(format!("{error}; the console ends with:\n    {tail}"))
-        })?;
+    pub fn wait(&self, deadline: Deadline) -> Result<Outcome> {
+        let status = self.process.wait_exit(deadline).map_err(|error| self.explain(&error))?;
         // isa-debug-exit: twice the value that was written, plus one. 0 is a guest that switched itself off.
         let status = status.code().filter(|code| code % 2 == 1).map(|code| code / 2);
         Ok(Outcome { status, console: self.console() })
     }
 
-    /// Waits until the console has a line with `text`.
+    /// Waits for anything that the guest brings about.
     ///
     /// # Errors
     /// When the deadline passes or the guest ends.
-    pub fn wait_for_line(&self, text: &str, deadline: crate::Deadline) -> Result<String> {
-        self.process.wait_for_line_in(&self.console, text, deadline)
+    pub fn wait_for<T>(&self, what: &str, deadline: Deadline, ready: impl FnMut() -> Option<T>) -> Result<T> {
+        self.process.wait_for(what, deadline, ready).map_err(|error| self.explain(&error))
     }
 
     /// Takes the power away.
@@ -128,6 +128,13 @@ impl NvmeGuest {
     /// When it does not end.
     pub fn cut_power(&self) -> Result<()> {
         self.process.kill()
+    }
+
+    fn explain(&self, error: &RigError) -> RigError {
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        let tail = lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n    ");
+        RigError::Explained(format!("{error}; the console ends with:\n    {tail}"))
     }
 
     /// All that the guest has printed so far.
@@ -167,6 +174,7 @@ fn write_image(image: &Path) -> Result<()> {
     for (path, content) in files {
         archive.file(&path, &content).context(unwritten)?;
     }
+    archive.link("/var/run", "/run").context(unwritten)?;
     for applet in APPLETS {
         archive.link(&format!("/bin/{applet}"), "busybox").context(unwritten)?;
     }

@@ -26,8 +26,8 @@ mod spdk {
     use std::collections::BTreeSet;
     use std::path::{Path, PathBuf};
 
-    /// Year and month. Older ones lack the options that the shim sets.
-    pub const OLDEST: (u32, u32) = (24, 1);
+    /// Year and month. Older ones lack the sized options that the shim sets.
+    pub const OLDEST: (u32, u32) = (24, 9);
     /// The newest that the guest test has run with; newer ones get a warning.
     const NEWEST_TESTED: (u32, u32) = (26, 5);
 

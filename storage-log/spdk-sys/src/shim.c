@@ -111,7 +111,8 @@ struct plover_spdk_attach *plover_spdk_attach_begin(const char *pci_address, uin
 	}
 	spdk_nvme_ctrlr_get_default_ctrlr_opts(&attach->opts, sizeof(attach->opts));
 	attach->opts.admin_timeout_ms = admin_timeout_ms;
-	attach->opts.keep_alive_timeout_ms = 0;
+	/* The caller says it once and better; SPDK says it three times for each command of a reset. */
+	attach->opts.disable_error_logging = true;
 	attach->probe = spdk_nvme_connect_async(&trid, &attach->opts, on_attach);
 	if (attach->probe == NULL) {
 		free(attach);
