@@ -27,8 +27,8 @@ pub enum SpdkError {
     /// DPDK refused.
     #[error(
         "SPDK's environment does not start (error {errno}); its own messages above say why. Usual reasons: too few free \
-         hugepages (/proc/meminfo), no rights on them or on /dev/vfio, a DPDK that this SPDK does not know \
-         (docs/spdk.md)"
+         hugepages (/proc/meminfo), no rights on them or on /dev/vfio, an IOMMU of less than 48 bits (set the IOVA mode to \
+         physical), a DPDK that this SPDK does not know (docs/spdk.md)"
     )]
     Environment {
         /// errno of the failed call.
