@@ -1,4 +1,4 @@
-//! A block device on SPDK's NVMe driver, for the log (feature `spdk`).
+//! The log on NVMe devices that SPDK's driver drives (feature `spdk`): [`open`], and below it a block device.
 //!
 //! The driver runs in this process and is polled by the thread that owns the [`Device`]: no system call, no interrupt, no
 //! copy and no allocation between the log and the device. Order as the log needs it: a write, its completion, a flush, its
@@ -12,12 +12,16 @@
 
 mod controller;
 mod device;
+mod driver;
 mod environment;
 mod error;
 mod memory;
+mod open;
 mod queue;
+mod volume;
 
 pub use device::{Device, DeviceOptions, Geometry, Tag};
 pub use environment::{Environment, EnvironmentOptions, IovaMode};
 pub use error::{Result, SpdkError};
 pub use memory::DmaBuffer;
+pub use open::open;

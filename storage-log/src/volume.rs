@@ -15,6 +15,8 @@ use crate::block::BLOCK_BYTES;
 use crate::segment::SegmentNumber;
 
 pub(crate) use dir::DirVolume;
+#[cfg(feature = "spdk")]
+pub(crate) use raw::BlockIo;
 pub(crate) use raw::RawVolume;
 
 /// Bytes that are read or written at once when time does not matter.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use storage_log::spdk::{Device, DeviceOptions, Environment, EnvironmentOptions, SpdkError, Tag};
+use storage_log::spdk::{Device, DeviceOptions, DmaBuffer, Environment, EnvironmentOptions, SpdkError, Tag};
 
 const BLOCK: usize = 4096;
 const MIB: usize = 1 << 20;

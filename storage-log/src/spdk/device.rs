@@ -1,5 +1,6 @@
 //! The device that the log writes to.
 
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use spdk_sys::NamespaceInfo;
 use super::controller::{Controller, Limit};
 use super::environment::Environment;
 use super::error::{Result, SpdkError};
-use super::memory::DmaBuffer;
+use super::memory::{Allocation, DmaBuffer};
 use super::queue::{Command, Ended, Kind, Queue, on_done};
 
 /// The log's unit: offsets and lengths are multiples of it.
@@ -36,8 +37,6 @@ pub struct DeviceOptions {
     pub namespace: u32,
     /// Commands in flight at most.
     pub queue_depth: u32,
-    /// Bytes of the staging buffer.
-    pub staging_bytes: usize,
     /// A command that takes longer makes the device fail.
     pub command_timeout: Duration,
     /// For attaching, resetting and detaching.
@@ -45,13 +44,12 @@ pub struct DeviceOptions {
 }
 
 impl DeviceOptions {
-    /// The first namespace of a controller, 128 commands, 8 MiB, 10 s for a command, 30 s for the rest.
+    /// The first namespace of a controller, 128 commands, 10 s for a command, 30 s for the rest.
     pub fn new(address: impl Into<String>) -> Self {
         Self {
             address: address.into(),
             namespace: 1,
             queue_depth: 128,
-            staging_bytes: 8 << 20,
             command_timeout: Duration::from_secs(10),
             control_timeout: Duration::from_secs(30),
         }
@@ -61,10 +59,6 @@ impl DeviceOptions {
         let refuse = |name, value: String, problem| Err(SpdkError::BadOption { name, value, problem });
         if !(2..=MAX_DEPTH).contains(&self.queue_depth) {
             return refuse("queue_depth", self.queue_depth.to_string(), "it must be 2 to 4096");
-        }
-        let block = BLOCK_BYTES as usize;
-        if self.staging_bytes == 0 || !self.staging_bytes.is_multiple_of(block) {
-            return refuse("staging_bytes", self.staging_bytes.to_string(), "it must be a multiple of 4096");
         }
         if self.command_timeout.is_zero() || self.control_timeout.is_zero() {
             return refuse("timeout", "0".to_owned(), "it must not be 0");
@@ -108,7 +102,7 @@ pub struct Device {
 #[derive(Debug)]
 struct Parts {
     controller: Controller,
-    staging: DmaBuffer,
+    staging: Arc<Allocation>,
     bounce: DmaBuffer,
 }
 
@@ -117,21 +111,20 @@ unsafe impl Send for Device {}
 
 impl Device {
     /// Attaches the controller and takes the namespace. The controller is reset by this, so what an earlier process had in
-    /// flight when it was killed has ended: written or not.
+    /// flight when it was killed has ended: written or not. What [`submit_write`](Self::submit_write) writes lies in `staging`.
     ///
     /// # Errors
     /// When the controller cannot be had, the namespace has an unfit format, or there is too little memory.
-    pub fn open(environment: Environment, options: &DeviceOptions) -> Result<Self> {
+    pub fn open(environment: Environment, options: &DeviceOptions, staging: &DmaBuffer) -> Result<Self> {
         options.check()?;
         let address: Arc<str> = options.address.as_str().into();
-        let staging = DmaBuffer::new(environment, options.staging_bytes, "the staging buffer")?;
         let bounce = DmaBuffer::new(environment, BOUNCE_BYTES, "reading and formatting")?;
         let limit = Limit::of(options.control_timeout);
         let queue = Queue::new(options.queue_depth);
         let controller = Controller::attach(environment, &address, queue, limit)?;
         // From here on the drop gives back what was taken.
         let mut device = Self {
-            parts: Some(Parts { controller, staging, bounce }),
+            parts: Some(Parts { controller, staging: staging.share(), bounce }),
             namespace: options.namespace,
             raw_namespace: NO_NAMESPACE,
             command_timeout: options.command_timeout,
@@ -145,7 +138,7 @@ impl Device {
         controller.watch(options.command_timeout, options.control_timeout);
         // Each command is split at most into this many pieces, and all of them together write no more than the buffer
         // holds, unless ranges are written twice; then the driver says that it is busy.
-        let pieces = staging.len() as u64 / device.raw_namespace.max_transfer_bytes.max(BLOCK_BYTES);
+        let pieces = staging.bytes() as u64 / device.raw_namespace.max_transfer_bytes.max(BLOCK_BYTES);
         let requests = u64::from(options.queue_depth) * 4 + pieces * 2;
         let requests = u32::try_from(requests).unwrap_or(u32::MAX);
         controller.create_queue_pair(options.queue_depth + 1, requests)?;
@@ -183,18 +176,8 @@ impl Device {
         bytes - bytes % BLOCK_BYTES
     }
 
-    /// The buffer whose ranges are written. Of fixed address and size, zeroed at first.
-    pub fn staging(&self) -> &[u8] {
-        &self.parts().staging
-    }
-
-    /// The same, to fill it. What a write in flight covers must stay as it is, or the device stores a mixture.
-    pub fn staging_mut(&mut self) -> &mut [u8] {
-        &mut self.parts_mut().staging
-    }
-
-    /// Starts to write a range of the staging buffer to the device. Durable only when a flush completes that was submitted
-    /// after the completion of the write.
+    /// Starts to write a range of the staging buffer to the device. Until it has ended the bytes must stay as they are, or the
+    /// device stores a mixture. Durable only when a flush completes that was submitted after the completion of the write.
     ///
     /// # Errors
     /// [`SpdkError::Busy`]: poll and try again. Others: the device takes nothing any more.
@@ -202,7 +185,7 @@ impl Device {
     /// # Panics
     /// If the range is empty, leaves the buffer or the device, or is not of whole blocks.
     pub fn submit_write(&mut self, offset_bytes: u64, range: Range<usize>) -> Result<Tag> {
-        self.submit_transfer(Kind::Write, offset_bytes, |parts| &parts.staging, range)
+        self.submit_transfer(Kind::Write, offset_bytes, |parts| parts.staging.address(&range), range.len())
     }
 
     /// Starts a flush: when it completes, every write that had completed before its submission is durable.
@@ -217,12 +200,10 @@ impl Device {
         })
     }
 
-    /// Calls `done` for every command that has ended, in that order, and returns how many. Never waits. When the device
-    /// fails, `done` gets the error for everything in flight.
-    pub fn poll(&mut self, done: &mut dyn FnMut(Tag, Result<()>)) -> usize {
+    /// Lets the driver look at its queue. Returns whether [`poll`](Self::poll) has something to tell. Never waits.
+    pub fn process(&mut self) -> bool {
         let Parts { controller, .. } = self.parts.as_ref().expect("set until the drop");
         let alive = controller.poll();
-        let mut count = controller.queue().drain(|ended| done(Tag(ended.command.tag), outcome(controller, ended)));
         let address = || Arc::clone(controller.address());
         if controller.queue().has_timed_out() {
             self.failure.get_or_insert_with(|| SpdkError::Timeout {
@@ -233,8 +214,18 @@ impl Device {
         } else if !alive {
             self.failure.get_or_insert_with(|| SpdkError::Gone { address: address() });
         }
+        self.failure.is_some() || controller.queue().has_ended()
+    }
+
+    /// Calls `done` for every submitted command that has ended, in that order, and returns how many. Never waits. When the
+    /// device fails, `done` gets the error for everything in flight.
+    pub fn poll(&mut self, done: &mut dyn FnMut(Tag, Result<()>)) -> usize {
+        self.process();
+        let Parts { controller, .. } = self.parts.as_ref().expect("set until the drop");
+        let mut count = controller.queue().drain(|ended| done(Tag(ended.command.tag), outcome(controller, ended)));
         if let Some(failure) = &self.failure {
-            count += controller.queue().give_up(|command| done(Tag(command.tag), Err(failure.clone())));
+            let tell = |command: Command| done(Tag(command.tag), Err(failure.clone()));
+            count += controller.queue().give_up(|_| true, tell);
         }
         count
     }
@@ -257,13 +248,13 @@ impl Device {
         self.failure.as_ref()
     }
 
-    /// Reads, waiting: for opening and checking. Any offset and length inside the device.
+    /// Reads, waiting: for opening and checking. Any offset and length inside the device. Submitted commands may be in flight.
     ///
     /// # Errors
     /// The device's, or [`SpdkError::Timeout`].
     ///
     /// # Panics
-    /// If it leaves the device, or if submitted commands have not been polled to their end.
+    /// If it leaves the device.
     pub fn read_at(&mut self, offset_bytes: u64, into: &mut [u8]) -> Result<()> {
         let sector_bytes = self.raw_namespace.sector_bytes;
         let mut done = 0;
@@ -272,7 +263,12 @@ impl Device {
             let skipped = (at % sector_bytes) as usize;
             let wanted = (into.len() - done).min(BOUNCE_BYTES - skipped);
             let length = (skipped + wanted).next_multiple_of(sector_bytes as usize);
-            let tag = self.submit_transfer(Kind::Read, at - skipped as u64, |parts| &parts.bounce, 0..length)?;
+            let tag = self.submit_transfer(
+                Kind::Read,
+                at - skipped as u64,
+                |parts| parts.bounce.share().address(&(0..length)),
+                length,
+            )?;
             self.wait(tag, "a read")?;
             into[done..done + wanted].copy_from_slice(&self.parts().bounce[skipped..skipped + wanted]);
             done += wanted;
@@ -286,12 +282,17 @@ impl Device {
     /// The device's, or [`SpdkError::Timeout`].
     ///
     /// # Panics
-    /// If offset and length are not whole blocks inside the device, or if submitted commands have not been polled to their end.
+    /// If offset and length are not whole blocks inside the device.
     pub fn write_at(&mut self, offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         let mut at = offset_bytes;
         for piece in bytes.chunks(BOUNCE_BYTES) {
             self.parts_mut().bounce[..piece.len()].copy_from_slice(piece);
-            let tag = self.submit_transfer(Kind::Write, at, |parts| &parts.bounce, 0..piece.len())?;
+            let tag = self.submit_transfer(
+                Kind::Write,
+                at,
+                |parts| parts.bounce.share().address(&(0..piece.len())),
+                piece.len(),
+            )?;
             self.wait(tag, "a write")?;
             at += piece.len() as u64;
         }
@@ -302,9 +303,6 @@ impl Device {
     ///
     /// # Errors
     /// The device's, or [`SpdkError::Timeout`].
-    ///
-    /// # Panics
-    /// If submitted commands have not been polled to their end.
     pub fn flush(&mut self) -> Result<()> {
         let tag = self.submit_flush()?;
         self.wait(tag, "a flush")
@@ -319,7 +317,7 @@ impl Device {
         let Parts { controller, .. } = self.parts.as_ref().expect("set until the drop");
         let lost = || SpdkError::Gone { address: Arc::clone(controller.address()) };
         controller.queue().drain(|ended| done(Tag(ended.command.tag), outcome(controller, ended)));
-        controller.queue().give_up(|command| done(Tag(command.tag), Err(lost())));
+        controller.queue().give_up(|_| true, |command| done(Tag(command.tag), Err(lost())));
         let limit = Limit::of(self.control_timeout);
         let outcome = controller.reset(limit).and_then(|()| controller.namespace(self.namespace));
         // Of before.
@@ -341,12 +339,12 @@ impl Device {
         &mut self,
         kind: Kind,
         offset_bytes: u64,
-        buffer: impl FnOnce(&Parts) -> &DmaBuffer,
-        range: Range<usize>,
+        memory: impl FnOnce(&Parts) -> *mut c_void,
+        length: usize,
     ) -> Result<Tag> {
         let info = self.raw_namespace;
         let unit = if kind == Kind::Write { BLOCK_BYTES } else { info.sector_bytes };
-        let length = range.len() as u64;
+        let length = length as u64;
         assert!(
             length > 0 && length.is_multiple_of(unit) && offset_bytes.is_multiple_of(unit),
             "{} of {length} bytes at {offset_bytes}, in units of {unit}",
@@ -355,7 +353,7 @@ impl Device {
         let end = offset_bytes.checked_add(length);
         let capacity = self.capacity_bytes();
         assert!(end.is_some_and(|end| end <= capacity), "{} up to {end:?} of {capacity}", kind.action());
-        let memory = buffer(self.parts()).address(&range);
+        let memory = memory(self.parts());
         let sector = offset_bytes / info.sector_bytes;
         let sectors = u32::try_from(length / info.sector_bytes).expect("no buffer has that many sectors");
         self.submit(kind, offset_bytes, |controller, io| {
@@ -375,7 +373,7 @@ impl Device {
         &mut self,
         kind: Kind,
         offset_bytes: u64,
-        call: impl FnOnce(&Controller, *mut std::ffi::c_void) -> i32,
+        call: impl FnOnce(&Controller, *mut c_void) -> i32,
     ) -> Result<Tag> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone());
@@ -400,24 +398,23 @@ impl Device {
         Err(error)
     }
 
-    /// Polls until the command ends. Nothing else is in flight.
+    /// Waits for one command. Others that end meanwhile are told by the next poll.
     fn wait(&mut self, tag: Tag, action: &'static str) -> Result<()> {
         // The driver's own limit comes first and says it by an error; this one holds if the driver fails to.
         let limit = Limit::of(self.command_timeout * 2);
-        let mut answer = None;
         loop {
             let last = limit.passed();
-            self.poll(&mut |ended, outcome| {
-                assert_eq!(ended, tag, "another command is in flight");
-                answer = Some(outcome);
-            });
-            if let Some(outcome) = answer {
-                return outcome;
+            self.process();
+            let Parts { controller, .. } = self.parts.as_ref().expect("set until the drop");
+            if let Some(ended) = controller.queue().take_ended(tag.0) {
+                return outcome(controller, ended);
             }
             if last {
-                let missed = limit.missed(action, self.address());
-                self.failure = Some(missed.clone());
-                return Err(missed);
+                self.failure.get_or_insert_with(|| limit.missed(action, controller.address()));
+            }
+            if let Some(failure) = &self.failure {
+                controller.queue().give_up(|command| command.tag == tag.0, |_| ());
+                return Err(failure.clone());
             }
             std::hint::spin_loop();
         }
@@ -475,8 +472,7 @@ impl Drop for Device {
             }
         };
         if let Err(error) = outcome {
-            staging.leak();
-            bounce.leak();
+            std::mem::forget((staging, bounce.share()));
             tracing::error!(%address, %error, "an NVMe controller was not given back; its memory stays taken until the process ends");
         }
     }

@@ -131,6 +131,24 @@ impl Queue {
         count
     }
 
+    /// Takes out the end of one command, if it has ended.
+    pub fn take_ended(&self, tag: u64) -> Option<Ended> {
+        let ended = &self.ended[..self.ended_count.get()];
+        let command = |at: &Cell<(u32, u16)>| self.slots[at.get().0 as usize].command.get();
+        let found = ended.iter().position(|at| command(at).tag == tag)?;
+        let (index, status) = ended[found].get();
+        ended[found..].windows(2).for_each(|pair| pair[0].set(pair[1].get()));
+        self.ended_count.set(ended.len() - 1);
+        let slot = &self.slots[index as usize];
+        self.release(slot);
+        Some(Ended { command: slot.command.get(), status })
+    }
+
+    /// Whether [`drain`](Self::drain) has something.
+    pub fn has_ended(&self) -> bool {
+        self.ended_count.get() > 0
+    }
+
     fn leave_device(&self) {
         let left = self.in_device.get().checked_sub(1);
         self.in_device.set(left.expect("no command ends twice"));
@@ -143,10 +161,11 @@ impl Queue {
         self.free_count.set(count + 1);
     }
 
-    /// Calls `f` for every command whose end the owner does not know. Their ends will not be told any more.
-    pub fn give_up(&self, mut f: impl FnMut(Command)) -> usize {
+    /// Calls `f` for every command in flight for which `which` says so. Their ends will not be told any more.
+    pub fn give_up(&self, which: impl Fn(Command) -> bool, mut f: impl FnMut(Command)) -> usize {
         let in_flight = self.slots.iter().filter(|slot| slot.state.get() == State::InFlight);
         in_flight
+            .filter(|slot| which(slot.command.get()))
             .map(|slot| {
                 slot.state.set(State::GivenUp);
                 f(slot.command.get());
@@ -245,14 +264,28 @@ mod tests {
     }
 
     #[test]
+    fn one_end_is_taken_before_its_turn() {
+        let queue = Queue::new(3);
+        let slots = [1, 2, 3].map(|tag| queue.take(write(tag)).unwrap());
+        slots.iter().for_each(|slot| slot.end(0));
+        assert_eq!(queue.take_ended(9), None);
+        assert_eq!(queue.take_ended(2), Some(Ended { command: write(2), status: 0 }));
+        assert_eq!(queue.take_ended(2), None);
+        queue.take(write(4)).unwrap().end(0);
+        assert!(queue.take(write(5)).is_none());
+        assert_eq!(drained(&queue), [(1, 0), (3, 0), (4, 0)]);
+        assert!(!queue.has_ended());
+    }
+
+    #[test]
     fn a_late_end_of_what_was_given_up_is_silent() {
         let queue = Queue::new(2);
         let (one, two) = (queue.take(write(1)).unwrap(), queue.take(write(2)).unwrap());
         one.end(0);
         let mut told = Vec::new();
-        assert_eq!(queue.give_up(|command| told.push(command.tag)), 1);
+        assert_eq!(queue.give_up(|_| true, |command| told.push(command.tag)), 1);
         assert_eq!(told, [2]);
-        assert_eq!(queue.give_up(|_| ()), 0, "told once");
+        assert_eq!(queue.give_up(|_| true, |_| ()), 0, "told once");
         assert!(!queue.is_idle(), "the device still has it");
         two.end(0);
         assert!(queue.is_idle());
