@@ -1,4 +1,4 @@
-//! The log on NVMe devices that SPDK's driver drives (feature `spdk`): [`open`], and below it a block device.
+//! The log on NVMe devices that SPDK's driver drives (feature `spdk`), and below it the device alone.
 //!
 //! The driver runs in this process and is polled by the thread that owns the [`Device`]: no system call, no interrupt, no
 //! copy and no allocation between the log and the device. Order as the log needs it: a write, its completion, a flush, its
@@ -24,4 +24,4 @@ pub use device::{Device, DeviceOptions, Geometry, Tag};
 pub use environment::{Environment, EnvironmentOptions, IovaMode};
 pub use error::{Result, SpdkError};
 pub use memory::DmaBuffer;
-pub use open::open;
+pub(crate) use open::{inspect_legs, open_legs};

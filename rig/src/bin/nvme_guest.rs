@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use storage_log::spdk::{Environment, EnvironmentOptions};
 use tracing_subscriber::filter::LevelFilter;
 
 #[path = "nvme_guest/device.rs"]
@@ -73,10 +72,6 @@ fn numbers<const N: usize>(words: [&str; N]) -> Result<[u64; N]> {
         *number = word.parse().with_context(|| format!("«{word}» is no number"))?;
     }
     Ok(parsed)
-}
-
-fn environment() -> Result<Environment> {
-    Ok(Environment::start(&EnvironmentOptions::default())?)
 }
 
 /// A small generator: the same numbers for the same seed.

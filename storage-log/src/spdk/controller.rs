@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use spdk_sys::{Controller as RawController, NamespaceInfo, QueuePair};
@@ -17,6 +17,9 @@ use super::queue::{Queue, on_timeout};
 
 const EAGAIN: i32 = -(rustix::io::Errno::AGAIN.raw_os_error());
 const ENXIO: i32 = -(rustix::io::Errno::NXIO.raw_os_error());
+
+/// Attaching and detaching work on SPDK's and DPDK's global lists, and logs of several VMs open on their own threads.
+static PCI: Mutex<()> = Mutex::new(());
 
 /// The handles.
 #[derive(Debug)]
@@ -71,6 +74,7 @@ impl Controller {
     pub fn attach(_environment: Environment, address: &Arc<str>, queue: Box<Queue>, limit: Limit) -> Result<Self> {
         let gone = || SpdkError::Attach { address: Arc::clone(address) };
         let text = CString::new(address.as_bytes()).map_err(|_| gone())?;
+        let _one_at_a_time = PCI.lock().expect("no holder of this lock panics");
         let admin_timeout_ms = u32::try_from(limit.total.as_millis()).unwrap_or(u32::MAX);
         // SAFETY: the environment runs; the text is copied.
         let attach = unsafe { spdk_sys::plover_spdk_attach_begin(text.as_ptr(), admin_timeout_ms) };
@@ -197,6 +201,7 @@ impl Controller {
     /// Frees everything, in order. The caller has made sure that nothing is in flight.
     pub fn detach(mut self, limit: Limit) -> Result<()> {
         assert!(self.queue.is_idle(), "commands are in flight");
+        let _one_at_a_time = PCI.lock().expect("no holder of this lock panics");
         if let Some(qpair) = self.qpair.take() {
             // SAFETY: freed once; an admin command that hangs ends it through `on_timeout`.
             unsafe { spdk_sys::plover_spdk_qpair_free(qpair.as_ptr()) };

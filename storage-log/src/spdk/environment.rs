@@ -6,7 +6,7 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use spdk_sys::EnvironmentOptions as RawOptions;
 
@@ -54,22 +54,28 @@ impl Environment {
     /// [`SpdkError::Environment`] when DPDK refuses, [`SpdkError::StartedBefore`] the second time, however the first
     /// one ended: DPDK cannot be started again.
     pub fn start(options: &EnvironmentOptions) -> Result<Self> {
-        static STARTED: AtomicBool = AtomicBool::new(false);
-        let texts = Texts::new(options)?;
-        if STARTED.swap(true, Ordering::SeqCst) {
+        let mut state = lock();
+        if state.is_some() {
             return Err(SpdkError::StartedBefore);
         }
-        let cores = rustix::thread::sched_getaffinity(None).ok();
-        let raw = texts.leak(options);
-        // SAFETY: the texts are leaked and thus live as long as DPDK; the call copies the structure; `on_log` may be
-        // called at any time from any thread, and it only formats.
-        let rc = unsafe { spdk_sys::plover_spdk_env_start(&raw, on_log) };
-        if let Some(cores) = cores
-            && let Err(error) = rustix::thread::sched_setaffinity(None, &cores)
-        {
-            tracing::warn!(%error, "this thread stays on the core that DPDK chose");
+        // A wrong option is no attempt.
+        let texts = Texts::new(options)?;
+        let outcome = start(options, texts);
+        state.insert(outcome).clone()
+    }
+
+    /// The one that runs; with the default options if none was started.
+    ///
+    /// # Errors
+    /// That of the attempt to start it.
+    pub fn running() -> Result<Self> {
+        let mut state = lock();
+        if let Some(outcome) = &*state {
+            return outcome.clone();
         }
-        if rc == 0 { Ok(Self(())) } else { Err(SpdkError::Environment { errno: -rc }) }
+        let options = EnvironmentOptions::default();
+        let outcome = Texts::new(&options).and_then(|texts| start(&options, texts));
+        state.insert(outcome).clone()
     }
 
     /// «SPDK v26.05 …».
@@ -77,6 +83,26 @@ impl Environment {
         // SAFETY: the shim returns a static text.
         unsafe { CStr::from_ptr(spdk_sys::plover_spdk_version()) }.to_str().unwrap_or("SPDK")
     }
+}
+
+/// What became of the only attempt.
+fn lock() -> MutexGuard<'static, Option<Result<Environment>>> {
+    static STATE: Mutex<Option<Result<Environment>>> = Mutex::new(None);
+    STATE.lock().expect("no holder of this lock panics")
+}
+
+fn start(options: &EnvironmentOptions, texts: Texts) -> Result<Environment> {
+    let cores = rustix::thread::sched_getaffinity(None).ok();
+    let raw = texts.leak(options);
+    // SAFETY: the texts are leaked and thus live as long as DPDK; the call copies the structure; `on_log` may be
+    // called at any time from any thread, and it only formats. The lock makes this the only call.
+    let rc = unsafe { spdk_sys::plover_spdk_env_start(&raw, on_log) };
+    if let Some(cores) = cores
+        && let Err(error) = rustix::thread::sched_setaffinity(None, &cores)
+    {
+        tracing::warn!(%error, "this thread stays on the core that DPDK chose");
+    }
+    if rc == 0 { Ok(Environment(())) } else { Err(SpdkError::Environment { errno: -rc }) }
 }
 
 struct Texts {

@@ -12,12 +12,12 @@ use crate::segment::SegmentNumber;
 use crate::volume::{Access, BlockIo, Geometry, RawVolume, Volume};
 
 /// A device that the log's keeper and its driver share. Both belong to one thread and never call each other.
-pub(super) type SharedDevice = Rc<RefCell<Device>>;
+pub(crate) type SharedDevice = Rc<RefCell<Device>>;
 
 /// One copy of the log.
 #[derive(Debug, Clone)]
-pub(super) struct Leg {
-    /// For messages: «nvme 0000:01:00.0 namespace 1».
+pub(crate) struct Leg {
+    /// Its configured name.
     pub path: PathBuf,
     /// Or why it was not opened.
     pub device: Result<SharedDevice, SpdkError>,
@@ -25,7 +25,7 @@ pub(super) struct Leg {
 
 /// Where a segment begins.
 #[derive(Debug, Clone)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub device: SharedDevice,
     pub offset_bytes: u64,
 }
@@ -66,7 +66,7 @@ impl BlockIo for SpdkIo {
 }
 
 /// See the module.
-pub(super) struct SpdkVolume(RawVolume<SpdkIo>);
+pub(crate) struct SpdkVolume(RawVolume<SpdkIo>);
 
 impl Volume for SpdkVolume {
     type Spec = Leg;

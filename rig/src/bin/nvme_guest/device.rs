@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use storage_log::spdk::{Device, DeviceOptions, DmaBuffer, Environment, EnvironmentOptions, SpdkError, Tag};
 
-use crate::{ALLOCATIONS, BLOCK, LIMIT, MIB, Random, environment};
+use crate::{ALLOCATIONS, BLOCK, LIMIT, MIB, Random};
 
 const STAGING_BYTES: usize = 8 * MIB;
 
@@ -77,10 +77,11 @@ fn options(address: &str) -> DeviceOptions {
 }
 
 pub fn selftest(good: &str, bad: &str, slow: &str) -> Result<()> {
-    let environment = environment()?;
+    let environment = Environment::start(&EnvironmentOptions::default())?;
     println!("{} started", Environment::version());
     let again = Environment::start(&EnvironmentOptions::default());
     ensure!(matches!(again, Err(SpdkError::StartedBefore)), "a second start: {again:?}");
+    ensure!(Environment::running().is_ok(), "it runs");
     let part = |name: &str, outcome: Result<()>| {
         println!("part {name}: {}", if outcome.is_ok() { "ok" } else { "FAILED" });
         outcome.with_context(|| name.to_owned())

@@ -7,10 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use storage_log::spdk::{self, DeviceOptions};
-use storage_log::{LegState, LogStore, Options, Record, Recovered, Ticket};
+use storage_log::{LegSpec, LegState, LogStore, Options, Record, Recovered, Ticket};
 
-use crate::{LIMIT, MIB, Random, environment, numbers};
+use crate::{LIMIT, MIB, Random, numbers};
 
 /// So many of the last entries are kept, so that slots of the device are given back and used again.
 const KEPT: u64 = 1500;
@@ -24,9 +23,12 @@ fn options() -> Options {
 }
 
 /// `devices`: PCI addresses, with «+» between them.
+fn legs(devices: &str) -> Vec<LegSpec> {
+    devices.split('+').map(|address| LegSpec::device(format!("spdk:{address}").into())).collect()
+}
+
 fn open(devices: &str) -> Result<(Box<dyn LogStore>, Recovered)> {
-    let devices: Vec<DeviceOptions> = devices.split('+').map(DeviceOptions::new).collect();
-    Ok(spdk::open(environment()?, &devices, options())?)
+    Ok(storage_log::open(&legs(devices), options())?)
 }
 
 /// What an entry holds follows from its index and the run that appended it.
@@ -162,12 +164,23 @@ fn retry(log: &mut dyn LogStore, record: Record<'_>) -> Result<Ticket> {
     }
 }
 
-/// Opens the log, compares it and closes it. `alone`: the devices are not all copies.
+/// Looks at the log, opens it, and closes it. `alone`: the devices are not all copies.
 pub fn check(devices: &str, alone: bool, words: &[&str]) -> Result<()> {
-    let (log, mut recovered) = open(devices)?;
-    drop(log);
     let runs = Runs::parse(words)?;
-    if alone { verify_alone(&mut recovered, &runs) } else { verify(&recovered, &runs) }
+    let compare = |mut found: Recovered| {
+        if alone { verify_alone(&mut found, &runs) } else { verify(&found, &runs) }
+    };
+    let mut records = 0;
+    let inspected = storage_log::inspect(&legs(devices), &mut |_| records += 1)?;
+    println!("{records} records, blocks that copies lack: {:?}", inspected.missing_blocks);
+    compare(inspected.recovered)?;
+    // In the same process: a group that is started anew opens its log again.
+    for _ in 0..2 {
+        let (log, recovered) = open(devices)?;
+        drop(log);
+        compare(recovered)?;
+    }
+    Ok(())
 }
 
 /// One of two devices fails a write: the log goes on, and fills the copy again while it runs.
