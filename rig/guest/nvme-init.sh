@@ -2,7 +2,7 @@
 # First process of the guest in which the SPDK engine is tested. Gives every NVMe controller to vfio-pci, runs the program that the
 # kernel command line names, and ends QEMU with its exit status:
 #   plover.run=WORD,WORD,…           arguments of rig-nvme-guest (required)
-#   plover.hugepages=N               pages of 2 MiB (default 192)
+#   plover.hugepages=N               pages of 2 MiB (default 24, as docs/spdk.md recommends)
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -22,7 +22,7 @@ fail() {
     leave 99
 }
 
-run= hugepages=192
+run= hugepages=24
 for word in $(cat /proc/cmdline); do
     case $word in
     plover.run=*) run=${word#*=} ;;

@@ -19,7 +19,7 @@ const WINDOW: usize = 64;
 const STATE_EVERY: u64 = 50;
 
 fn options() -> Options {
-    Options { segment_bytes: MIB as u64, max_bytes: 48 * MIB as u64, stage_bytes: 4 * MIB, direct: true }
+    Options { segment_bytes: MIB as u64, max_bytes: 48 * MIB as u64, ..Options::default() }
 }
 
 /// `devices`: PCI addresses, with «+» between them.
