@@ -8,12 +8,14 @@
 pub mod chaos;
 pub mod client;
 pub mod cluster;
+pub mod cpio;
 pub mod error;
 pub mod fault;
 pub mod guest;
 pub mod host;
 mod janitor;
 pub mod netns;
+pub mod nvme_guest;
 pub mod process;
 pub mod programs;
 pub mod report;

@@ -354,6 +354,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
     }
 
     fn take_replies(&mut self) {
+        self.keeper.work();
         while let Some(reply) = self.keeper.receive() {
             match reply {
                 Reply::Prepared { number, places } => {
@@ -527,7 +528,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> LogStore for Engine<V, D> {
     }
 
     fn is_busy(&self) -> bool {
-        self.in_flight
+        self.in_flight || self.keeper.has_work()
     }
 
     fn status(&self) -> LogStatus {

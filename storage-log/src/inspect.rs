@@ -65,7 +65,17 @@ pub struct Inspected {
 /// [`LogError`]: in use, damaged, or not accessible. Records before a damage have been visited.
 pub fn inspect(legs: &[LegSpec], visit: &mut dyn FnMut(&InspectedRecord<'_>)) -> Result<Inspected, LogError> {
     let geometry = Options { direct: false, ..Options::default() }.geometry()?;
-    let opened: Vec<_> = legs.iter().map(|spec| FileVolume::open(spec, geometry, Access::Inspect)).collect();
+    #[cfg(feature = "spdk")]
+    if !legs.is_empty() && legs.iter().all(|leg| matches!(leg, LegSpec::Nvme(_))) {
+        return inspect_volumes(crate::spdk::inspect_legs(legs, geometry)?, visit);
+    }
+    inspect_volumes(legs.iter().map(|spec| FileVolume::open(spec, geometry, Access::Inspect)).collect(), visit)
+}
+
+fn inspect_volumes<V: Volume>(
+    opened: Vec<Result<V, LogError>>,
+    visit: &mut dyn FnMut(&InspectedRecord<'_>),
+) -> Result<Inspected, LogError> {
     let (mut volumes, mut errors) = (Vec::new(), Vec::new());
     for opened in opened {
         match opened {

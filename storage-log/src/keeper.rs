@@ -2,7 +2,7 @@
 //! their use, gives old ones back, and rebuilds copies.
 //!
 //! Devices of the kernel have it on a thread of its own. A device that may be touched by one thread only (SPDK) has it
-//! inline: its places need no metadata, so that nothing in there takes long.
+//! inline: its places need no metadata, so that nothing in there takes long, and copies are made a piece per turn.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,7 +28,30 @@ pub(crate) enum Command {
     /// Open a copy anew, and make places for these segments there.
     Reopen { leg: usize, segments: Vec<SegmentNumber> },
     /// Fill a copy with these segments, so many blocks of each, from the other copies.
-    Copy { leg: usize, segments: Vec<(SegmentNumber, u32)> },
+    Copy { leg: usize, segments: VecDeque<(SegmentNumber, u32)> },
+}
+
+/// A copy that is being filled.
+struct Filling {
+    leg: usize,
+    /// What is left: segments, and so many blocks of each.
+    segments: VecDeque<(SegmentNumber, u32)>,
+    /// The next block of the first of them.
+    at: u32,
+    buffer: memmap2::MmapMut,
+}
+
+impl Filling {
+    fn new(leg: usize, segments: VecDeque<(SegmentNumber, u32)>) -> Result<Filling, LogError> {
+        Ok(Filling { leg, segments, at: 0, buffer: aligned_buffer(CHUNK_BYTES)? })
+    }
+
+    /// Goes on to the next segment, if there is one.
+    fn skip(&mut self) -> bool {
+        self.at = 0;
+        self.segments.pop_front();
+        !self.segments.is_empty()
+    }
 }
 
 /// What became of it.
@@ -62,7 +85,7 @@ impl<V: Volume> Keeper<V> {
                 Ok(places) => reply(Reply::Reopened { leg, places }),
                 Err(error) => reply(Reply::Failed { leg, error }),
             },
-            Command::Copy { leg, segments } => match self.copy(leg, &segments) {
+            Command::Copy { leg, segments } => match self.copy(leg, segments) {
                 Ok(()) => reply(Reply::Copied { leg }),
                 Err(error) => reply(Reply::Failed { leg, error }),
             },
@@ -106,43 +129,40 @@ impl<V: Volume> Keeper<V> {
         places
     }
 
-    fn copy(&mut self, leg: usize, segments: &[(SegmentNumber, u32)]) -> Result<(), LogError> {
-        for &(number, blocks) in segments {
-            copy_segment(&mut self.volumes, leg, number, blocks)?;
-        }
+    fn copy(&mut self, leg: usize, segments: VecDeque<(SegmentNumber, u32)>) -> Result<(), LogError> {
+        let mut filling = Filling::new(leg, segments)?;
+        while self.copy_piece(&mut filling)? {}
         Ok(())
     }
-}
 
-/// Copies the first `blocks` of a segment to a copy, from another one that has them.
-fn copy_segment<V: Volume>(
-    volumes: &mut [Option<V>],
-    leg: usize,
-    number: SegmentNumber,
-    blocks: u32,
-) -> Result<(), LogError> {
-    let mut buffer = aligned_buffer(CHUNK_BYTES)?;
-    let mut at = 0;
-    if let Some(volume) = &mut volumes[leg] {
-        volume.prepare(number)?;
-    }
-    while at < blocks {
-        let wanted = ((blocks - at) as usize).min(buffer.len() / BLOCK_BYTES) * BLOCK_BYTES;
-        let mut source = volumes.iter().enumerate().filter(|(other, _)| *other != leg).filter_map(|(_, v)| v.as_ref());
-        let source = source.find(|volume| volume.segments().contains(&number));
-        // Given back in the meantime: it is not needed any more.
-        let Some(source) = source else { return Ok(()) };
-        let read = source.read(number, at, &mut buffer[..wanted])?;
-        if read == 0 {
-            break;
+    /// Copies the next blocks, from another copy that has them. Returns whether there is more to do.
+    fn copy_piece(&mut self, filling: &mut Filling) -> Result<bool, LogError> {
+        let Filling { leg, segments, at, buffer } = filling;
+        let Some(&(number, blocks)) = segments.front() else { return Ok(false) };
+        if *at == 0
+            && let Some(volume) = &mut self.volumes[*leg]
+        {
+            volume.prepare(number)?;
         }
-        let Some(volume) = &mut volumes[leg] else { return Ok(()) };
-        volume.write(number, at, &buffer[..read * BLOCK_BYTES])?;
-        at += read as u32;
-    }
-    match &mut volumes[leg] {
-        Some(volume) => volume.sync(number),
-        None => Ok(()),
+        let wanted = (blocks.saturating_sub(*at) as usize).min(buffer.len() / BLOCK_BYTES) * BLOCK_BYTES;
+        let others = self.volumes.iter().enumerate().filter(|(other, _)| other != leg);
+        let source = others.filter_map(|(_, volume)| volume.as_ref()).find(|v| v.segments().contains(&number));
+        let read = match source {
+            Some(source) if wanted > 0 => source.read(number, *at, &mut buffer[..wanted])?,
+            Some(_) => 0,
+            // Given back in the meantime: nothing from here on up to the next one is needed any more.
+            None => return Ok(filling.skip()),
+        };
+        let Some(volume) = &mut self.volumes[*leg] else { return Ok(false) };
+        if read > 0 {
+            volume.write(number, *at, &buffer[..read * BLOCK_BYTES])?;
+            *at += read as u32;
+        }
+        if read == 0 || *at >= blocks {
+            volume.sync(number)?;
+            return Ok(filling.skip());
+        }
+        Ok(true)
     }
 }
 
@@ -151,8 +171,45 @@ pub(crate) enum Port<V: Volume> {
     /// On its own thread.
     Thread { commands: Option<Sender<Command>>, replies: Receiver<Reply<V::Place>>, thread: Option<JoinHandle<()>> },
     /// In the engine's thread.
-    #[cfg_attr(not(any(test, feature = "spdk")), expect(dead_code, reason = "for devices of one thread"))]
-    Inline { keeper: Keeper<V>, replies: VecDeque<Reply<V::Place>> },
+    Inline(Inline<V>),
+}
+
+/// A keeper without a thread.
+pub(crate) struct Inline<V: Volume> {
+    keeper: Keeper<V>,
+    replies: VecDeque<Reply<V::Place>>,
+    filling: VecDeque<Filling>,
+}
+
+impl<V: Volume> Inline<V> {
+    fn handle(&mut self, command: Command) {
+        let Inline { keeper, replies, filling } = self;
+        match command {
+            Command::Copy { leg, segments } => match Filling::new(leg, segments) {
+                Ok(new) => filling.push_back(new),
+                Err(error) => replies.push_back(Reply::Failed { leg, error }),
+            },
+            command => {
+                if let Command::GiveUp(gone) = command {
+                    filling.retain(|filling| filling.leg != gone);
+                }
+                keeper.handle(command, &mut |reply| replies.push_back(reply));
+            }
+        }
+    }
+
+    /// Copies a piece, if a copy is being filled.
+    fn work(&mut self) {
+        let Some(filling) = self.filling.front_mut() else { return };
+        let leg = filling.leg;
+        let reply = match self.keeper.copy_piece(filling) {
+            Ok(true) => return,
+            Ok(false) => Reply::Copied { leg },
+            Err(error) => Reply::Failed { leg, error },
+        };
+        self.filling.pop_front();
+        self.replies.push_back(reply);
+    }
 }
 
 impl<V: Volume + Send + 'static> Port<V>
@@ -179,20 +236,38 @@ where
 }
 
 impl<V: Volume> Port<V> {
+    /// A keeper that works when it is asked for replies.
+    #[cfg_attr(not(any(test, feature = "spdk")), expect(dead_code, reason = "for devices of one thread"))]
+    pub fn inline(keeper: Keeper<V>) -> Port<V> {
+        Port::Inline(Inline { keeper, replies: VecDeque::new(), filling: VecDeque::new() })
+    }
+
+    /// Whether it has something to do that goes on only when it is asked for replies.
+    pub fn has_work(&self) -> bool {
+        matches!(self, Port::Inline(inline) if !inline.filling.is_empty() || !inline.replies.is_empty())
+    }
+
     pub fn send(&mut self, command: Command) {
         match self {
             Port::Thread { commands, .. } => {
                 let commands = commands.as_ref().expect("only drop takes it");
                 commands.send(command).expect("the keeper lives as long as the log");
             }
-            Port::Inline { keeper, replies } => keeper.handle(command, &mut |reply| replies.push_back(reply)),
+            Port::Inline(inline) => inline.handle(command),
+        }
+    }
+
+    /// Lets a keeper without a thread do a piece of its work.
+    pub fn work(&mut self) {
+        if let Port::Inline(inline) = self {
+            inline.work();
         }
     }
 
     pub fn receive(&mut self) -> Option<Reply<V::Place>> {
         match self {
             Port::Thread { replies, .. } => replies.try_recv().ok(),
-            Port::Inline { replies, .. } => replies.pop_front(),
+            Port::Inline(inline) => inline.replies.pop_front(),
         }
     }
 }

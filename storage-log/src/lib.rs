@@ -26,6 +26,8 @@ mod open;
 mod record;
 mod recovery;
 mod segment;
+#[cfg(feature = "spdk")]
+pub mod spdk;
 mod stage;
 mod uring;
 mod volume;
@@ -207,7 +209,7 @@ pub trait LogStore {
     /// this log must be polled.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Whether a write is under way.
+    /// Whether a write is under way, or something else that goes on only when the log is polled.
     fn is_busy(&self) -> bool;
 
     /// How the log fares.

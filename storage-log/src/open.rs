@@ -18,7 +18,8 @@ use crate::{LogError, LogStore, Options, Recovered};
 /// A copy that lacks more than this is rebuilt while the log runs; smaller gaps are filled before it is opened.
 const FILL_AT_ONCE_BLOCKS: usize = if cfg!(test) { 12 } else { (16 << 20) / BLOCK_BYTES };
 
-/// Opens a log that is kept in `legs`, each of which holds all of it, through io_uring; and returns what it holds.
+/// Opens a log that is kept in `legs`, each of which holds all of it, and returns what it holds. It is written through io_uring,
+/// or by SPDK if all legs are NVMe namespaces.
 ///
 /// With several legs, one that cannot be opened is left out and rebuilt as soon as it can.
 ///
@@ -30,6 +31,10 @@ pub fn open(legs: &[LegSpec], options: Options) -> Result<(Box<dyn LogStore>, Re
         return Err(LogError::BadOptions {
             problem: format!("{} places for the log: 1 to {MAX_LEGS} are", legs.len()),
         });
+    }
+    #[cfg(feature = "spdk")]
+    if legs.iter().all(|leg| matches!(leg, LegSpec::Nvme(_))) {
+        return crate::spdk::open_legs(legs, options);
     }
     let here = legs[0].path();
     let opened = open_copies::<FileVolume>(legs, geometry)?;

@@ -15,6 +15,8 @@ use crate::block::BLOCK_BYTES;
 use crate::segment::SegmentNumber;
 
 pub(crate) use dir::DirVolume;
+#[cfg(feature = "spdk")]
+pub(crate) use raw::BlockIo;
 pub(crate) use raw::RawVolume;
 
 /// Bytes that are read or written at once when time does not matter.
@@ -90,13 +92,35 @@ pub enum LegSpec {
     Dir(PathBuf),
     /// A block device (or a file of fixed size) for the log alone; laid out at first use if it is blank.
     Device(PathBuf),
+    /// A namespace of an NVMe controller that SPDK drives in this process (feature `spdk`), for the log alone:
+    /// `spdk:0000:01:00.0`, or `spdk:0000:01:00.0/2` for the second one. Laid out as a device is.
+    Nvme(PathBuf),
 }
 
+/// What names of NVMe namespaces begin with.
+const NVME_PREFIX: &str = "spdk:";
+
 impl LegSpec {
+    /// A device by its configured name: a path, or «spdk:» and a PCI address.
+    pub fn device(name: PathBuf) -> LegSpec {
+        let is_nvme = name.to_str().is_some_and(|name| name.starts_with(NVME_PREFIX));
+        if is_nvme { LegSpec::Nvme(name) } else { LegSpec::Device(name) }
+    }
+
+    /// PCI address and namespace; `None` if it is no NVMe namespace.
+    #[cfg_attr(not(any(test, feature = "spdk")), expect(dead_code, reason = "for SPDK"))]
+    pub(crate) fn nvme(&self) -> Option<(&str, u32)> {
+        let LegSpec::Nvme(name) = self else { return None };
+        let name = name.to_str()?.strip_prefix(NVME_PREFIX)?;
+        let (address, namespace) = name.split_once('/').unwrap_or((name, "1"));
+        let namespace = namespace.parse().ok().filter(|namespace| *namespace > 0)?;
+        (!address.is_empty()).then_some((address, namespace))
+    }
+
     /// The directory or device.
     pub fn path(&self) -> &Path {
         match self {
-            LegSpec::Dir(path) | LegSpec::Device(path) => path,
+            LegSpec::Dir(path) | LegSpec::Device(path) | LegSpec::Nvme(path) => path,
         }
     }
 }
@@ -132,6 +156,17 @@ impl Volume for FileVolume {
             LegSpec::Dir(path) => FileVolume::Dir(DirVolume::open(path, geometry, access)?),
             LegSpec::Device(path) => {
                 FileVolume::Device(RawVolume::open(raw::FileIo::open(path, geometry, access)?, geometry, access)?)
+            }
+            LegSpec::Nvme(name) => {
+                let problem = if cfg!(feature = "spdk") {
+                    format!("{} together with directories or devices of the kernel", name.display())
+                } else {
+                    format!(
+                        "{}: this program is built without SPDK (cargo feature «spdk», docs/spdk.md)",
+                        name.display()
+                    )
+                };
+                return Err(LogError::BadOptions { problem });
             }
         })
     }
@@ -212,4 +247,20 @@ pub(crate) fn open_direct(
         }
     }
     Ok((options.clone().custom_flags(flags).open(path)?, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nvme_namespaces_have_names_of_their_own() {
+        let nvme = |name: &str| LegSpec::device(name.into()).nvme().map(|(address, id)| (address.to_owned(), id));
+        assert_eq!(nvme("spdk:0000:01:00.0"), Some(("0000:01:00.0".to_owned(), 1)));
+        assert_eq!(nvme("spdk:0000:01:00.0/2"), Some(("0000:01:00.0".to_owned(), 2)));
+        for wrong in ["spdk:", "spdk:/1", "spdk:0000:01:00.0/0", "spdk:0000:01:00.0/x"] {
+            assert!(matches!(LegSpec::device(wrong.into()), LegSpec::Nvme(_)) && nvme(wrong).is_none(), "{wrong}");
+        }
+        assert_eq!(LegSpec::device("/dev/nvme0n1".into()), LegSpec::Device("/dev/nvme0n1".into()));
+    }
 }

@@ -11,6 +11,9 @@ use anyhow::{Result, bail};
 use crate::progress::{loud_step, output, run};
 use crate::{perf, setup, simulate, tidy};
 
+/// Crates with code that is compiled only where SPDK is installed.
+const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
+
 /// Which parts to run; without any flag all of them.
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -51,8 +54,11 @@ pub fn test(arguments: &Arguments) -> Result<()> {
 
 fn checks() -> Result<()> {
     loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
-    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    loud_step("lints", || run(cargo().args(clippy)))?;
+    let lints = ["--all-targets", "--", "-D", "warnings"];
+    loud_step("lints", || run(cargo().args(["clippy", "--workspace"]).args(lints)))?;
+    if has_spdk() {
+        loud_step("lints of the SPDK engine", || run(cargo().args(["clippy"]).args(SPDK_PARTS).args(lints)))?;
+    }
     loud_step("tidiness", tidy::tidy)
 }
 
@@ -67,6 +73,10 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
             run(command.args(["test", "--workspace", "--lib", "--bins", "--tests"]).args(filters))
         }
     })?;
+    if has_spdk() {
+        let spdk = ["test", "-p", "storage-log", "--features", "spdk", "--lib", "spdk::"];
+        loud_step("unit tests of the SPDK engine", || run(cargo().args(spdk)))?;
+    }
     if filters.is_empty() {
         loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
         loud_step("measurements work", || run(&mut perf::harness("core", true)))?;
@@ -82,7 +92,13 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         );
     }
     loud_step("test bed", || setup::run(false))?;
-    loud_step("programs under test", build_programs)?;
+    loud_step("programs under test", || {
+        build_programs()?;
+        if has_spdk() {
+            run(cargo().args(["build", "--release"]).args(SPDK_PARTS).args(["--bin", rig::nvme_guest::PROGRAM]))?;
+        }
+        Ok(())
+    })?;
     loud_step("end-to-end tests", || {
         let mut command = cargo();
         if nextest {
@@ -94,7 +110,17 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
             let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--tests"];
             run(command.arg("test").args(which).args(filters).args(["--", "--ignored", "--test-threads=1"]))
         }
-    })
+    })?;
+    if !has_spdk() {
+        // Again and here, because nextest shows no output of tests that pass.
+        println!("{}", rig::nvme_guest::SKIPPED);
+    }
+    Ok(())
+}
+
+/// Whether an SPDK is installed; what needs one is left out otherwise.
+fn has_spdk() -> bool {
+    rig::nvme_guest::spdk_version().is_some()
 }
 
 /// Builds the daemon, its agent and the rig's clients, optimised: what the demo and the end-to-end tests start.

@@ -55,7 +55,8 @@ pub struct NodeConfig {
     /// More folders like `data_dir`, on other disks: every log is kept in each of them.
     #[serde(default)]
     pub log_mirrors: Vec<PathBuf>,
-    /// Raw devices for the log of a VM, instead of `data_dir` and `log_mirrors`; each holds all of it.
+    /// Raw devices for the log of a VM, instead of `data_dir` and `log_mirrors`; each holds all of it. Paths, or NVMe namespaces
+    /// that SPDK drives (`spdk:0000:01:00.0`).
     #[serde(default)]
     pub log_devices: BTreeMap<String, Vec<PathBuf>>,
     /// Largest size of one VM's log on disk.
@@ -140,7 +141,7 @@ impl NodeConfig {
     /// Where the log of `vm` is kept: one place per copy.
     pub fn log_legs(&self, vm: &str) -> Vec<LegSpec> {
         match self.log_devices.get(vm) {
-            Some(devices) => devices.iter().map(|device| LegSpec::Device(device.clone())).collect(),
+            Some(devices) => devices.iter().map(|device| LegSpec::device(device.clone())).collect(),
             None => {
                 let dirs = std::iter::once(&self.data_dir).chain(&self.log_mirrors);
                 dirs.map(|dir| LegSpec::Dir(dir.join(vm))).collect()

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use rig::cpio::Archive;
 
 use super::apt::Resolve;
-use super::cpio::Archive;
 use super::{Part, Setup, kernel};
 use crate::progress::output;
 

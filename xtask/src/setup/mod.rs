@@ -6,7 +6,6 @@
 //! its recipe, so an interrupted set-up simply goes on the next time and a finished one costs nothing.
 
 mod apt;
-mod cpio;
 mod guests;
 mod host_packages;
 mod kernel;

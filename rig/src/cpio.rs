@@ -22,6 +22,9 @@ pub struct Archive<W: Write> {
 
 impl<W: Write> Archive<W> {
     /// Starts an archive with a console, which the kernel needs before /dev is mounted.
+    ///
+    /// # Errors
+    /// The writer's, as everywhere here.
     pub fn new(out: W) -> io::Result<Self> {
         let mut archive = Self { out, next_inode: 1, directories: Vec::new() };
         archive.directory("/dev")?;
@@ -30,6 +33,9 @@ impl<W: Write> Archive<W> {
     }
 
     /// A directory with its parents; once is enough.
+    ///
+    /// # Errors
+    /// The writer's.
     pub fn directory(&mut self, path: &str) -> io::Result<()> {
         for (at, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {
             let prefix = path[..at].to_owned();
@@ -42,18 +48,27 @@ impl<W: Write> Archive<W> {
     }
 
     /// A file, executable for everybody.
+    ///
+    /// # Errors
+    /// The writer's, or a file of 4 GiB.
     pub fn file(&mut self, path: &str, content: &[u8]) -> io::Result<()> {
         self.make_parent(path)?;
         self.entry(path, REGULAR | 0o755, (0, 0), content)
     }
 
     /// A symbolic link.
+    ///
+    /// # Errors
+    /// The writer's.
     pub fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
         self.make_parent(path)?;
         self.entry(path, LINK | 0o777, (0, 0), to.as_bytes())
     }
 
     /// Ends the archive.
+    ///
+    /// # Errors
+    /// The writer's.
     pub fn finish(mut self) -> io::Result<()> {
         self.entry("/TRAILER!!!", 0, (0, 0), &[])?;
         self.out.flush()
