@@ -15,7 +15,9 @@ pub fn directory() -> PathBuf {
     workspace().join("target").join("perf")
 }
 
-fn workspace() -> &'static Path {
+/// The top directory of the repository.
+#[must_use]
+pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace")
 }
 
