@@ -68,7 +68,8 @@ impl Running {
     /// # Errors
     /// It cannot be started.
     pub fn start(command: &mut Command) -> Result<Running> {
-        let child = command.spawn().with_context(|| format!("cannot start «{command:?}» (is util-linux installed?)"))?;
+        let child =
+            command.spawn().with_context(|| format!("cannot start «{command:?}» (is util-linux installed?)"))?;
         Ok(Running(child))
     }
 

@@ -17,22 +17,47 @@ pub struct Arguments {
     smoke: bool,
 }
 
+/// What a group of measurements needs before it can run.
+struct Needs {
+    /// fio and etcd, unpacked.
+    programs: bool,
+    /// The crates that are compared with: half a minute of compilation.
+    crates: bool,
+}
+
+fn needs(group: &str) -> Needs {
+    Needs { programs: matches!(group, "log" | "consensus"), crates: group == "consensus" }
+}
+
 /// Runs the group in a process of its own: xtask itself is not optimised.
 ///
 /// # Errors
-/// When the harness fails.
+/// When what it is compared with cannot be fetched, or the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
-    loud_step(format!("perf {}", arguments.group), || run(&mut harness(&arguments.group, arguments.smoke)))
+    let group = &arguments.group;
+    if needs(group).programs {
+        setup::peers()?;
+    }
+    loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
 }
 
-/// The command that measures `group`. The groups that exist need no test bed, so none is set up. A smoke run takes
-/// the build that the tests use: it is there already, checks more, and figures do not matter.
-pub fn harness(group: &str, smoke: bool) -> Command {
+/// A smoke run of `group`: that it works, not what it measures.
+///
+/// # Errors
+/// As [`perf`].
+pub fn smoke(group: &str) -> Result<()> {
+    perf(&Arguments { group: group.to_owned(), smoke: true })
+}
+
+/// The command that measures `group`. A smoke run takes the build that the tests use: it is there already, checks
+/// more, and figures do not matter.
+fn harness(group: &str, smoke: bool) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
         .current_dir(setup::workspace())
         .args(["run", "--quiet", "-p", "perf"])
+        .args(needs(group).crates.then_some("--features=peers"))
         .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"));

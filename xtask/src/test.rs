@@ -66,7 +66,7 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     })?;
     if filters.is_empty() {
         loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
-        loud_step("measurements work", || run(&mut perf::harness("core", true)))?;
+        loud_step("measurements work", || perf::smoke("core"))?;
     }
     Ok(())
 }
@@ -79,6 +79,9 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         );
     }
     loud_step("test bed", || setup::run(false))?;
+    if filters.is_empty() {
+        loud_step("measurements against peers work", || perf::smoke("log").and_then(|()| perf::smoke("consensus")))?;
+    }
     loud_step("programs under test", build_programs)?;
     loud_step("end-to-end tests", || {
         let mut command = cargo();

@@ -12,6 +12,7 @@ mod etcd;
 mod grpc;
 #[cfg(feature = "peers")]
 mod in_memory;
+mod memory;
 mod node;
 #[cfg(feature = "peers")]
 mod raft_crate;

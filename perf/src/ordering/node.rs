@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use consensus::{Config, Effects, Entry, Event, Index, Message, Persist, PersistId, Recovered, Replica, ReplicaId};
+use consensus::{Config, Effects, Entry, Event, Index, Message, Recovered, Replica, ReplicaId};
 use dataplane::fabric::{self, Fabric, FabricConfig, FabricEvent, Listener, PeerId, TcpFabric};
 use dataplane::wait::{Poller, Ready, now_us};
-use storage_log::{LogStore, MemoryLog, Record};
+
+use super::memory::Memory;
 
 /// While the peer is measured nobody drives the replicas: no silence may count, for the fabric or for consensus.
 const PATIENCE_US: u64 = 3_600_000_000;
@@ -47,13 +48,12 @@ pub struct Node {
     me: ReplicaId,
     replica: Replica,
     effects: Effects,
-    log: MemoryLog,
+    memory: Memory,
     fabric: TcpFabric,
     pub poller: Arc<Poller>,
     ready: Vec<Ready>,
     inbox: Inbox,
     buffer: Vec<u8>,
-    persisted: PersistId,
     committed: Index,
 }
 
@@ -76,13 +76,12 @@ impl Node {
             me,
             replica: Replica::new(config, Recovered::default(), now),
             effects: Effects::default(),
-            log: MemoryLog::new(),
+            memory: Memory::default(),
             fabric,
             poller,
             ready: Vec::new(),
             inbox: Inbox::default(),
             buffer: Vec::new(),
-            persisted: PersistId(0),
             committed: Index(0),
         })
     }
@@ -151,25 +150,10 @@ impl Node {
         Ok(self.replica.propose(now_us, entry, &mut self.effects)?)
     }
 
-    /// Records, then messages, then commits; a record in memory is durable at once.
+    /// Records, then messages, then commits.
     pub fn carry_out(&mut self, now_us: u64) -> Result<()> {
         loop {
-            for persist in self.effects.persist.drain(..) {
-                self.buffer.clear();
-                match &persist {
-                    Persist::State(state) => {
-                        state.encode(&mut self.buffer);
-                        self.log.append(Record::State(&self.buffer))?;
-                        self.log.truncate_prefix(state.base.index.0);
-                    }
-                    Persist::Append { index, view, entry } => {
-                        entry.encode_header(&mut self.buffer);
-                        let parts = [&self.buffer[..], entry.payload()];
-                        self.log.append(Record::Entry { index: index.0, view: view.0, parts })?;
-                    }
-                }
-            }
-            self.log.flush();
+            let durable = self.memory.store(self.effects.persist.drain(..))?;
             for (to, message) in self.effects.messages.drain(..) {
                 self.buffer.clear();
                 message.encode(&mut self.buffer);
@@ -181,12 +165,10 @@ impl Node {
                 self.committed = index;
             }
             self.effects.notices.clear();
-            let durable = PersistId(self.log.durable().0);
-            if durable == self.persisted {
+            let Some(through) = durable else {
                 return Ok(());
-            }
-            self.persisted = durable;
-            self.replica.step(now_us, Event::Persisted { through: durable }, &mut self.effects);
+            };
+            self.replica.step(now_us, Event::Persisted { through }, &mut self.effects);
         }
     }
 }

@@ -40,7 +40,7 @@ pub struct Trio {
     leader: Node,
     truncated: Index,
     stop: Arc<Stop>,
-    followers: Vec<JoinHandle<Result<Index>>>,
+    followers: Vec<JoinHandle<Result<Node>>>,
     /// Held for their threads, which take the connections.
     _listeners: Vec<Listener>,
 }
@@ -140,7 +140,8 @@ impl Trio {
             self.leader.sleep_and_turn(deadline).context("a follower lacks entries")?;
         }
         for follower in std::mem::take(&mut self.followers) {
-            let theirs = follower.join().map_err(|_| anyhow!("a follower panicked"))?.context("a follower")?;
+            let node = follower.join().map_err(|_| anyhow!("a follower panicked"))?.context("a follower")?;
+            let theirs = node.committed();
             ensure!(theirs == committed, "the leader committed through {committed}, a follower through {theirs}");
         }
         Ok(committed.0)
@@ -154,11 +155,12 @@ impl Drop for Trio {
     }
 }
 
-fn follow(mut node: Node, stop: &Stop) -> Result<Index> {
+/// Drives a follower until told to stop. Its connections stand for as long as the node does.
+fn follow(mut node: Node, stop: &Stop) -> Result<Node> {
     while node.committed().0 < stop.through.load(Ordering::Acquire) {
         node.sleep_and_turn(Instant::now() + Duration::from_secs(3600))?;
     }
-    Ok(node.committed())
+    Ok(node)
 }
 
 fn input(payload: &[u8]) -> Entry {
