@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::results::workspace;
 
-const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+/// Where Debian's packages have them; Ceph's, which fio links, lie in a directory of their own.
+const LIBRARIES: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
 
 /// A command for an unpacked program, with its libraries in reach and no input.
 ///
@@ -26,9 +27,7 @@ pub fn command(program: &str) -> Result<Command> {
         "{} is missing: start the measurement with «cargo xtask perf», which fetches it",
         path.display()
     );
-    let libraries = root.join(LIBRARIES);
-    // Ceph's libraries, which fio links, lie in a directory of their own.
-    let search = [libraries.clone(), libraries.join("ceph")].map(|directory| directory.display().to_string());
+    let search = LIBRARIES.map(|directory| root.join(directory).display().to_string());
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL"]).arg(path).env("LD_LIBRARY_PATH", search.join(":")).stdin(Stdio::null());
     Ok(command)

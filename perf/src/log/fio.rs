@@ -60,8 +60,9 @@ fn rate(report: &str, writes: u64) -> Result<f64> {
     let job = &json["jobs"][0];
     let done = job["write"]["total_ios"].as_u64();
     ensure!(job["error"] == 0 && done == Some(writes), "error {}, {done:?} of {writes} writes", job["error"]);
-    let syncs = job["sync"]["total_ios"].as_u64().unwrap_or(0);
-    // The last write's sync is fio's closing of the file.
+    // fio's sync.total_ios stays 0; the latencies count.
+    let syncs = job["sync"]["lat_ns"]["N"].as_u64().unwrap_or(0);
+    // It ends after the last write, without a sync.
     ensure!(syncs + 1 >= writes, "{syncs} syncs for {writes} writes");
     job["write"]["iops"].as_f64().context("no write.iops")
 }
@@ -73,7 +74,7 @@ mod tests {
     fn report(writes: u64, syncs: u64) -> String {
         format!(
             "note: something\n{{\"jobs\":[{{\"error\":0,\"write\":{{\"total_ios\":{writes},\"iops\":250.5}},\
-             \"sync\":{{\"total_ios\":{syncs}}}}}]}}"
+             \"sync\":{{\"lat_ns\":{{\"N\":{syncs}}}}}}}]}}"
         )
     }
 
