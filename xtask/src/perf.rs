@@ -17,17 +17,9 @@ pub struct Arguments {
     smoke: bool,
 }
 
-/// What a group of measurements needs before it can run.
-struct Needs {
-    /// fio and etcd, unpacked.
-    programs: bool,
-    /// The crates that are compared with: half a minute of compilation.
-    crates: bool,
-}
-
-fn needs(group: &str) -> Needs {
-    Needs { programs: matches!(group, "log" | "consensus"), crates: group == "consensus" }
-}
+/// Switches on what consensus is compared with. Half a minute of compilation, so that a plain `cargo test` leaves it
+/// out; `cargo xtask test` checks it once, in the build that it makes anyway.
+pub const PEERS: &str = "--features=perf/peers";
 
 /// Runs the group in a process of its own: xtask itself is not optimised.
 ///
@@ -35,7 +27,7 @@ fn needs(group: &str) -> Needs {
 /// When what it is compared with cannot be fetched, or the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
     let group = &arguments.group;
-    if needs(group).programs {
+    if matches!(group.as_str(), "log" | "consensus") {
         setup::peers()?;
     }
     loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
@@ -57,7 +49,7 @@ fn harness(group: &str, smoke: bool) -> Command {
     command
         .current_dir(setup::workspace())
         .args(["run", "--quiet", "-p", "perf"])
-        .args(needs(group).crates.then_some("--features=peers"))
+        .args((smoke || group == "consensus").then_some(PEERS))
         .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"));

@@ -48,7 +48,7 @@ pub fn test(arguments: &Arguments) -> Result<()> {
 
 fn checks() -> Result<()> {
     loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
-    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    let clippy = ["clippy", "--workspace", "--all-targets", perf::PEERS, "--", "-D", "warnings"];
     loud_step("lints", || run(cargo().args(clippy)))?;
     loud_step("tidiness", tidy::tidy)
 }
@@ -57,11 +57,11 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     loud_step("unit, property and simulation tests", || {
         let mut command = cargo();
         if nextest {
-            let config = ["--config-file", "xtask/nextest.toml", "--workspace"];
+            let config = ["--config-file", "xtask/nextest.toml", "--workspace", perf::PEERS];
             run(command.args(["nextest", "run", "--no-tests", "pass"]).args(config).args(filters))
         } else {
             one_filter(filters)?;
-            run(command.args(["test", "--workspace", "--lib", "--bins", "--tests"]).args(filters))
+            run(command.args(["test", "--workspace", perf::PEERS, "--lib", "--bins", "--tests"]).args(filters))
         }
     })?;
     if filters.is_empty() {

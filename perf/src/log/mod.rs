@@ -85,8 +85,8 @@ fn commits_per_s(log: &mut Engine, batch: u64, commits: u64) -> Result<f64> {
             log.truncate();
         }
     }
-    for ticket in flying {
-        log.wait(ticket)?;
+    for commit in flying {
+        log.wait(commit)?;
     }
     Ok(commits as f64 / start.elapsed().as_secs_f64())
 }
@@ -103,8 +103,8 @@ fn single(effort: Effort, directory: &Path, sink: Sink<'_>) -> Result<()> {
         "bare io_uring write+fdatasync, 4 KiB",
         || {
             let p50_us = p50_us(commits, || {
-                let ticket = log.start_commit(1)?;
-                log.wait(ticket)
+                let commit = log.start_commit(1)?;
+                log.wait(commit)
             });
             log.truncate();
             p50_us

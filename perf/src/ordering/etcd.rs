@@ -166,7 +166,7 @@ fn free_ports(count: usize) -> Result<Vec<SocketAddr>> {
 fn is_tmpfs(path: &Path) -> Result<bool> {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     let Ok(stat) = rustix::fs::statfs(path) else { bail!("{} is missing", path.display()) };
-    Ok(stat.f_type as i64 == TMPFS_MAGIC)
+    Ok(stat.f_type == TMPFS_MAGIC)
 }
 
 #[cfg(test)]
