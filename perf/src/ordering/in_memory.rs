@@ -1,18 +1,46 @@
-//! Three replicas in one thread that hand one another their messages as values.
+//! Three replicas in one thread that hand one another their messages as values, and keep their records as values.
 
 use std::collections::VecDeque;
 
 use anyhow::{Result, ensure};
-use consensus::{Config, Effects, Entry, Event, Index, Message, Payload, Recovered, Replica, ReplicaId};
-
-use super::memory::Memory;
+use consensus::{
+    Config, Effects, Entry, Event, HardState, Index, Message, Payload, Persist, PersistId, Recovered, Replica,
+    ReplicaId, View,
+};
 
 const LEADER: usize = 0;
 
 struct Member {
     replica: Replica,
-    memory: Memory,
+    store: Store,
     committed: Index,
+}
+
+/// What a log would hold, durable at once: as `MemStorage`, which keeps entries by reference count too.
+#[derive(Default)]
+struct Store {
+    state: HardState,
+    entries: VecDeque<(Index, View, Entry)>,
+    records: u64,
+}
+
+impl Store {
+    /// Takes a record. Only a view change, which does not happen here, would supersede entries.
+    fn take(&mut self, record: Persist) -> Result<()> {
+        self.records += 1;
+        match record {
+            Persist::State(state) => {
+                self.state = state;
+                while self.entries.pop_front_if(|(index, ..)| *index <= state.base.index).is_some() {}
+            }
+            Persist::Append { index, view, entry } => {
+                let last = self.entries.back().map_or(self.state.base.index, |(index, ..)| *index);
+                ensure!(index == last.next(), "entry {index} is stored behind {last}");
+                self.entries.push_back((index, view, entry));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The group; time is virtual and moves only where it must.
@@ -32,7 +60,7 @@ impl InMemory {
                 Recovered::default(),
                 0,
             ),
-            memory: Memory::default(),
+            store: Store::default(),
             committed: Index(0),
         };
         let members = (0..3).map(member).collect();
@@ -79,7 +107,10 @@ impl InMemory {
     fn carry_out(&mut self, at: usize) -> Result<()> {
         let member = &mut self.members[at];
         loop {
-            let durable = member.memory.store(self.out.persist.drain(..))?;
+            let before = member.store.records;
+            for record in self.out.persist.drain(..) {
+                member.store.take(record)?;
+            }
             let from = ReplicaId(at as u8);
             self.flying.extend(self.out.messages.drain(..).map(|(to, message)| (from, to, message)));
             for (index, ..) in self.out.committed.drain(..) {
@@ -87,9 +118,10 @@ impl InMemory {
                 member.committed = index;
             }
             self.out.notices.clear();
-            let Some(through) = durable else {
+            if member.store.records == before {
                 return Ok(());
-            };
+            }
+            let through = PersistId(member.store.records);
             member.replica.step(self.now_us, Event::Persisted { through }, &mut self.out);
         }
     }
@@ -132,5 +164,9 @@ mod tests {
         // The leader's Noop came first.
         assert!(group.members.iter().all(|member| member.committed == Index(2002)));
         assert!(group.members.iter().all(|member| member.replica.base().index >= Index(1901)));
+        for member in &group.members {
+            assert_eq!(member.store.entries.back().map(|(index, ..)| *index), Some(Index(2002)));
+            assert!(member.store.entries.len() <= 101);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! `consensus.vs_raft_crate`: ours against the crate `raft` (TiKV's), both three replicas in one thread, logs in
 //! memory, messages handed over as values, entries proposed in rounds.
 //!
-//! Both keep entries twice, in the state machine and in a store (`MemStorage`, `MemoryLog`). The peer runs as its
+//! Both keep entries twice, in the state machine and in a store, by reference count. The peer runs as its
 //! documentation says (`Ready`, `advance`), with what makes it faster here switched on: proposals of a round
 //! share a message, and followers hear of a commit with the next message, as ours do.
 
