@@ -59,7 +59,7 @@ struct Shape {
 
 fn append(effort: Effort, directory: &Path, shape: Shape, sink: Sink<'_>) -> Result<()> {
     let Shape { batch, record_bytes, block_bytes } = shape;
-    let commits = effort.pick(300, 8);
+    let commits = effort.pick(600, 8);
     let id = format!("log.append.b{batch}.r{record_bytes}");
     let scratch = Scratch::new(directory, &id)?;
     let place = scratch.path().join("log");
