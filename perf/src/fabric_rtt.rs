@@ -20,7 +20,7 @@ use crate::row::Row;
 use crate::sample::{Better, Figure, Latencies, compare};
 use crate::{Effort, pin};
 
-const MESSAGE_BYTES: usize = 64;
+pub(crate) const MESSAGE_BYTES: usize = 64;
 const DEADLINE: Duration = Duration::from_secs(20);
 const FABRIC_TOKEN: u64 = 1000;
 const STOP_TOKEN: u64 = 1;
@@ -57,7 +57,7 @@ fn measure(effort: Effort) -> Result<Row> {
 }
 
 /// The median of `trips` round trips of distinct messages.
-fn p50_us(trips: u64, mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]) -> Result<()>) -> Result<f64> {
+pub(crate) fn p50_us(trips: u64, mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]) -> Result<()>) -> Result<f64> {
     let mut latencies = Latencies::default();
     let mut message = [0xA5; MESSAGE_BYTES];
     for trip in 0..trips {
@@ -217,13 +217,13 @@ fn answer(mut end: End, stop: &Stop) -> Result<()> {
 }
 
 /// The least that two threads can do over TCP without spinning.
-struct BarePair {
+pub(crate) struct BarePair {
     stream: TcpStream,
     echo: JoinHandle<Result<()>>,
 }
 
 impl BarePair {
-    fn connect(echo_cpu: usize) -> Result<BarePair> {
+    pub(crate) fn connect(echo_cpu: usize) -> Result<BarePair> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let stream = TcpStream::connect(listener.local_addr()?)?;
         let (other, _) = listener.accept()?;
@@ -239,7 +239,7 @@ impl BarePair {
         Ok(BarePair { stream, echo })
     }
 
-    fn round_trip(&mut self, message: &[u8; MESSAGE_BYTES]) -> Result<()> {
+    pub(crate) fn round_trip(&mut self, message: &[u8; MESSAGE_BYTES]) -> Result<()> {
         self.stream.write_all(message)?;
         let mut back = [0; MESSAGE_BYTES];
         self.stream.read_exact(&mut back)?;
@@ -247,7 +247,7 @@ impl BarePair {
         Ok(())
     }
 
-    fn close(self) -> Result<()> {
+    pub(crate) fn close(self) -> Result<()> {
         drop(self.stream);
         let echo = self.echo.join();
         echo.map_err(|_| anyhow!("the answering thread panicked"))?.context("the answering thread of bare TCP")

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::row::Row;
-use crate::{Effort, fabric_rtt, log_commit, page_hash, replica_steps, results};
+use crate::{Effort, fabric_rtt, log, ordering, page_hash, replica_steps, results};
 
 /// Takes each row as soon as it is measured, so that a later failure loses nothing.
 pub type Sink<'a> = &'a mut dyn FnMut(Row) -> Result<()>;
@@ -19,11 +19,15 @@ pub struct Group {
 }
 
 /// All groups.
-pub const GROUPS: [Group; 1] = [Group {
-    name: "core",
-    about: "the parts alone: log commit, consensus steps, page hashes, fabric round trip",
-    run: core,
-}];
+pub const GROUPS: [Group; 3] = [
+    Group { name: "core", about: "parts that need no peer: page hashes, fabric round trip", run: core },
+    Group { name: "log", about: "the durable log, against fio and a bare io_uring loop", run: durable_log },
+    Group {
+        name: "consensus",
+        about: "steps per second; three replicas against a TCP ping-pong, etcd and the raft crate",
+        run: consensus,
+    },
+];
 
 impl Group {
     /// The group with that name.
@@ -48,11 +52,17 @@ impl Group {
 }
 
 fn core(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    let directory = results::directory();
-    log_commit::run(effort, &directory, sink)?;
-    replica_steps::run(effort, sink)?;
     page_hash::run(effort, sink)?;
     fabric_rtt::run(effort, sink)
+}
+
+fn durable_log(effort: Effort, sink: Sink<'_>) -> Result<()> {
+    log::run(effort, &results::directory(), sink)
+}
+
+fn consensus(effort: Effort, sink: Sink<'_>) -> Result<()> {
+    replica_steps::run(effort, sink)?;
+    ordering::run(effort, sink)
 }
 
 #[cfg(test)]
@@ -63,6 +73,6 @@ mod tests {
     fn an_unknown_group_is_refused_with_the_names() {
         assert_eq!(Group::find("core").unwrap().name, "core");
         let error = Group::find("cor").unwrap_err().to_string();
-        assert!(error.contains("«cor»") && error.ends_with("there are: core"), "{error}");
+        assert!(error.contains("«cor»") && error.ends_with("there are: core, log, consensus"), "{error}");
     }
 }

@@ -11,8 +11,10 @@
 
 pub mod fabric_rtt;
 pub mod group;
-pub mod log_commit;
+pub mod log;
+pub mod ordering;
 pub mod page_hash;
+pub mod peers;
 pub mod pin;
 pub mod replica_steps;
 pub mod results;

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     if arguments.group == "list" {
         for group in GROUPS {
-            println!("{:<8} {}", group.name, group.about);
+            println!("{:<10} {}", group.name, group.about);
         }
         return Ok(());
     }

@@ -15,7 +15,9 @@ pub fn directory() -> PathBuf {
     workspace().join("target").join("perf")
 }
 
-fn workspace() -> &'static Path {
+/// The top directory of the repository.
+#[must_use]
+pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace")
 }
 
@@ -63,11 +65,9 @@ impl Scratch {
     /// # Errors
     /// It cannot be made, or a left-over of the same name cannot be removed.
     pub fn new(parent: &Path, name: &str) -> Result<Scratch> {
-        let path = parent.join(format!("{name}-{}", std::process::id()));
-        // What a killed process of the same number left.
-        if path.exists() {
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
+        let me = std::process::id();
+        remove_left_overs(parent, name, me)?;
+        let path = parent.join(format!("{name}-{me}"));
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Scratch(path))
     }
@@ -77,6 +77,19 @@ impl Scratch {
     pub fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// Removes what killed processes left, and a process of the same number.
+fn remove_left_overs(parent: &Path, name: &str, me: u32) -> Result<()> {
+    for entry in fs::read_dir(parent).into_iter().flatten() {
+        let entry = entry.with_context(|| format!("cannot read {}", parent.display()))?;
+        let number = |file: &str| file.strip_prefix(name)?.strip_prefix('-')?.parse::<u32>().ok();
+        let Some(process) = entry.file_name().to_str().and_then(number) else { continue };
+        if process == me || !Path::new("/proc").join(process.to_string()).exists() {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Scratch {
@@ -90,6 +103,19 @@ impl Drop for Scratch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_dead_processes_left_is_removed_and_nothing_else() {
+        let outer = Scratch::new(&std::env::temp_dir(), "plover-perf-scratch").unwrap();
+        // Process numbers are smaller than this.
+        let (dead, alive) = (outer.path().join("x-4200000000"), outer.path().join("x-1"));
+        let other = outer.path().join("x-y-4200000000");
+        for directory in [&dead, &alive, &other] {
+            fs::create_dir(directory).unwrap();
+        }
+        let inner = Scratch::new(outer.path(), "x").unwrap();
+        assert!(inner.path().exists() && !dead.exists() && alive.exists() && other.exists());
+    }
 
     #[test]
     fn rows_are_appended_one_per_line() {

@@ -17,22 +17,39 @@ pub struct Arguments {
     smoke: bool,
 }
 
+/// Switches on what consensus is compared with. Half a minute of compilation, so that a plain `cargo test` leaves it
+/// out; `cargo xtask test` checks it once, in the build that it makes anyway.
+pub const PEERS: &str = "--features=perf/peers";
+
 /// Runs the group in a process of its own: xtask itself is not optimised.
 ///
 /// # Errors
-/// When the harness fails.
+/// When what it is compared with cannot be fetched, or the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
-    loud_step(format!("perf {}", arguments.group), || run(&mut harness(&arguments.group, arguments.smoke)))
+    let group = &arguments.group;
+    if matches!(group.as_str(), "log" | "consensus") {
+        setup::peers()?;
+    }
+    loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
 }
 
-/// The command that measures `group`. The groups that exist need no test bed, so none is set up. A smoke run takes
-/// the build that the tests use: it is there already, checks more, and figures do not matter.
-pub fn harness(group: &str, smoke: bool) -> Command {
+/// A smoke run of `group`: that it works, not what it measures.
+///
+/// # Errors
+/// As [`perf`].
+pub fn smoke(group: &str) -> Result<()> {
+    perf(&Arguments { group: group.to_owned(), smoke: true })
+}
+
+/// The command that measures `group`. A smoke run takes the build that the tests use: it is there already, checks
+/// more, and figures do not matter.
+fn harness(group: &str, smoke: bool) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
         .current_dir(setup::workspace())
         .args(["run", "--quiet", "-p", "perf"])
+        .args((smoke || group == "consensus").then_some(PEERS))
         .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"));

@@ -55,7 +55,7 @@ pub fn test(arguments: &Arguments) -> Result<()> {
 fn checks() -> Result<()> {
     loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
     let lints = ["--all-targets", "--", "-D", "warnings"];
-    loud_step("lints", || run(cargo().args(["clippy", "--workspace"]).args(lints)))?;
+    loud_step("lints", || run(cargo().args(["clippy", "--workspace", perf::PEERS]).args(lints)))?;
     if has_spdk() {
         loud_step("lints of the SPDK engine", || run(cargo().args(["clippy"]).args(SPDK_PARTS).args(lints)))?;
     }
@@ -66,11 +66,11 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     loud_step("unit, property and simulation tests", || {
         let mut command = cargo();
         if nextest {
-            let config = ["--config-file", "xtask/nextest.toml", "--workspace"];
+            let config = ["--config-file", "xtask/nextest.toml", "--workspace", perf::PEERS];
             run(command.args(["nextest", "run", "--no-tests", "pass"]).args(config).args(filters))
         } else {
             one_filter(filters)?;
-            run(command.args(["test", "--workspace", "--lib", "--bins", "--tests"]).args(filters))
+            run(command.args(["test", "--workspace", perf::PEERS, "--lib", "--bins", "--tests"]).args(filters))
         }
     })?;
     if has_spdk() {
@@ -79,7 +79,7 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     }
     if filters.is_empty() {
         loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
-        loud_step("measurements work", || run(&mut perf::harness("core", true)))?;
+        loud_step("measurements work", || perf::smoke("core"))?;
     }
     Ok(())
 }
@@ -92,6 +92,9 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         );
     }
     loud_step("test bed", || setup::run(false))?;
+    if filters.is_empty() {
+        loud_step("measurements against peers work", || perf::smoke("log").and_then(|()| perf::smoke("consensus")))?;
+    }
     loud_step("programs under test", || {
         build_programs()?;
         if has_spdk() {

@@ -9,6 +9,7 @@ mod apt;
 mod guests;
 mod host_packages;
 mod kernel;
+mod peers;
 mod qemu;
 
 use std::fs::{self, File};
@@ -44,18 +45,11 @@ pub fn workspace() -> PathBuf {
 /// Makes everything that is missing. With `refresh`, makes everything again from the mirror's present packages.
 pub fn run(refresh: bool) -> Result<()> {
     let start = Instant::now();
-    let root = rig::guest::artifacts_dir();
-    fs::create_dir_all(root.join("stamps")).with_context(|| format!("cannot create {}", root.display()))?;
-    let lock = File::create(root.join("lock")).with_context(|| format!("cannot lock {}", root.display()))?;
-    if lock.try_lock().is_err() {
-        step("waiting for another set-up of this checkout to finish", || Ok(lock.lock()?))?;
-    }
-    let setup = Setup { root, sources: workspace().join("rig") };
+    let (setup, _lock) = open()?;
     if refresh {
         fs::remove_dir_all(setup.root.join("stamps"))?;
         fs::create_dir_all(setup.root.join("stamps"))?;
     }
-    setup.remove_leftovers()?;
     host_packages::install_missing()?;
     qemu::provide(&setup)?;
     guests::unpack(&setup)?;
@@ -63,6 +57,25 @@ pub fn run(refresh: bool) -> Result<()> {
     guests::build_images(&setup)?;
     println!("test bed ready in {} ({:.1} s)", setup.root.display(), start.elapsed().as_secs_f32());
     Ok(())
+}
+
+/// Makes what the measurements compare with, if it is missing. Needs no root, unlike the test bed.
+pub fn peers() -> Result<()> {
+    let (setup, _lock) = open()?;
+    peers::unpack(&setup)
+}
+
+/// The place of all parts, for this process alone while the lock lives.
+fn open() -> Result<(Setup, File)> {
+    let root = rig::guest::artifacts_dir();
+    fs::create_dir_all(root.join("stamps")).with_context(|| format!("cannot create {}", root.display()))?;
+    let lock = File::create(root.join("lock")).with_context(|| format!("cannot lock {}", root.display()))?;
+    if lock.try_lock().is_err() {
+        step("waiting for another set-up of this checkout to finish", || Ok(lock.lock()?))?;
+    }
+    let setup = Setup { root, sources: workspace().join("rig") };
+    setup.remove_leftovers()?;
+    Ok((setup, lock))
 }
 
 impl Setup {
