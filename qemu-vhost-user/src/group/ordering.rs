@@ -5,8 +5,7 @@
 use std::collections::VecDeque;
 
 use consensus::{
-    Config, Effects, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica,
-    ReplicaId, View,
+    Config, Effects, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View,
 };
 use dataplane::fabric::{Fabric, PeerId, TcpFabric};
 use storage_log::{LegSpec, LogError, LogStore, Options, Record};
@@ -69,7 +68,7 @@ impl Ordering {
             .map(|stored| Entry::decode(&stored.bytes).map(|entry| (Index(stored.index), View(stored.view), entry)))
             .collect();
         let mut recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
-        recovered.learner |= stored.doubtful;
+        recovered.doubtful = stored.doubtful;
         let served_alone = served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
         let replica = Replica::new(config, recovered, now_us);
