@@ -69,7 +69,7 @@ impl Ordering {
             .map(|stored| Entry::decode(&stored.bytes).map(|entry| (Index(stored.index), View(stored.view), entry)))
             .collect();
         let mut recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
-        recovered.learner |= stored.doubtful;
+        recovered.doubtful = stored.doubtful;
         let served_alone = served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
         let replica = Replica::new(config, recovered, now_us);
