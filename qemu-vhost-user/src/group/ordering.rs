@@ -69,7 +69,8 @@ impl Ordering {
             .collect();
         let mut recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
         recovered.doubtful = stored.doubtful;
-        let served_alone = served_alone(&recovered, config.me);
+        // In doubt, nobody knows how far the guest that still runs has come.
+        let served_alone = !recovered.doubtful && served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
         let replica = Replica::new(config, recovered, now_us);
         Ok(Self {
