@@ -9,9 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
-
-use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, open_direct, read_full};
+use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, lock, open_direct, patiently, read_full};
 use crate::LogError;
 use crate::block::{BLOCK_BYTES, Block, Content, SegmentId, Trailer, array, examine, seal};
 use crate::segment::SegmentNumber;
@@ -262,11 +260,8 @@ impl FileIo {
             Some(libc::EBUSY) => LogError::Locked { path: path.to_owned() },
             _ => failed(error),
         };
-        let (file, _) = open_direct(path, &options, flags, geometry.direct).map_err(busy)?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            rustix::io::Errno::WOULDBLOCK => LogError::Locked { path: path.to_owned() },
-            other => LogError::io("locking", path, other),
-        })?;
+        let (file, _) = patiently(|| open_direct(path, &options, flags, geometry.direct).map_err(busy))?;
+        lock(&file, path)?;
         let capacity = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0));
         let capacity_bytes = capacity.map_err(|error| LogError::io("measuring", path, error))?;
         Ok(FileIo { path: path.to_owned(), file: Arc::new(file), capacity_bytes })
