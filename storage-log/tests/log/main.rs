@@ -1,4 +1,6 @@
 //! The log against an oracle, against damage and against crashes.
 
 mod common;
+mod content;
+mod crash;
 mod oracle;
