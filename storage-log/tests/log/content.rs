@@ -64,12 +64,18 @@ pub struct Script {
     rng: Rng,
     pub content: Content,
     next: u64,
+    states: bool,
 }
 
 impl Script {
     pub fn new(seed: u64, content: Content) -> Script {
         let next = content.entries.last().map_or(1, |last| last.index + 1);
-        Script { rng: Rng(seed), content, next }
+        Script { rng: Rng(seed), content, next, states: true }
+    }
+
+    /// Entries only, from now on, which are never forgotten.
+    pub fn without_states(&mut self) {
+        self.states = false;
     }
 
     /// The next step; `content` is what it leads to.
@@ -85,14 +91,14 @@ impl Script {
 
     fn choose(&mut self, is_long: bool) -> Op {
         let entries = &self.content.entries;
-        if !entries.is_empty() && (is_long || self.rng.one_in(24)) {
+        if self.states && !entries.is_empty() && (is_long || self.rng.one_in(24)) {
             return Op::Truncate(entries[self.rng.below(entries.len() as u64) as usize].index);
         }
-        if self.rng.one_in(10) {
+        if self.states && self.rng.one_in(10) {
             let len = self.rng.below(60) as usize;
             return Op::State(self.rng.bytes(len));
         }
-        let back = if self.rng.one_in(8) { self.rng.below(8) } else { 0 };
+        let back = if self.states && self.rng.one_in(8) { self.rng.below(8) } else { 0 };
         let first = entries.first().map_or(self.next, |first| first.index);
         let longest = [300, 300, 300, 300, 300, 300, 5000, 5000, 5000, 20_000][self.rng.below(10) as usize];
         let len = self.rng.below(longest) as usize;

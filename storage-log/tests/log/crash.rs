@@ -18,19 +18,22 @@ use crate::content::{Content, Script};
 use storage_log::{LegSpec, Options, Record, Recovered, Ticket, open};
 
 const ORDER_VARIABLE: &str = "PLOVER_LOG_TEST_ORDER";
+/// The history holds no states.
+const NO_STATES_VARIABLE: &str = "PLOVER_LOG_TEST_NO_STATES";
 /// What the short run does.
 const KILLS: u64 = 2400;
 /// Children at the same time.
 const WORKERS: u64 = 4;
 
-fn spawn(test: &str, order: &str, stdin: Stdio, stdout: Stdio) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
-        .env(ORDER_VARIABLE, order)
-        .stdin(stdin)
-        .stdout(stdout)
-        .spawn()
-        .unwrap()
+fn command(test: &str, order: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]).env(ORDER_VARIABLE, order);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+fn spawn(test: &str, order: &str, stdin: Stdio) -> Child {
+    command(test, order).stdin(stdin).spawn().unwrap()
 }
 
 fn kill_options() -> Options {
@@ -71,6 +74,9 @@ fn child_appends_until_killed() {
     let mut pace = Rng(!seed);
     let (mut steps, mut durable_steps) = (0, 0);
     let mut waiting: VecDeque<(Ticket, u64)> = VecDeque::new();
+    if std::env::var_os(NO_STATES_VARIABLE).is_some() {
+        script.without_states();
+    }
     loop {
         let batch = [1, 1, 2, 3, 8, 30][pace.below(6) as usize];
         let mut tell = |steps: u64, durable: u64| {
@@ -135,7 +141,7 @@ impl Victim {
     fn die_once(&mut self, rng: &mut Rng, counts: &mut Counts) {
         let seed = rng.next();
         let (mut pipe, end) = std::io::pipe().unwrap();
-        let mut child = spawn("crash::child_appends_until_killed", &order(seed, &self.legs), end.into(), Stdio::null());
+        let mut child = spawn("crash::child_appends_until_killed", &order(seed, &self.legs), end.into());
         let words = if rng.one_in(8) { 0 } else { rng.below(30) };
         let delay = Duration::from_micros(if words == 0 { rng.below(6000) } else { rng.below(200) });
         let mut progress: Progress = [0, 0];
@@ -230,6 +236,17 @@ fn acknowledged_records_survive_kill_9() {
     assert!(lost * 20 > killed && kept * 50 > killed, "the kills must hit the writes, or this test shows nothing");
 }
 
+/// Appends entries, no state, from a process that is killed when some are durable.
+pub fn kill_without_states(legs: &[LegSpec]) {
+    let (mut pipe, end) = std::io::pipe().unwrap();
+    let mut command = command("crash::child_appends_until_killed", &order(1, legs));
+    let mut child = command.env(NO_STATES_VARIABLE, "yes").stdin(end).spawn().unwrap();
+    drop(command);
+    while hear(&mut pipe).expect("it goes on until it is killed")[1] < 20 {}
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 #[ignore = "the child of a_failed_write_is_final"]
 fn child_hits_a_limit() {
@@ -269,8 +286,8 @@ fn a_failed_write_is_final() {
         // Lays it out.
         drop(open(&device, options(SEGMENT)).unwrap());
         let limit_bytes = (1 << 20) + half_blocks * 2048;
-        let child = spawn("crash::child_hits_a_limit", &order(limit_bytes, &device), Stdio::null(), Stdio::piped());
-        let output = child.wait_with_output().unwrap();
+        let mut child = command("crash::child_hits_a_limit", &order(limit_bytes, &device));
+        let output = child.stderr(Stdio::inherit()).stdout(Stdio::piped()).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{text}");
         let (_, index) = text.split_once("acknowledged ").expect("the child reports");

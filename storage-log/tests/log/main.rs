@@ -3,4 +3,6 @@
 mod common;
 mod content;
 mod crash;
+mod damage;
 mod oracle;
+mod sample;
