@@ -21,7 +21,7 @@ const ORDER_VARIABLE: &str = "PLOVER_LOG_TEST_ORDER";
 /// The history holds no states.
 const NO_STATES_VARIABLE: &str = "PLOVER_LOG_TEST_NO_STATES";
 /// What the short run does.
-const KILLS: u64 = 2400;
+const KILLS: u64 = 2100;
 /// Children at the same time.
 const WORKERS: u64 = 4;
 

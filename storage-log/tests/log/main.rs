@@ -4,5 +4,7 @@ mod common;
 mod content;
 mod crash;
 mod damage;
+mod devices;
+mod mirror;
 mod oracle;
 mod sample;

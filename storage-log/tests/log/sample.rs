@@ -161,7 +161,7 @@ impl Sample {
                 std::fs::create_dir_all(path).unwrap();
             }
             for (path, bytes) in image {
-                std::fs::write(path, bytes).unwrap();
+                rewrite(path, bytes);
             }
         }
     }
@@ -319,10 +319,14 @@ impl Sample {
         self.history.last().unwrap()
     }
 
-    /// Whether the blocks that count are on a copy as they were written.
+    /// Whether the blocks that count are on a copy as they were written; on a device perhaps in another slot.
     pub fn is_healed(&self, leg: usize) -> bool {
         let now = files(&self.legs[leg]);
-        self.written.iter().all(|(at, _)| self.look(&now, leg, *at) == Look::Whole)
+        let somewhere = |at: At| {
+            let device = now.get(self.legs[leg].path());
+            device.is_some_and(|device| device.chunks(BLOCK as usize).any(|b| Some(b) == self.pristine(leg, at)))
+        };
+        self.written.iter().all(|(at, _)| self.look(&now, leg, *at) == Look::Whole || somewhere(*at))
     }
 }
 
@@ -354,6 +358,20 @@ pub fn files(leg: &LegSpec) -> Image {
         LegSpec::Dir(dir) => {
             let entries = std::fs::read_dir(dir).into_iter().flatten();
             entries.filter_map(|entry| read(entry.unwrap().path())).collect()
+        }
+    }
+}
+
+/// Makes a file hold these bytes again; little of it has changed.
+fn rewrite(path: &Path, bytes: &[u8]) {
+    let now = std::fs::read(path).unwrap_or_default();
+    if now.len() != bytes.len() {
+        return std::fs::write(path, bytes).unwrap();
+    }
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    for (at, (old, new)) in (0..).zip(now.chunks(BLOCK as usize).zip(bytes.chunks(BLOCK as usize))) {
+        if old != new {
+            file.write_all_at(new, at * BLOCK).unwrap();
         }
     }
 }
