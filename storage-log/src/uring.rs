@@ -44,6 +44,8 @@ struct Job {
 struct Target {
     place: Option<FilePlace>,
     job: Job,
+    /// The device has not answered.
+    in_flight: bool,
     /// Counts submissions, so that a completion is never taken for one of a later attempt.
     submissions: u64,
 }
@@ -84,7 +86,7 @@ impl Uring {
     }
 
     fn submit(&mut self, leg: usize) -> io::Result<()> {
-        let Target { place: Some(place), job, submissions } = &mut self.targets[leg] else {
+        let Target { place: Some(place), job, submissions, in_flight } = &mut self.targets[leg] else {
             return Err(io::ErrorKind::NotFound.into());
         };
         // SAFETY: the engine gives ranges of the memory that this driver was made for, so the result stays inside of it.
@@ -104,6 +106,7 @@ impl Uring {
         // the completion has been seen; the file is registered and kept open by `place`.
         let pushed = unsafe { self.ring.submission().push_multiple(&[write, sync]) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
+        *in_flight = true;
         loop {
             match self.ring.submit() {
                 Ok(_) => return Ok(()),
@@ -153,14 +156,30 @@ impl Driver for Uring {
         self.submit(leg)
     }
 
+    fn release(&mut self, leg: usize) -> bool {
+        const NO_FILE: i32 = -1;
+        let target = &mut self.targets[leg];
+        if target.in_flight {
+            return false;
+        }
+        if target.place.take().is_some()
+            && let Err(error) = self.ring.submitter().register_files_update(leg as u32, &[NO_FILE])
+        {
+            tracing::debug!(%error, "a file of the log is given back later");
+        }
+        true
+    }
+
     fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>)) {
         loop {
             let Some(completion) = self.ring.completion().next() else { return };
             let (tag, result) = (completion.user_data(), completion.result());
             let leg = (tag & ((1 << ATTEMPT_SHIFT) - 1)) as usize >> 1;
-            if tag >> ATTEMPT_SHIFT == self.targets[leg].submissions
-                && let Some(outcome) = self.conclude(leg, tag & 1, result)
-            {
+            if tag >> ATTEMPT_SHIFT != self.targets[leg].submissions {
+                continue;
+            }
+            self.targets[leg].in_flight = false;
+            if let Some(outcome) = self.conclude(leg, tag & 1, result) {
                 done(leg, outcome);
             }
         }
