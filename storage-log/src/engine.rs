@@ -41,6 +41,10 @@ pub(crate) trait Driver {
     /// copy; the bytes stay as they are until it is done.
     fn write(&mut self, leg: usize, bytes: std::ops::Range<usize>, offset_bytes: u64) -> io::Result<()>;
 
+    /// Lets go of a copy's place, which may hold a lock. Returns false if the device has not answered yet: then it may still
+    /// write, and the copy cannot be used for anything else.
+    fn release(&mut self, leg: usize) -> bool;
+
     /// Reports the copies that are done.
     fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>));
 
@@ -207,7 +211,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         }
         if is_entry
             && let Some((number, error, _)) = &self.no_room
-            && *number <= self.last.number
+            && *number <= self.last.number + 1
         {
             return Err(error.clone());
         }
@@ -307,6 +311,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
 
     fn drop_leg(&mut self, leg: usize, error: LogError) {
         if self.legs.fail(leg, error, Instant::now()) {
+            self.prepared.iter_mut().for_each(|(_, places)| places[leg] = None);
             self.keeper.send(Command::GiveUp(leg));
             self.epoch += 1;
             self.roll_wanted = true;
@@ -357,7 +362,9 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         self.keeper.work();
         while let Some(reply) = self.keeper.receive() {
             match reply {
-                Reply::Prepared { number, places } => {
+                Reply::Prepared { number, mut places } => {
+                    // One that has failed in the meantime is opened anew, and those places are no longer good.
+                    (0..places.len()).filter(|leg| self.legs.is_out(*leg)).for_each(|leg| places[leg] = None);
                     self.no_room = self.no_room.take().filter(|(refused, ..)| *refused != number);
                     let at = self.prepared.partition_point(|(prepared, _)| *prepared < number);
                     self.prepared.insert(at, (number, places));
@@ -409,8 +416,9 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         }
         self.roll_wanted |= self.legs.awaits_segment_behind(self.last.number);
         // Not before the disks know that it is out: opening it anew forgets what it held.
+        let driver = &mut self.driver;
         if self.legs.is_recorded()
-            && let Some(leg) = self.legs.next_retry(Instant::now())
+            && let Some(leg) = self.legs.next_retry(Instant::now(), |leg| driver.release(leg))
         {
             let segments = self.prepared.iter().map(|(number, _)| *number).collect();
             self.keeper.send(Command::Reopen { leg, segments });

@@ -132,10 +132,15 @@ impl Legs {
         self.legs.iter().all(|leg| matches!(leg.state, State::Member))
     }
 
-    /// A copy that should be tried again now; it counts as being reopened.
-    pub fn next_retry(&mut self, now: Instant) -> Option<usize> {
+    /// Whether a copy takes no part, and is not open.
+    pub fn is_out(&self, leg: usize) -> bool {
+        matches!(self.legs[leg].state, State::Out { .. } | State::Reopening)
+    }
+
+    /// A copy that should be tried again now, and that nobody uses any more; it counts as being reopened.
+    pub fn next_retry(&mut self, now: Instant, mut is_free: impl FnMut(usize) -> bool) -> Option<usize> {
         let due = |leg: &Leg| matches!(leg.state, State::Out { retry_at, .. } if now >= retry_at);
-        let at = self.legs.iter().position(due)?;
+        let at = (0..self.legs.len()).find(|at| due(&self.legs[*at]) && is_free(*at))?;
         self.legs[at].state = State::Reopening;
         Some(at)
     }

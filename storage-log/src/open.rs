@@ -95,8 +95,10 @@ pub(crate) fn open_copies<V: Volume>(specs: &[V::Spec], geometry: Geometry) -> R
     for spec in specs {
         let (volume, error) = match V::open(spec, geometry, Access::Own) {
             Ok(volume) => (Some(volume), None),
-            // Somebody else writes there: going on with the others would split the log.
-            Err(error @ (LogError::Locked { .. } | LogError::Foreign { .. })) => return Err(error),
+            // Somebody else writes there: going on with the others would split the log. Or it was not meant so.
+            Err(error @ (LogError::Locked { .. } | LogError::Foreign { .. } | LogError::BadOptions { .. })) => {
+                return Err(error);
+            }
             Err(error) => (None, Some(error)),
         };
         volumes.push(volume);

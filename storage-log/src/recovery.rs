@@ -56,13 +56,19 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
     let is_one_missing = legs.iter().any(Option::is_none);
     let mut scan = Scan::default();
     let Some(last) = headers.last() else {
-        scan.recovered.doubtful = is_one_missing || tail::beginning_lost(legs, 0, Members::default())?;
+        scan.recovered.doubtful = is_one_missing || tail::beginning_lost(legs, None)?;
         return Ok(scan);
+    };
+    let beginning_lost = tail::beginning_lost(legs, Some((last.number(), last.members)))?;
+    let missing = |number| match beginning_lost {
+        // It was given back when the segment began whose header is lost.
+        true if number == last.first => missing(legs, last.number() + 1),
+        _ => missing(legs, number),
     };
     (scan.last, scan.chain) = (Some(last), last.chain);
     for number in last.first..=last.number() {
-        let header = headers.of(number).ok_or_else(|| missing(legs, number))?;
-        let next = (number < last.number()).then(|| headers.of(number + 1).ok_or_else(|| missing(legs, number + 1)));
+        let header = headers.of(number).ok_or_else(|| missing(number))?;
+        let next = (number < last.number()).then(|| headers.of(number + 1).ok_or_else(|| missing(number + 1)));
         if number == last.first {
             scan.chain = header.chain;
         }
@@ -75,8 +81,7 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
             "two copies of the log went on without one another; the newer one counts, and nothing is certain"
         );
     }
-    scan.recovered.doubtful |=
-        is_one_missing || split || !all_members || tail::beginning_lost(legs, last.number(), last.members)?;
+    scan.recovered.doubtful |= is_one_missing || split || !all_members || beginning_lost;
     Ok(scan)
 }
 

@@ -73,7 +73,7 @@ impl Header {
     pub fn read(block: &Block, trailer: Trailer) -> Option<Header> {
         let flags = u32::from_le_bytes(array(&block[56..60]));
         let is_header = block[0..8] == MAGIC && usize::from(trailer.used) == HEADER_BYTES && flags <= FLAG_DOUBT;
-        is_header.then(|| Header {
+        let header = is_header.then(|| Header {
             id: trailer.segment,
             log_id: u64::from_le_bytes(array(&block[8..16])),
             epoch: u64::from_le_bytes(array(&block[16..24])),
@@ -84,7 +84,14 @@ impl Header {
             chain: Chain(u32::from_le_bytes(array(&block[44..48]))),
             first: u64::from_le_bytes(array(&block[48..56])),
             doubt: flags & FLAG_DOUBT != 0,
-        })
+        });
+        header.filter(Header::is_plausible)
+    }
+
+    /// Whether its numbers can be those of a log, which counts on from them.
+    fn is_plausible(&self) -> bool {
+        const MOST: u64 = 1 << 62;
+        (1..=self.id.number).contains(&self.first) && self.id.number <= MOST && self.epoch <= MOST && self.blocks >= 2
     }
 }
 

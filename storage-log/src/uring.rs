@@ -2,7 +2,8 @@
 //! shared memory.
 //!
 //! The write is direct (no page cache), from registered memory to a registered file. Its completion is not reported, only
-//! that of the sync behind it, so that a sleeping reactor is woken once per group. Rejected: O_DSYNC writes, which on
+//! that of the sync behind it, so that a sleeping reactor is woken once per group. If the write fails or is cut short, it
+//! is the other way round: it is reported, and the sync is dropped without a word. Rejected: O_DSYNC writes, which on
 //! devices without FUA flush just the same, and which starve when the submitting thread spins in user space; and a
 //! writer thread, which costs two wake-ups per commit.
 
@@ -24,9 +25,11 @@ use crate::volume::FilePlace;
 const MAX_ATTEMPTS: u8 = 8;
 const RING_ENTRIES: u32 = 4 * MAX_LEGS as u32;
 
-/// What a completion is about; the copy is in the upper bits.
+/// What a completion is about, in the lowest bit; above it the copy, and the number of the attempt.
 const OP_WRITE: u64 = 0;
 const OP_SYNC: u64 = 1;
+const ATTEMPT_SHIFT: u32 = 8;
+const _: () = assert!(MAX_LEGS << 1 <= 1 << ATTEMPT_SHIFT);
 
 /// A group on its way to one copy.
 #[derive(Debug, Default)]
@@ -34,8 +37,6 @@ struct Job {
     bytes: Range<usize>,
     offset_bytes: u64,
     attempts: u8,
-    /// What the write came to, if it was not all right.
-    flaw: Option<i32>,
 }
 
 /// One copy's segment.
@@ -43,6 +44,10 @@ struct Job {
 struct Target {
     place: Option<FilePlace>,
     job: Job,
+    /// The device has not answered.
+    in_flight: bool,
+    /// Counts submissions, so that a completion is never taken for one of a later attempt.
+    submissions: u64,
 }
 
 /// See the module.
@@ -81,7 +86,7 @@ impl Uring {
     }
 
     fn submit(&mut self, leg: usize) -> io::Result<()> {
-        let Target { place: Some(place), job } = &self.targets[leg] else {
+        let Target { place: Some(place), job, submissions, in_flight } = &mut self.targets[leg] else {
             return Err(io::ErrorKind::NotFound.into());
         };
         // SAFETY: the engine gives ranges of the memory that this driver was made for, so the result stays inside of it.
@@ -93,13 +98,15 @@ impl Uring {
         } else {
             opcode::Write::new(file, start, length).offset(offset).build()
         };
-        let tag = (leg as u64) << 1;
+        *submissions += 1;
+        let tag = *submissions << ATTEMPT_SHIFT | (leg as u64) << 1;
         let write = write.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS).user_data(tag | OP_WRITE);
         let sync = opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build().user_data(tag | OP_SYNC);
         // SAFETY: the memory is mapped for as long as the driver lives and the engine does not change these bytes before
         // the completion has been seen; the file is registered and kept open by `place`.
         let pushed = unsafe { self.ring.submission().push_multiple(&[write, sync]) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
+        *in_flight = true;
         loop {
             match self.ring.submit() {
                 Ok(_) => return Ok(()),
@@ -109,18 +116,15 @@ impl Uring {
         }
     }
 
-    /// The sync of a copy's group has ended. `None`: it was begun again.
-    fn conclude(&mut self, leg: usize, result: i32) -> Option<io::Result<()>> {
+    /// A copy's group is done, or its write has failed. `None`: it was begun again.
+    fn conclude(&mut self, leg: usize, op: u64, result: i32) -> Option<io::Result<()>> {
+        let is_short = op == OP_WRITE && result >= 0;
+        if result >= 0 && !is_short {
+            return Some(Ok(()));
+        }
+        let failure = if is_short { libc::EIO } else { -result };
         let job = &mut self.targets[leg].job;
-        let flaw = job.flaw.take();
-        let failure = match (flaw, result) {
-            (None, 0..) => return Some(Ok(())),
-            // Short: the link was broken, so the sync was cancelled.
-            (Some(0..), _) => libc::EIO,
-            (Some(error), _) | (None, error) => -error,
-        };
-        let may_pass = flaw.is_some_and(|written| written >= 0) || matches!(failure, libc::EAGAIN | libc::EINTR);
-        if may_pass && job.attempts < MAX_ATTEMPTS {
+        if (is_short || matches!(failure, libc::EAGAIN | libc::EINTR)) && job.attempts < MAX_ATTEMPTS {
             job.attempts += 1;
             return self.submit(leg).err().map(Err);
         }
@@ -148,18 +152,34 @@ impl Driver for Uring {
     }
 
     fn write(&mut self, leg: usize, bytes: Range<usize>, offset_bytes: u64) -> io::Result<()> {
-        self.targets[leg].job = Job { bytes, offset_bytes, attempts: 0, flaw: None };
+        self.targets[leg].job = Job { bytes, offset_bytes, attempts: 0 };
         self.submit(leg)
+    }
+
+    fn release(&mut self, leg: usize) -> bool {
+        const NO_FILE: i32 = -1;
+        let target = &mut self.targets[leg];
+        if target.in_flight {
+            return false;
+        }
+        if target.place.take().is_some()
+            && let Err(error) = self.ring.submitter().register_files_update(leg as u32, &[NO_FILE])
+        {
+            tracing::debug!(%error, "a file of the log is given back later");
+        }
+        true
     }
 
     fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>)) {
         loop {
             let Some(completion) = self.ring.completion().next() else { return };
-            let (leg, result) = ((completion.user_data() >> 1) as usize, completion.result());
-            if completion.user_data() & 1 == OP_WRITE {
-                // Only told if it was not all right; the sync's own completion follows.
-                self.targets[leg].job.flaw = Some(result);
-            } else if let Some(outcome) = self.conclude(leg, result) {
+            let (tag, result) = (completion.user_data(), completion.result());
+            let leg = (tag & ((1 << ATTEMPT_SHIFT) - 1)) as usize >> 1;
+            if tag >> ATTEMPT_SHIFT != self.targets[leg].submissions {
+                continue;
+            }
+            self.targets[leg].in_flight = false;
+            if let Some(outcome) = self.conclude(leg, tag & 1, result) {
                 done(leg, outcome);
             }
         }

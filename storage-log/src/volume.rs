@@ -9,6 +9,9 @@ mod raw;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
 
 use crate::LogError;
 use crate::block::BLOCK_BYTES;
@@ -204,6 +207,31 @@ impl Volume for FileVolume {
 
     fn release(&mut self, number: SegmentNumber) -> Result<(), LogError> {
         either!(self, volume => volume.release(number))
+    }
+}
+
+/// Takes the lock that shows that a place is in use.
+///
+/// It waits a moment for it: the kernel takes the io_uring of a process that was killed apart some time after it is gone,
+/// and keeps its files until then; and a process that is being started holds ours until it runs its own program.
+pub(crate) fn lock(file: &File, path: &Path) -> Result<(), LogError> {
+    patiently(|| match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(LogError::Locked { path: path.to_owned() }),
+        other => other.map_err(|error| LogError::io("locking", path, error)),
+    })
+}
+
+/// Repeats what finds a place in use, for a while.
+pub(crate) fn patiently<T>(mut try_it: impl FnMut() -> Result<T, LogError>) -> Result<T, LogError> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match try_it() {
+            Err(LogError::Locked { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            other => return other,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold, cheapest first, stopping at the first failure.
 //!
-//! End-to-end tests are those of `rig` and `qemu-vhost-user` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
+//! End-to-end tests are those of `rig`, `qemu-vhost-user` and `storage-log` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
 //! them as ignored with that reason, and this command runs them, one at a time, optimised, as root. Long
 //! runs on demand read an environment variable of their own and do a short version without it.
 
@@ -13,6 +13,9 @@ use crate::{perf, setup, simulate, tidy};
 
 /// Crates with code that is compiled only where SPDK is installed.
 const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
+
+/// The packages that have end-to-end tests.
+const E2E: [&str; 6] = ["-p", "rig", "-p", "qemu-vhost-user", "-p", "storage-log"];
 
 /// Which parts to run; without any flag all of them.
 #[derive(clap::Args)]
@@ -106,12 +109,11 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--run-ignored", "only"];
-            run(command.args(["nextest", "run"]).args(config).args(which).args(filters))
+            run(command.args(["nextest", "run", "--release", "--run-ignored", "only"]).args(config).args(E2E).args(filters))
         } else {
             one_filter(filters)?;
-            let which = ["--release", "-p", "rig", "-p", "qemu-vhost-user", "--tests"];
-            run(command.arg("test").args(which).args(filters).args(["--", "--ignored", "--test-threads=1"]))
+            let which = ["test", "--release", "--tests"];
+            run(command.args(which).args(E2E).args(filters).args(["--", "--ignored", "--test-threads=1"]))
         }
     })?;
     if !has_spdk() {

@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::FallocateFlags;
 
-use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, open_direct, read_full};
+use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, lock, open_direct, read_full};
 use crate::LogError;
 use crate::block::BLOCK_BYTES;
 use crate::segment::SegmentNumber;
@@ -38,10 +38,7 @@ impl DirVolume {
             std::fs::create_dir_all(dir).map_err(|error| LogError::io("creating", dir, error))?;
         }
         let dir_fd = File::open(dir).map_err(|error| LogError::io("opening", dir, error))?;
-        rustix::fs::flock(&dir_fd, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            rustix::io::Errno::WOULDBLOCK => LogError::Locked { path: dir.to_owned() },
-            other => LogError::io("locking", dir, other),
-        })?;
+        lock(&dir_fd, dir)?;
         let mut volume = DirVolume {
             dir: dir.to_owned(),
             dir_fd,

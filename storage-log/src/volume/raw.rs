@@ -3,15 +3,13 @@
 //! Which segment a slot holds, its blocks say themselves. When a device is laid out, all slots are filled with zeros once,
 //! so that whatever stood there before is never taken for damage. A device that holds something else is refused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
-
-use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, open_direct, read_full};
+use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, lock, open_direct, patiently, read_full};
 use crate::LogError;
 use crate::block::{BLOCK_BYTES, Block, Content, SegmentId, Trailer, array, examine, seal};
 use crate::segment::SegmentNumber;
@@ -20,6 +18,9 @@ const MAGIC: [u8; 8] = *b"PLVRDEV1";
 /// Slots begin here.
 const SLOTS_AT_BYTES: u64 = 1 << 20;
 const SUPERBLOCK_BYTES: usize = 16;
+/// The first blocks of a slot tell whose it is: the header, and in case that it is lost or was not written before a crash,
+/// the one behind it, which is written next.
+const TELLING_BLOCKS: u32 = 2;
 
 /// A device, with calls that block. Offsets and lengths are multiples of the block size.
 pub(crate) trait BlockIo {
@@ -46,13 +47,15 @@ pub(crate) struct RawVolume<B> {
     segment_blocks: u32,
     slots: u32,
     taken: BTreeMap<SegmentNumber, u32>,
-    unreadable: bool,
+    /// Slots of which not one block is whole, and some are bad.
+    unreadable: BTreeSet<u32>,
 }
 
 impl<B: BlockIo> RawVolume<B> {
     /// Reads the layout, or makes one on a blank device.
     pub fn open(io: B, geometry: Geometry, access: Access) -> Result<RawVolume<B>, LogError> {
-        let mut volume = RawVolume { io, segment_blocks: 0, slots: 0, taken: BTreeMap::new(), unreadable: false };
+        let mut volume =
+            RawVolume { io, segment_blocks: 0, slots: 0, taken: BTreeMap::new(), unreadable: BTreeSet::new() };
         let mut first = aligned_buffer(SLOTS_AT_BYTES as usize)?;
         let read = volume.io.read_at(&mut first, 0);
         read.map_err(|error| LogError::io("reading", volume.io.path(), error))?;
@@ -62,6 +65,9 @@ impl<B: BlockIo> RawVolume<B> {
                 volume.segment_blocks = u32::from_le_bytes(array(&block[8..12]));
                 volume.slots = u32::from_le_bytes(array(&block[12..16]));
                 volume.check_layout()?;
+                if access != Access::Inspect && volume.segment_blocks != geometry.segment_blocks {
+                    return Err(volume.other_layout(geometry));
+                }
                 if access == Access::Rebuild {
                     volume.forget_segments()?;
                 } else {
@@ -79,7 +85,7 @@ impl<B: BlockIo> RawVolume<B> {
     }
 
     fn check_layout(&self) -> Result<(), LogError> {
-        let need = SLOTS_AT_BYTES + u64::from(self.slots) * self.slot_bytes();
+        let need = u64::from(self.slots).saturating_mul(self.slot_bytes()).saturating_add(SLOTS_AT_BYTES);
         if self.segment_blocks < 2 || self.slots < 3 || need > self.io.capacity_bytes() {
             let problem = format!(
                 "its superblock says {} segments of {} blocks, which the device of {} bytes cannot hold",
@@ -90,6 +96,15 @@ impl<B: BlockIo> RawVolume<B> {
             return Err(LogError::Damaged { file: self.io.path().to_owned(), offset: 0, problem });
         }
         Ok(())
+    }
+
+    /// Segments of another size would run over the ends of the slots.
+    fn other_layout(&self, geometry: Geometry) -> LogError {
+        let (here, wanted) = (self.slot_bytes(), geometry.segment_bytes());
+        let path = self.io.path().display();
+        LogError::BadOptions {
+            problem: format!("segments of {wanted} bytes on {path}, which has room for {here} each"),
+        }
     }
 
     fn slot_bytes(&self) -> u64 {
@@ -132,9 +147,9 @@ impl<B: BlockIo> RawVolume<B> {
         layout().map_err(|error| LogError::io("laying out", path, error))
     }
 
-    /// Blanks the first block of every slot: what the slots held is worth nothing.
+    /// Blanks the blocks of every slot that tell whose it is: what the slots held is worth nothing.
     fn forget_segments(&mut self) -> Result<(), LogError> {
-        let blank = aligned_buffer(BLOCK_BYTES)?;
+        let blank = aligned_buffer(TELLING_BLOCKS as usize * BLOCK_BYTES)?;
         let mut forget = || -> std::io::Result<()> {
             for slot in 0..self.slots {
                 self.io.write_at(&blank, self.offset(slot, 0))?;
@@ -151,33 +166,35 @@ impl<B: BlockIo> RawVolume<B> {
                 Some(number) => {
                     self.taken.insert(number, slot);
                 }
-                None => self.unreadable = true,
+                None => drop(self.unreadable.insert(slot)),
             }
         }
         Ok(())
     }
 
-    /// The segment in a slot by its first block, or by any other if that is damaged; 0 if it is blank.
+    /// The segment in a slot by its first blocks, or by any other if one of those is damaged; 0 if it is blank.
     fn segment_in(&self, slot: u32) -> Result<Option<SegmentNumber>, LogError> {
         let mut buffer = aligned_buffer(CHUNK_BYTES)?;
-        let mut found = None;
+        let (mut found, mut is_bad) = (None, false);
         let mut at = 0;
         while at < self.segment_blocks {
-            let blocks = if at == 0 { 1 } else { (self.segment_blocks - at).min((CHUNK_BYTES / BLOCK_BYTES) as u32) };
+            let chunk = if at == 0 { TELLING_BLOCKS } else { (CHUNK_BYTES / BLOCK_BYTES) as u32 };
+            let blocks = chunk.min(self.segment_blocks - at);
             let bytes = &mut buffer[..blocks as usize * BLOCK_BYTES];
             let read = self.io.read_at(bytes, self.offset(slot, at));
             read.map_err(|error| LogError::io("reading", self.io.path(), error))?;
             for (block, place) in bytes.as_chunks::<BLOCK_BYTES>().0.iter().zip(at..) {
                 match examine(block, place) {
+                    // The highest: the others are left of an earlier use.
                     Content::Whole(trailer) => found = found.max(Some(trailer.segment.number)),
-                    Content::Blank if place == 0 => return Ok(Some(0)),
-                    Content::Blank | Content::Bad => {}
+                    Content::Blank => {}
+                    Content::Bad => is_bad = true,
                 }
             }
-            if at == 0 && found.is_some() {
-                return Ok(found);
-            }
             at += blocks;
+            if !is_bad {
+                return Ok(found.or(Some(0)));
+            }
         }
         Ok(found)
     }
@@ -201,7 +218,7 @@ impl<B: BlockIo> RawVolume<B> {
     }
 
     pub fn has_unreadable(&self) -> bool {
-        self.unreadable
+        !self.unreadable.is_empty()
     }
 
     pub fn read(&self, number: SegmentNumber, block: u32, into: &mut [u8]) -> Result<usize, LogError> {
@@ -228,7 +245,8 @@ impl<B: BlockIo> RawVolume<B> {
             return Ok(self.io.place(self.offset(slot, 0)));
         }
         let used: Vec<u32> = self.taken.values().copied().collect();
-        let free = (0..self.slots).find(|slot| !used.contains(slot));
+        // What cannot be read is written over first, so that it raises no doubt again.
+        let free = self.unreadable.pop_first().or_else(|| (0..self.slots).find(|slot| !used.contains(slot)));
         let full = || LogError::space(self.io.path(), std::io::ErrorKind::StorageFull);
         let slot = free.ok_or_else(full)?;
         self.taken.insert(number, slot);
@@ -262,11 +280,8 @@ impl FileIo {
             Some(libc::EBUSY) => LogError::Locked { path: path.to_owned() },
             _ => failed(error),
         };
-        let (file, _) = open_direct(path, &options, flags, geometry.direct).map_err(busy)?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            rustix::io::Errno::WOULDBLOCK => LogError::Locked { path: path.to_owned() },
-            other => LogError::io("locking", path, other),
-        })?;
+        let (file, _) = patiently(|| open_direct(path, &options, flags, geometry.direct).map_err(busy))?;
+        lock(&file, path)?;
         let capacity = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0));
         let capacity_bytes = capacity.map_err(|error| LogError::io("measuring", path, error))?;
         Ok(FileIo { path: path.to_owned(), file: Arc::new(file), capacity_bytes })

@@ -302,6 +302,10 @@ impl Driver for SimDriver {
         Ok(())
     }
 
+    fn release(&mut self, leg: usize) -> bool {
+        self.disks.borrow().flights[leg].is_none()
+    }
+
     fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>)) {
         for (leg, fine) in self.disks.borrow_mut().finished.drain(..) {
             done(leg, if fine { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) });
