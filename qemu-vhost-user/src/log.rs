@@ -41,7 +41,7 @@ pub fn check(node: &NodeConfig, vm: &VmConfig, out: &mut dyn Write) -> anyhow::R
         (Some(first), Some(last)) => writeln!(out, "entries   {} to {}, {records} records", first.index, last.index)?,
         _ => writeln!(out, "entries   none, {records} records")?,
     }
-    if recovered.torn_bytes > 0 {
+    if recovered.torn_bytes > 0 && !recovered.doubtful {
         writeln!(out, "end       a write of {} bytes was cut short and counts for nothing", recovered.torn_bytes)?;
     }
     if recovered.doubtful {
@@ -90,7 +90,8 @@ fn print_record(record: &InspectedRecord<'_>, frames: bool, out: &mut dyn Write)
 }
 
 fn print_frames(entry: &Entry, out: &mut dyn Write) -> std::io::Result<()> {
-    let Ok(frames) = batch::frames(entry.payload()) else {
+    let Entry::Input(payload) = entry else { return Ok(()) };
+    let Ok(frames) = batch::frames(payload) else {
         return writeln!(out, "{:>16}not a batch of frames", "");
     };
     for frame in frames {

@@ -65,14 +65,19 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
         true if number == last.first => missing(legs, last.number() + 1),
         _ => missing(legs, number),
     };
-    (scan.last, scan.chain) = (Some(last), last.chain);
+    scan.last = Some(last);
+    // What stands before one that is missing is not known to be of this log; so first those that are nowhere at all.
+    let mut numbers = last.first..last.number();
+    let gap = numbers.clone().find(|number| !headers.has_any(*number));
+    if let Some(number) = gap.or_else(|| numbers.rfind(|number| headers.of(*number).is_none())) {
+        return Err(missing(number));
+    }
     for number in last.first..=last.number() {
-        let header = headers.of(number).ok_or_else(|| missing(number))?;
-        let next = (number < last.number()).then(|| headers.of(number + 1).ok_or_else(|| missing(number + 1)));
+        let Some(header) = headers.of(number) else { return Err(missing(number)) };
         if number == last.first {
             scan.chain = header.chain;
         }
-        read_segment(legs, header, next.transpose()?, &last, &mut scan, visit)?;
+        read_segment(legs, header, headers.of(number + 1), &last, &mut scan, visit)?;
     }
     let all_members = (0..32).filter(|&leg| last.members.contains(leg)).all(|leg| scan.present.contains(leg));
     let split = headers.are_split(&last);

@@ -109,7 +109,11 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            run(command.args(["nextest", "run", "--release", "--run-ignored", "only"]).args(config).args(E2E).args(filters))
+            run(command
+                .args(["nextest", "run", "--release", "--run-ignored", "only"])
+                .args(config)
+                .args(E2E)
+                .args(filters))
         } else {
             one_filter(filters)?;
             let which = ["test", "--release", "--tests"];

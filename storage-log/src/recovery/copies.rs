@@ -72,6 +72,11 @@ impl Headers {
         self.chain.get(&number).copied()
     }
 
+    /// Whether any copy has a header with this number, of this log or another.
+    pub fn has_any(&self, number: SegmentNumber) -> bool {
+        self.by_leg.iter().any(|of_leg| of_leg.contains_key(&number))
+    }
+
     /// Whether a copy went on without the members of the log that ends with `last`, as they did without it. Then each may
     /// hold something acknowledged that the other lacks. A copy's newest header tells who had a part in it then.
     pub fn are_split(&self, last: &Header) -> bool {

@@ -45,6 +45,7 @@ fn order(seed: u64, legs: &[LegSpec]) -> String {
     let leg = |leg: &LegSpec| match leg {
         LegSpec::Dir(path) => format!("|dir|{}", path.display()),
         LegSpec::Device(path) => format!("|device|{}", path.display()),
+        LegSpec::Nvme(name) => panic!("{} is for SPDK", name.display()),
     };
     format!("{seed}{}", legs.iter().map(leg).collect::<String>())
 }

@@ -41,9 +41,12 @@ fn damage_to_both_copies_at_different_blocks_too() {
             sample.restore();
             for (at, _) in &sample.written {
                 // Half of all blocks are harmed, each on one copy.
-                if rng.one_in(2) {
+                let leg = rng.below(2) as usize;
+                // If both blocks that tell whose a slot is tell something else, the slot is not found.
+                let tells = matches!(pair[leg], Kind::Device) && at.block == 1;
+                if rng.one_in(2) && !tells {
                     let harm = HARMS[rng.below(HARMS.len() as u64) as usize];
-                    apply(&sample, rng.below(2) as usize, *at, harm);
+                    apply(&sample, leg, *at, harm);
                 }
             }
             let what = format!("round {round} with {pair:?}");
@@ -95,7 +98,7 @@ fn take_away(leg: &LegSpec) -> impl FnOnce() {
 }
 
 #[test]
-fn a_member_that_is_missing_leaves_doubt() {
+fn a_copy_that_is_missing_leaves_doubt() {
     for missing in 0..2 {
         let sample = Sample::new(&[Kind::Dir, Kind::Dir], ENDS[0]);
         let back = take_away(&sample.legs[missing]);
@@ -111,7 +114,7 @@ fn a_member_that_is_missing_leaves_doubt() {
         assert!(settle(&mut *log, ticket));
         drop(log);
         let (log, recovered) = open(&sample.legs, sample_options()).unwrap();
-        assert!(!recovered.doubtful, "the copy that is missing is no member any more");
+        assert!(recovered.doubtful, "it may have been used alone since");
         drop(log);
         back();
         // What it lacks is filled in.
@@ -177,11 +180,12 @@ impl Going {
         self.on();
     }
 
-    fn check(&self, recovered: &storage_log::Recovered, what: &str) {
+    /// All is there, and in doubt, since a copy is missing and nobody wrote down that it was.
+    fn check_in_doubt(&self, recovered: &storage_log::Recovered, what: &str) {
         let found: Vec<u64> = recovered.entries.iter().map(|entry| entry.index).collect();
         assert_eq!(found, self.content, "{what}");
         assert!(recovered.entries.iter().all(|entry| entry.bytes == vec![entry.index as u8; 5000]), "{what}");
-        assert!(!recovered.doubtful, "{what}: in doubt");
+        assert!(recovered.doubtful, "{what}: without doubt");
     }
 }
 
@@ -205,10 +209,10 @@ fn a_copy_is_left_out_rebuilt_and_good_for_a_log_alone() {
     let is_complete = |state: &LegState| matches!(state, LegState::Complete);
     spoil(legs[1].path());
     going.until(1, "left out", has_failed);
-    // One that was left out is missed by nobody.
+    // Nothing is lost, whether it is missing or back as it was; only the first leaves doubt, as nobody can know.
     drop(std::mem::replace(&mut going.log, Box::new(storage_log::MemoryLog::new())));
     let (log, recovered) = open(&legs, sample_options()).unwrap();
-    going.check(&recovered, "one was left out");
+    going.check_in_doubt(&recovered, "one was left out");
     going.log = log;
     // An empty one comes in its place and is filled while the log runs.
     std::fs::remove_file(legs[1].path()).unwrap();
@@ -219,7 +223,7 @@ fn a_copy_is_left_out_rebuilt_and_good_for_a_log_alone() {
     going.until(0, "left out", has_failed);
     drop(std::mem::replace(&mut going.log, Box::new(storage_log::MemoryLog::new())));
     let (_, recovered) = open(&legs, sample_options()).unwrap();
-    going.check(&recovered, "only the rebuilt one is left");
+    going.check_in_doubt(&recovered, "only the rebuilt one is left");
 }
 
 #[test]

@@ -311,6 +311,7 @@ impl Sample {
                 let slot = start.map(|(_, start)| format!("slot {}, ", (start - SLOTS_AT) / SEGMENT));
                 PathBuf::from(format!("{} ({}segment {})", device.display(), slot.unwrap_or_default(), at.segment))
             }
+            LegSpec::Nvme(name) => panic!("{} is for SPDK", name.display()),
         };
         (path, at.block * BLOCK)
     }
@@ -359,6 +360,7 @@ pub fn files(leg: &LegSpec) -> Image {
             let entries = std::fs::read_dir(dir).into_iter().flatten();
             entries.filter_map(|entry| read(entry.unwrap().path())).collect()
         }
+        LegSpec::Nvme(name) => panic!("{} is for SPDK", name.display()),
     }
 }
 
@@ -391,6 +393,7 @@ fn places(leg: &LegSpec, image: &Image) -> BTreeMap<u64, (PathBuf, u64)> {
             let taken = (0..SLOTS).map(|slot| (number(slot), start(slot))).filter(|(number, _)| *number > 0);
             taken.map(|(number, start)| (number, (path.clone(), start))).collect()
         }
+        LegSpec::Nvme(name) => panic!("{} is for SPDK", name.display()),
     }
 }
 
