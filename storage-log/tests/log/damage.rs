@@ -95,15 +95,15 @@ fn every_byte_of_a_block_counts() {
     let sample = Sample::new(&[Kind::Dir], ENDS[0]);
     let (at, _) = sample.written[sample.written.len() / 2];
     let bytes = sample.pristine(0, at).unwrap();
-    for byte in 0..BLOCK as usize {
-        let all = byte < 32 || byte >= 4064;
+    for (byte, &right) in bytes.iter().enumerate() {
+        let all = !(32..4064).contains(&byte);
         for bit in (0..8).filter(|bit| all || *bit == byte % 8) {
-            sample.harm(0, at, byte, &[bytes[byte] ^ 1 << bit]);
+            sample.harm(0, at, byte, &[right ^ 1 << bit]);
             let error = inspect(&sample.legs, &mut |_| {}).expect_err("it is damaged").to_string();
             let named = format!("{:020}.log is damaged at byte {}", at.segment, at.block * BLOCK);
             assert!(error.contains(&named), "bit {bit} of byte {byte}: {error}");
         }
-        sample.harm(0, at, byte, &[bytes[byte]]);
+        sample.harm(0, at, byte, &[right]);
     }
     sample.check("mended", true);
 }

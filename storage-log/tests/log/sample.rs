@@ -99,7 +99,7 @@ impl Sample {
         let block = |segment, block| self.pristine(0, At { segment, block }).expect("it was read");
         let is_header =
             |number: &&u64| block(**number, 0)[..8] == *b"PLVRLOG2" && u64_at(block(**number, 0), 4064) == **number;
-        let last = *self.places[0].keys().filter(is_header).next_back().expect("a log");
+        let last = *self.places[0].keys().rfind(is_header).expect("a log");
         let first = u64_at(block(last, 0), 48);
         assert!(last >= first + 3, "{first} to {last} is too short a log");
         let mut written = Vec::new();
