@@ -243,6 +243,11 @@ impl Device {
         self.failure.clone().map_or(Ok(()), Err)
     }
 
+    /// Whether the device has nothing more to do, not even what was already told as failed.
+    pub fn is_idle(&self) -> bool {
+        self.parts().controller.queue().is_idle()
+    }
+
     /// The error that ended the use of this device, if one did; only a reset ends it.
     pub fn failure(&self) -> Option<&SpdkError> {
         self.failure.as_ref()

@@ -93,6 +93,21 @@ impl Driver for SpdkDriver {
         Ok(())
     }
 
+    fn release(&mut self, leg: usize) -> bool {
+        let target = &mut self.targets[leg];
+        // A command that exceeded its time was told as failed, and the device may still carry it out.
+        let is_idle = target.place.as_ref().is_none_or(|place| {
+            let mut device = place.device.borrow_mut();
+            device.process();
+            device.is_idle()
+        });
+        let released = is_idle && target.stage == Stage::Idle;
+        if released {
+            target.place = None;
+        }
+        released
+    }
+
     fn poll(&mut self, done: &mut dyn FnMut(usize, io::Result<()>)) {
         for (leg, target) in self.targets.iter_mut().enumerate() {
             if let Some(outcome) = target.poll() {
