@@ -297,12 +297,18 @@ fn a_mirror_of_devices_goes_on_with_one_and_rebuilds_the_other() {
     }
     drop(log);
     drop(check(&legs, last));
-    // Device two was rebuilt last; now it must do alone.
+    // Device two was rebuilt last; now it must do alone. All is there; the doubt is that of a missing copy.
     let (mut log, _) = open(&legs, options()).unwrap();
     go_on(&mut *log, &mut last, 1);
-    devices[0].shrink(1 << 20);
+    let held = devices[0].shrink(1 << 20);
     go_on(&mut *log, &mut last, 3);
     drop(log);
+    let (log, recovered) = open(&legs, options()).unwrap();
+    assert!(recovered.doubtful, "a copy is missing");
+    assert_eq!(recovered.entries.last().map(|entry| entry.index), Some(last));
+    drop(log);
+    // Back as it was, it lacks the end, which is filled in; and no doubt is left.
+    devices[0].mend(&held);
     drop(check(&legs, last));
 }
 
