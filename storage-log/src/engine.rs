@@ -24,8 +24,10 @@ use crate::stage::{Group, Stage, record_bytes};
 use crate::volume::{Geometry, Volume};
 use crate::{IndexRange, LogError, LogStatus, LogStore, Record, Ticket};
 
-/// Segments that stay free for states when entries are refused: one to write into and one in preparation.
+/// Segments that stay free for states when entries are refused, at least: one to write into and one in preparation.
 const RESERVED_SEGMENTS: u64 = 2;
+/// Of a large log more is kept: each start and each change of the mirror's members begins a segment.
+const RESERVED_PART: u64 = 8;
 /// Room is asked for again after this time when there was none.
 const ROOM_RETRY: Duration = Duration::from_millis(200);
 
@@ -66,6 +68,8 @@ pub(crate) struct Start<V: Volume, D> {
     pub range: IndexRange,
     pub segments: VecDeque<SegmentInfo>,
     pub state: Option<Vec<u8>>,
+    /// The segment in which it was found.
+    pub state_in: SegmentNumber,
     pub last: Option<Header>,
     pub log_id: u64,
     pub doubtful: bool,
@@ -93,6 +97,8 @@ pub(crate) struct Engine<V: Volume, D: Driver<Place = V::Place>> {
     oldest: SegmentNumber,
     state: Vec<u8>,
     has_state: bool,
+    /// A segment that surely holds the state, once what is staged is written.
+    state_in: SegmentNumber,
     /// A truncation whose record found no room yet; nothing goes in before it.
     truncate_due: Option<u64>,
     log_id: u64,
@@ -132,6 +138,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             last,
             last_blocks,
             has_state: start.state.is_some(),
+            state_in: if start.state.is_some() { start.state_in } else { last.number },
             state: start.state.unwrap_or_default(),
             truncate_due: None,
             log_id: start.log_id,
@@ -161,10 +168,12 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         }
     }
 
-    /// The oldest segment that is needed: the first with an entry that is not forgotten, or the last one. That one is
-    /// kept in any case: until the group that begins the next segment is whole, only this one holds the state.
+    /// The oldest segment that is needed: the first with an entry that is not forgotten, or the one that holds the state.
+    /// Until the group that begins the next segment is whole, no other does.
     fn drop_unneeded(&mut self) -> SegmentNumber {
-        while self.segments.len() > 1 && self.segments[0].last_index.is_none() {
+        let state_in = self.state_in;
+        let unneeded = |segment: &SegmentInfo| segment.last_index.is_none() && segment.id.number < state_in;
+        while self.segments.len() > 1 && unneeded(&self.segments[0]) {
             self.segments.pop_front();
         }
         self.segments.front().map_or(self.last.number + 1, |segment| segment.id.number)
@@ -175,6 +184,8 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         self.stage.close();
         if self.stage.segment_blocks_used() > 0 {
             self.last_blocks = self.stage.segment_blocks_used();
+            // Begun in this life, with the state as its first record; what an earlier one began may lack it.
+            self.state_in = self.last.number;
         }
         if let Some(segment) = self.segments.back_mut()
             && segment.id == self.last
@@ -220,12 +231,20 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         }
         let first = self.drop_unneeded();
         let segments = self.last.number + 2 - first;
-        let limit = self.max_bytes / self.geometry.segment_bytes() - if is_entry { RESERVED_SEGMENTS } else { 0 };
+        let limit = self.max_segments() - if is_entry { self.reserved_segments() } else { 0 };
         if segments > limit {
             return Err(LogError::LogFull { max_bytes: self.max_bytes });
         }
         self.roll();
         Ok(())
+    }
+
+    fn max_segments(&self) -> u64 {
+        self.max_bytes / self.geometry.segment_bytes()
+    }
+
+    fn reserved_segments(&self) -> u64 {
+        RESERVED_SEGMENTS.max(self.max_segments() / RESERVED_PART)
     }
 
     fn append_truncation(&mut self) -> Result<(), LogError> {
@@ -297,9 +316,10 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             }
         }
         while let Some(leg) = self.legs.next_to_fill(number) {
+            let sources = self.legs.members();
             let before = self.segments.iter().filter(|segment| segment.id.number < number);
             let segments = before.map(|segment| (segment.id.number, segment.blocks)).collect();
-            self.keeper.send(Command::Copy { leg, segments });
+            self.keeper.send(Command::Copy { leg, sources, segments });
         }
         self.request_places();
         true
@@ -362,6 +382,8 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         self.keeper.work();
         while let Some(reply) = self.keeper.receive() {
             match reply {
+                // Asked for again while it was being made.
+                Reply::Prepared { number, .. } if number <= self.bound || self.is_prepared(number) => {}
                 Reply::Prepared { number, mut places } => {
                     // One that has failed in the meantime is opened anew, and those places are no longer good.
                     (0..places.len()).filter(|leg| self.legs.is_out(*leg)).for_each(|leg| places[leg] = None);
@@ -395,6 +417,10 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             *again_at = Instant::now() + ROOM_RETRY;
             self.keeper.send(Command::Prepare(*number));
         }
+    }
+
+    fn is_prepared(&self, number: SegmentNumber) -> bool {
+        self.prepared.iter().any(|(prepared, _)| *prepared == number)
     }
 
     /// A copy is open again: it takes part from the first segment on that is not begun and has a place there.
@@ -533,6 +559,11 @@ impl<V: Volume, D: Driver<Place = V::Place>> LogStore for Engine<V, D> {
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.driver.event_fd()
+    }
+
+    fn is_filling_up(&self) -> bool {
+        let first = self.segments.front().map_or(self.last.number, |segment| segment.id.number);
+        self.no_room.is_some() || 2 * (self.last.number + 1 - first) > self.max_segments()
     }
 
     fn is_busy(&self) -> bool {

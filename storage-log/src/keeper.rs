@@ -6,14 +6,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
 use rustix::fd::OwnedFd;
 
 use crate::LogError;
 use crate::block::BLOCK_BYTES;
-use crate::segment::SegmentNumber;
+use crate::segment::{Members, SegmentNumber};
 use crate::volume::{Access, CHUNK_BYTES, Geometry, Volume, aligned_buffer};
 
 /// What the keeper is asked to do.
@@ -27,13 +27,14 @@ pub(crate) enum Command {
     GiveUp(usize),
     /// Open a copy anew, and make places for these segments there.
     Reopen { leg: usize, segments: Vec<SegmentNumber> },
-    /// Fill a copy with these segments, so many blocks of each, from the other copies.
-    Copy { leg: usize, segments: VecDeque<(SegmentNumber, u32)> },
+    /// Fill a copy with these segments, so many blocks of each, from copies that have everything.
+    Copy { leg: usize, sources: Members, segments: VecDeque<(SegmentNumber, u32)> },
 }
 
 /// A copy that is being filled.
 struct Filling {
     leg: usize,
+    sources: Members,
     /// What is left: segments, and so many blocks of each.
     segments: VecDeque<(SegmentNumber, u32)>,
     /// The next block of the first of them.
@@ -42,8 +43,8 @@ struct Filling {
 }
 
 impl Filling {
-    fn new(leg: usize, segments: VecDeque<(SegmentNumber, u32)>) -> Result<Filling, LogError> {
-        Ok(Filling { leg, segments, at: 0, buffer: aligned_buffer(CHUNK_BYTES)? })
+    fn new(leg: usize, sources: Members, segments: VecDeque<(SegmentNumber, u32)>) -> Result<Filling, LogError> {
+        Ok(Filling { leg, sources, segments, at: 0, buffer: aligned_buffer(CHUNK_BYTES)? })
     }
 
     /// Goes on to the next segment, if there is one.
@@ -70,25 +71,51 @@ pub(crate) enum Reply<P> {
 
 /// See the module.
 pub(crate) struct Keeper<V: Volume> {
-    pub specs: Vec<V::Spec>,
-    pub geometry: Geometry,
-    pub volumes: Vec<Option<V>>,
+    specs: Vec<V::Spec>,
+    geometry: Geometry,
+    volumes: Vec<Option<V>>,
+    /// Segments below were given back.
+    released: SegmentNumber,
+    /// Copies being filled, one after the other, a piece at a time: places must not wait for that.
+    fillings: VecDeque<Filling>,
 }
 
 impl<V: Volume> Keeper<V> {
+    pub fn new(specs: Vec<V::Spec>, geometry: Geometry, volumes: Vec<Option<V>>) -> Keeper<V> {
+        Keeper { specs, geometry, volumes, released: 0, fillings: VecDeque::new() }
+    }
+
     fn handle(&mut self, command: Command, reply: &mut dyn FnMut(Reply<V::Place>)) {
         match command {
             Command::Prepare(number) => self.prepare(number, reply),
             Command::Release(below) => self.release(below),
-            Command::GiveUp(leg) => self.volumes[leg] = None,
+            Command::GiveUp(leg) => {
+                self.fillings.retain(|filling| filling.leg != leg);
+                self.volumes[leg] = None;
+            }
             Command::Reopen { leg, segments } => match self.reopen(leg, &segments) {
                 Ok(places) => reply(Reply::Reopened { leg, places }),
                 Err(error) => reply(Reply::Failed { leg, error }),
             },
-            Command::Copy { leg, segments } => match self.copy(leg, segments) {
-                Ok(()) => reply(Reply::Copied { leg }),
+            Command::Copy { leg, sources, segments } => match Filling::new(leg, sources, segments) {
+                Ok(filling) => self.fillings.push_back(filling),
                 Err(error) => reply(Reply::Failed { leg, error }),
             },
+        }
+    }
+
+    fn is_filling(&self) -> bool {
+        !self.fillings.is_empty()
+    }
+
+    /// Copies a piece, if a copy is being filled.
+    fn work(&mut self, reply: &mut dyn FnMut(Reply<V::Place>)) {
+        let Some(mut filling) = self.fillings.pop_front() else { return };
+        let leg = filling.leg;
+        match self.copy_piece(&mut filling) {
+            Ok(true) => self.fillings.push_front(filling),
+            Ok(false) => reply(Reply::Copied { leg }),
+            Err(error) => reply(Reply::Failed { leg, error }),
         }
     }
 
@@ -109,6 +136,7 @@ impl<V: Volume> Keeper<V> {
     }
 
     fn release(&mut self, below: SegmentNumber) {
+        self.released = self.released.max(below);
         for volume in self.volumes.iter_mut().flatten() {
             for number in volume.segments().into_iter().filter(|number| *number < below) {
                 if let Err(error) = volume.release(number) {
@@ -125,19 +153,15 @@ impl<V: Volume> Keeper<V> {
         let mut volume = V::open(&self.specs[leg], self.geometry, Access::Rebuild)?;
         let places: Result<Vec<_>, _> =
             segments.iter().map(|number| volume.prepare(*number).map(|place| (*number, place))).collect();
+        // Only if it is of use: otherwise its full disk would hold up the others.
+        let places = places?;
         self.volumes[leg] = Some(volume);
-        places
-    }
-
-    fn copy(&mut self, leg: usize, segments: VecDeque<(SegmentNumber, u32)>) -> Result<(), LogError> {
-        let mut filling = Filling::new(leg, segments)?;
-        while self.copy_piece(&mut filling)? {}
-        Ok(())
+        Ok(places)
     }
 
     /// Copies the next blocks, from another copy that has them. Returns whether there is more to do.
     fn copy_piece(&mut self, filling: &mut Filling) -> Result<bool, LogError> {
-        let Filling { leg, segments, at, buffer } = filling;
+        let Filling { leg, sources, segments, at, buffer } = filling;
         let Some(&(number, blocks)) = segments.front() else { return Ok(false) };
         if *at == 0
             && let Some(volume) = &mut self.volumes[*leg]
@@ -145,13 +169,17 @@ impl<V: Volume> Keeper<V> {
             volume.prepare(number)?;
         }
         let wanted = (blocks.saturating_sub(*at) as usize).min(buffer.len() / BLOCK_BYTES) * BLOCK_BYTES;
-        let others = self.volumes.iter().enumerate().filter(|(other, _)| other != leg);
+        let others = self.volumes.iter().enumerate().filter(|(other, _)| other != leg && sources.contains(*other));
         let source = others.filter_map(|(_, volume)| volume.as_ref()).find(|v| v.segments().contains(&number));
         let read = match source {
             Some(source) if wanted > 0 => source.read(number, *at, &mut buffer[..wanted])?,
             Some(_) => 0,
-            // Given back in the meantime: nothing from here on up to the next one is needed any more.
-            None => return Ok(filling.skip()),
+            // Given back in the meantime: it is not needed any more.
+            None if number < self.released => return Ok(filling.skip()),
+            None => {
+                let path = self.volumes[*leg].as_ref().map(|volume| volume.describe(number)).unwrap_or_default();
+                return Err(LogError::Incomplete { path, blocks: blocks.saturating_sub(*at) as usize });
+            }
         };
         let Some(volume) = &mut self.volumes[*leg] else { return Ok(false) };
         if read > 0 {
@@ -178,38 +206,6 @@ pub(crate) enum Port<V: Volume> {
 pub(crate) struct Inline<V: Volume> {
     keeper: Keeper<V>,
     replies: VecDeque<Reply<V::Place>>,
-    filling: VecDeque<Filling>,
-}
-
-impl<V: Volume> Inline<V> {
-    fn handle(&mut self, command: Command) {
-        let Inline { keeper, replies, filling } = self;
-        match command {
-            Command::Copy { leg, segments } => match Filling::new(leg, segments) {
-                Ok(new) => filling.push_back(new),
-                Err(error) => replies.push_back(Reply::Failed { leg, error }),
-            },
-            command => {
-                if let Command::GiveUp(gone) = command {
-                    filling.retain(|filling| filling.leg != gone);
-                }
-                keeper.handle(command, &mut |reply| replies.push_back(reply));
-            }
-        }
-    }
-
-    /// Copies a piece, if a copy is being filled.
-    fn work(&mut self) {
-        let Some(filling) = self.filling.front_mut() else { return };
-        let leg = filling.leg;
-        let reply = match self.keeper.copy_piece(filling) {
-            Ok(true) => return,
-            Ok(false) => Reply::Copied { leg },
-            Err(error) => Reply::Failed { leg, error },
-        };
-        self.filling.pop_front();
-        self.replies.push_back(reply);
-    }
 }
 
 impl<V: Volume + Send + 'static> Port<V>
@@ -222,13 +218,19 @@ where
         let (commands, to_do) = channel();
         let (answers, replies) = channel();
         let thread = std::thread::Builder::new().name("log-keeper".to_owned()).spawn(move || {
-            while let Ok(command) = to_do.recv() {
-                keeper.handle(command, &mut |reply| {
-                    // Nobody listens while the log is being closed.
-                    let _ = answers.send(reply);
-                    // EAGAIN: the counter is full, so it is readable anyway.
-                    let _ = rustix::io::write(&*wake, &1u64.to_ne_bytes());
-                });
+            let mut reply = |reply| {
+                // Nobody listens while the log is being closed.
+                let _ = answers.send(reply);
+                // EAGAIN: the counter is full, so it is readable anyway.
+                let _ = rustix::io::write(&*wake, &1u64.to_ne_bytes());
+            };
+            loop {
+                let next = if keeper.is_filling() { to_do.try_recv() } else { to_do.recv().map_err(Into::into) };
+                match next {
+                    Ok(command) => keeper.handle(command, &mut reply),
+                    Err(TryRecvError::Empty) => keeper.work(&mut reply),
+                    Err(TryRecvError::Disconnected) => return,
+                }
             }
         })?;
         Ok(Port::Thread { commands: Some(commands), replies, thread: Some(thread) })
@@ -239,12 +241,12 @@ impl<V: Volume> Port<V> {
     /// A keeper that works when it is asked for replies.
     #[cfg_attr(not(any(test, feature = "spdk")), expect(dead_code, reason = "for devices of one thread"))]
     pub fn inline(keeper: Keeper<V>) -> Port<V> {
-        Port::Inline(Inline { keeper, replies: VecDeque::new(), filling: VecDeque::new() })
+        Port::Inline(Inline { keeper, replies: VecDeque::new() })
     }
 
     /// Whether it has something to do that goes on only when it is asked for replies.
     pub fn has_work(&self) -> bool {
-        matches!(self, Port::Inline(inline) if !inline.filling.is_empty() || !inline.replies.is_empty())
+        matches!(self, Port::Inline(inline) if inline.keeper.is_filling() || !inline.replies.is_empty())
     }
 
     pub fn send(&mut self, command: Command) {
@@ -253,14 +255,14 @@ impl<V: Volume> Port<V> {
                 let commands = commands.as_ref().expect("only drop takes it");
                 commands.send(command).expect("the keeper lives as long as the log");
             }
-            Port::Inline(inline) => inline.handle(command),
+            Port::Inline(Inline { keeper, replies }) => keeper.handle(command, &mut |reply| replies.push_back(reply)),
         }
     }
 
     /// Lets a keeper without a thread do a piece of its work.
     pub fn work(&mut self) {
-        if let Port::Inline(inline) = self {
-            inline.work();
+        if let Port::Inline(Inline { keeper, replies }) = self {
+            keeper.work(&mut |reply| replies.push_back(reply));
         }
     }
 

@@ -209,6 +209,10 @@ pub trait LogStore {
     /// this log must be polled.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether more than half of the log's limit is used, or there is no room for it to grow. A leader takes no input then,
+    /// so that room is left for the syncvm that makes room.
+    fn is_filling_up(&self) -> bool;
+
     /// Whether a write is under way, or something else that goes on only when the log is polled.
     fn is_busy(&self) -> bool;
 

@@ -74,6 +74,10 @@ impl LogStore for MemoryLog {
         None
     }
 
+    fn is_filling_up(&self) -> bool {
+        false
+    }
+
     fn is_busy(&self) -> bool {
         false
     }

@@ -46,7 +46,7 @@ pub fn open(legs: &[LegSpec], options: Options) -> Result<(Box<dyn LogStore>, Re
     // (the driver is declared before the stage in `Engine`).
     let driver = unsafe { Uring::new(stage.memory(), Arc::clone(&event)) };
     let driver = driver.map_err(|error| LogError::io("setting up io_uring for", here, error))?;
-    let keeper = Keeper { specs: legs.to_vec(), geometry, volumes: opened.volumes };
+    let keeper = Keeper::new(legs.to_vec(), geometry, opened.volumes);
     let keeper = Port::spawn(keeper, event).map_err(|error| LogError::io("starting the keeper of", here, error))?;
     let paths = legs.iter().map(|leg| leg.path().to_owned());
     let out = paths.zip(opened.out);
@@ -74,6 +74,7 @@ pub(crate) fn start<V: Volume, D>(
         range: scan.range,
         segments: scan.segments.into(),
         state: scan.recovered.state.clone(),
+        state_in: scan.state_in,
         last: scan.last,
         log_id: scan.last.map_or_else(random, |last| last.log_id),
         doubtful: scan.recovered.doubtful,
@@ -145,7 +146,9 @@ fn fill<V: Volume>(volumes: &mut [Option<V>], gaps: &[Gap]) -> Result<(), LogErr
     for gap in gaps {
         find_block(volumes, gap, &mut buffer)?;
         if let Some(volume) = &mut volumes[gap.leg] {
-            volume.prepare(gap.number)?;
+            if !volume.segments().contains(&gap.number) {
+                volume.prepare(gap.number)?;
+            }
             volume.write(gap.number, gap.block, &buffer)?;
         }
     }

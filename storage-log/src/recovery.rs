@@ -38,6 +38,8 @@ pub(crate) struct Scan {
     pub recovered: Recovered,
     pub range: IndexRange,
     pub segments: Vec<SegmentInfo>,
+    /// The segment of the last state.
+    pub state_in: SegmentNumber,
     /// The header of the last segment; `None` if the log is new.
     pub last: Option<Header>,
     pub chain: Chain,
@@ -187,6 +189,9 @@ fn apply_stream(
 }
 
 fn apply(found: &record::Found<'_>, scan: &mut Scan) -> Result<(), String> {
+    if matches!(found.kind, Kind::State | Kind::StateCopy) {
+        scan.state_in = scan.segments.last().map_or(0, |segment| segment.id.number);
+    }
     match found.kind {
         Kind::State => {
             scan.recovered.state = Some(found.payload.to_vec());
@@ -196,6 +201,9 @@ fn apply(found: &record::Found<'_>, scan: &mut Scan) -> Result<(), String> {
         Kind::StateCopy => scan.recovered.state = Some(found.payload.to_vec()),
         Kind::Truncate => {
             scan.range.truncate(found.index);
+            for segment in &mut scan.segments {
+                segment.last_index = segment.last_index.filter(|last| *last > found.index);
+            }
             drop_prefix(&mut scan.recovered.entries, found.index);
         }
         Kind::Entry => {

@@ -103,7 +103,7 @@ impl Trio {
     }
 
     /// Proposes `count` entries, at most `depth` not yet committed at any time, and returns when all are committed.
-    #[cfg(feature = "peers")]
+    #[cfg(any(test, feature = "peers"))]
     pub fn commit_many(&mut self, count: u64, depth: u64, payload: &[u8]) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         let first = self.leader.committed();

@@ -67,6 +67,7 @@ impl Reactor<'_> {
         let replica = self.ordering.replica();
         replica.last_index().0.saturating_sub(replica.commit_index().0) < PROPOSALS_IN_FLIGHT
             && self.delivery.backlog_bytes() < BACKLOG_BYTES
+            && !self.ordering.log().is_filling_up()
             && !replica.second_lags(now)
     }
 

@@ -56,7 +56,7 @@ impl Ordering {
         fabric: TcpFabric,
         now_us: u64,
     ) -> Result<Self, GroupError> {
-        let (log, stored) = storage_log::open(legs, options)?;
+        let (mut log, stored) = storage_log::open(legs, options)?;
         let corrupt = |error: consensus::WireError| GroupError::ForeignLog {
             dir: legs[0].path().to_owned(),
             reason: error.to_string(),
@@ -69,6 +69,8 @@ impl Ordering {
             .collect();
         let mut recovered = Recovered::from_store(state, entries.map_err(corrupt)?);
         recovered.doubtful = stored.doubtful;
+        // The state may be durable without the truncation that went with it, and the next entry may be far ahead.
+        log.truncate_prefix(recovered.base.index.0);
         // In doubt, nobody knows how far the guest that still runs has come.
         let served_alone = !recovered.doubtful && served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);

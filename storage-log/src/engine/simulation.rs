@@ -144,7 +144,7 @@ impl Run {
         }
         let stage = Stage::new(Box::new(vec![0; self.options.stage_bytes]), opened.scan.chain);
         let driver = SimDriver::new(stage.memory(), Rc::clone(&self.disks));
-        let keeper = Port::inline(Keeper { specs, geometry, volumes: opened.volumes });
+        let keeper = Port::inline(Keeper::new(specs, geometry, opened.volumes));
         let legs = Legs::new(opened.out.into_iter().map(|out| (std::path::PathBuf::from("sim"), out)));
         let (start, recovered) = start(driver, stage, keeper, legs, geometry, &self.options, opened.scan);
         Ok((Engine::new(start), recovered))

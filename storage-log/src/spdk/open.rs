@@ -28,7 +28,7 @@ pub(crate) fn open_legs(specs: &[LegSpec], options: Options) -> Result<(Box<dyn 
     let stage = Stage::new(Box::new(memory), opened.scan.chain);
     let paths = legs.iter().map(|leg| leg.path.clone());
     let states = Legs::new(paths.zip(opened.out));
-    let keeper = Port::inline(Keeper { specs: legs, geometry, volumes: opened.volumes });
+    let keeper = Port::inline(Keeper::new(legs, geometry, opened.volumes));
     let (start, recovered) = start(SpdkDriver::default(), stage, keeper, states, geometry, &options, opened.scan);
     Ok((Box::new(Engine::new(start)), recovered))
 }
