@@ -9,10 +9,11 @@ mod disks;
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::{Engine, LogStore};
 use crate::block::BLOCK_BYTES;
-use crate::keeper::{Keeper, Port};
+use crate::keeper::{Command, Keeper, Port};
 use crate::legs::Legs;
 use crate::open::{open_copies, start};
 use crate::stage::Stage;
@@ -392,4 +393,40 @@ fn nothing_acknowledged_is_lost_without_saying_so() {
 fn a_mirror_hides_what_one_copy_loses() {
     let seen = campaign(2, seeds(700));
     assert!(seen.healed > 50 && seen.failed_legs > 20 && seen.rebuilt > 20, "the seeds are too tame: {seen:?}");
+}
+
+#[test]
+fn a_place_that_is_made_twice_blocks_nothing() {
+    let mut run = Run::new(1, 1);
+    let (mut log, _) = run.open().unwrap();
+    // As when room is asked for again before the answer is there.
+    (1..=4).for_each(|number| log.keeper.send(Command::Prepare(number)));
+    for index in 1..=60 {
+        let ticket = log.append(Record::Entry { index, view: 1, parts: [&[7; 3000], &[]] }).unwrap();
+        log.flush();
+        assert!(log.wait(ticket, Duration::from_secs(5)), "entry {index} is stuck in segment {}", log.last.number);
+    }
+}
+
+#[test]
+fn the_state_survives_torn_starts_in_a_row() {
+    let mut run = Run::new(1, 1);
+    let (mut log, _) = run.open().unwrap();
+    let ticket = log.append(Record::State(b"promise")).unwrap();
+    log.flush();
+    assert!(log.wait(ticket, Duration::from_secs(5)));
+    for _ in 0..4 {
+        run.disks.borrow_mut().power_off(|_| 0);
+        drop(log);
+        run.disks.borrow_mut().power_on();
+        let (next, recovered) = run.open().unwrap();
+        assert_eq!((recovered.state.as_deref(), recovered.doubtful), (Some(&b"promise"[..]), false));
+        log = next;
+        log.poll();
+        log.append(Record::Entry { index: 1, view: 1, parts: [b"never durable", &[]] }).unwrap();
+        log.flush();
+        // The header reaches the disk, and the power fails before the block behind it does.
+        run.disks.borrow_mut().advance(|_| 1);
+        run.disks.borrow_mut().power_off(|bound| u64::from(bound == 3));
+    }
 }

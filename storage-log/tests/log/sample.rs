@@ -69,6 +69,15 @@ impl Sample {
                 assert!(settle(&mut *log, ticket));
             }
         }
+        // Enough that is not forgotten for some segments.
+        for _ in 0..16 {
+            let index = script.content.entries.last().map_or(1, |last| last.index + 1);
+            let op = Op::Entry(StoredEntry { index, view: 6, bytes: vec![index as u8; 5000] });
+            let ticket = op.play(&mut *log).expect("an entry has a ticket");
+            script.content.apply(&op);
+            history.push(script.content.clone());
+            assert!(settle(&mut *log, ticket));
+        }
         drop(log);
         // Each opening begins a segment.
         let (mut log, _) = open(&legs, sample_options()).unwrap();
