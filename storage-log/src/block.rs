@@ -100,8 +100,15 @@ pub(crate) fn stream(block: &Block, trailer: Trailer) -> &[u8] {
 
 /// Not of zero bytes: a blank block must not verify.
 fn checksum(block: &Block, at: u32) -> u32 {
-    let seed = crc32c::crc32c(&u64::from(at).wrapping_add(0x504c_5652).to_le_bytes());
-    crc32c::crc32c_append(seed, &block[..BLOCK_BYTES - 4])
+    let seed = u64::from(at).wrapping_add(0x504c_5652).to_le_bytes();
+    crc32c([&seed, &block[..BLOCK_BYTES - 4]])
+}
+
+/// CRC-32C of the parts, one behind the other.
+pub(crate) fn crc32c<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u32 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    parts.into_iter().for_each(|part| digest.update(part));
+    digest.finalize() as u32
 }
 
 /// The bytes as an array; the caller gives as many as it asks for.

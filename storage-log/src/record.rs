@@ -5,7 +5,7 @@
 //! the record before it, across segments. So a record counts only behind the very records that it was written behind:
 //! none can be left out, exchanged or taken over from an earlier use of the same blocks.
 
-use crate::block::array;
+use crate::block::{array, crc32c};
 
 /// The longest payload of a record, bytes.
 pub const MAX_RECORD_BYTES: usize = 8 << 20;
@@ -40,16 +40,10 @@ pub(crate) fn head(
     head[8..12].copy_from_slice(&(kind as u32).to_le_bytes());
     head[12..20].copy_from_slice(&index.to_le_bytes());
     head[20..28].copy_from_slice(&view.to_le_bytes());
-    let mut crc = crc32c::crc32c_append(seed(chain), &head[4..]);
-    for part in parts {
-        crc = crc32c::crc32c_append(crc, part);
-    }
+    let seed = chain.0.to_le_bytes();
+    let crc = crc32c([&seed, &head[4..]].into_iter().chain(parts.iter().copied()));
     head[0..4].copy_from_slice(&crc.to_le_bytes());
     (head, Chain(crc))
-}
-
-fn seed(chain: Chain) -> u32 {
-    crc32c::crc32c(&chain.0.to_le_bytes())
 }
 
 /// A record found in a stream.
@@ -90,7 +84,7 @@ pub(crate) fn find(stream: &[u8], chain: Chain) -> Result<Found<'_>, Flaw> {
         return Err(Flaw::Wrong("the record's length is impossible"));
     }
     let record = stream.get(..RECORD_HEADER_BYTES + len).ok_or(Flaw::CutOff)?;
-    let crc = crc32c::crc32c_append(seed(chain), &record[4..]);
+    let crc = crc32c([&chain.0.to_le_bytes(), &record[4..]]);
     if crc.to_le_bytes() != head[0..4] {
         return Err(Flaw::Wrong("the record's checksum does not follow from the record before it"));
     }
