@@ -25,8 +25,11 @@ use bare_uring::BareUring;
 use engine::Engine;
 use fio::Fio;
 
-/// Commits in flight, on both sides: the log has one writer, which syncs what came in meanwhile.
+/// Writes in flight, on both sides: the log syncs one group before it writes the next.
 const DEPTH: u32 = 1;
+/// Commits that are not durable yet, on our side: one is on its way to the disk while the next one is appended, as in
+/// service, where inputs arrive while the disk works. Each is a write and a sync of its own all the same.
+const UNDER_WAY: usize = 2;
 /// Commits between truncations.
 const TRUNCATE_EVERY: u64 = 16;
 const BATCHES: [u64; 3] = [1, 8, 64];
@@ -78,7 +81,7 @@ fn commits_per_s(log: &mut Engine, batch: u64, commits: u64) -> Result<f64> {
     let start = Instant::now();
     for commit in 1..=commits {
         flying.push_back(log.start_commit(batch)?);
-        if flying.len() >= DEPTH as usize {
+        if flying.len() >= UNDER_WAY {
             log.wait(flying.pop_front().expect("one was pushed"))?;
         }
         if commit % TRUNCATE_EVERY == 0 {
