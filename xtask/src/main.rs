@@ -1,6 +1,7 @@
-//! Entry points: `cargo xtask setup|test|tidy|demo|simulate|perf`.
+//! Entry points: `cargo xtask setup|test|tidy|demo|simulate|fuzz|perf`.
 
 mod demo;
+mod fuzz;
 mod perf;
 mod progress;
 mod setup;
@@ -35,6 +36,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Run consensus through simulated faults, from seeds
     Simulate(simulate::Arguments),
+    /// Feed every parser of foreign input with what libFuzzer makes up
+    Fuzz(fuzz::Arguments),
     /// Measure
     Perf(perf::Arguments),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::tidy(),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Simulate(arguments) => simulate::simulate(&arguments),
+        Task::Fuzz(arguments) => fuzz::fuzz(&arguments),
         Task::Perf(arguments) => perf::perf(&arguments),
     };
     match outcome {

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::progress::{loud_step, output, run};
-use crate::{perf, setup, simulate, tidy};
+use crate::{fuzz, perf, setup, simulate, tidy};
 
 /// Crates with code that is compiled only where SPDK is installed.
 const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
@@ -47,6 +47,7 @@ pub fn test(arguments: &Arguments) -> Result<()> {
     }
     if !arguments.fast && !arguments.e2e && arguments.filters.is_empty() {
         simulate::prove(simulate::PROOF_SEEDS, &[])?;
+        fuzz::in_ci()?;
     }
     if !arguments.fast {
         e2e_tests(nextest, &arguments.filters)?;

@@ -7,11 +7,12 @@ use anyhow::{Result, bail};
 use crate::progress::{loud_step, on_path, run};
 
 /// (program, Debian package, what for)
-const NEEDED: [(&str, &str, &str); 9] = [
+const NEEDED: [(&str, &str, &str); 10] = [
     ("ip", "iproute2", "network namespaces and bridges"),
     ("tc", "iproute2", "slow links"),
     ("nft", "nftables", "partitions between hosts"),
     ("xz", "xz-utils", "unpacking the guest's kernel"),
+    ("c++", "g++", "libFuzzer"),
     ("cc", "gcc", "linking the guest's test program"),
     ("setsid", "util-linux", "clean-up that outlives a killed test"),
     ("mkfs.ext4", "e2fsprogs", "a small file system that gets full"),

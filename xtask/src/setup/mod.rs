@@ -12,6 +12,8 @@ mod kernel;
 mod peers;
 mod qemu;
 
+pub use host_packages::install_missing;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
