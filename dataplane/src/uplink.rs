@@ -1,10 +1,13 @@
 //! Where a VM's frames enter and leave a host.
 //!
-//! One trait, because AF_PACKET and DPDK ports follow; a [`tap::Tap`] is the first.
+//! One trait, burst-wise and object-safe: the reactor pays one indirect call for a burst of frames and does not care
+//! which port it has. Frames are read straight into the batch that is proposed, and what is sent leaves at the end of a
+//! turn, so that a port may hand over many frames at once.
 
 pub mod announce;
 pub mod tap;
 
+use crate::batch::BatchBuilder;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -24,28 +27,99 @@ pub struct OffloadFlags {
     pub ecn: bool,
 }
 
+/// What one call of [`Uplink::recv_burst`] or [`Uplink::discard_burst`] did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Burst {
+    /// Frames taken from the port.
+    pub frames: usize,
+    /// There may be more at once: the budget or the room ended the burst, not the port.
+    pub more: bool,
+}
+
+/// Frames that a port lost since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct UplinkDrops {
+    /// Outbound: the port's queue was full.
+    pub full: u64,
+    /// Outbound: the port refused the frame (bad vnet header, too short or too long, link down).
+    pub refused: u64,
+    /// Inbound: the port had no room for them, because nobody took its frames in time.
+    pub missed: u64,
+}
+
+impl UplinkDrops {
+    /// Outbound frames that were lost.
+    pub fn outbound(&self) -> u64 {
+        self.full + self.refused
+    }
+}
+
+/// Where the frames of a burst land: straight in the batch that will be proposed.
+#[derive(Debug)]
+pub struct Intake<'a> {
+    batch: &'a mut BatchBuilder,
+}
+
+impl<'a> Intake<'a> {
+    /// Frames go into `batch`.
+    pub fn new(batch: &'a mut BatchBuilder) -> Intake<'a> {
+        Intake { batch }
+    }
+
+    /// Room for one frame of up to `max` bytes, or `None` when the batch must be proposed first.
+    pub fn spare(&mut self, max: usize) -> Option<&mut [u8]> {
+        self.batch.spare(max)
+    }
+
+    /// Makes the first `len` bytes of what [`spare`](Self::spare) gave the next frame. One whose length no frame has is
+    /// left out.
+    pub fn commit(&mut self, len: usize) {
+        // The only error is a bad length, and a port that makes such a frame has nothing to be told.
+        let _ = self.batch.commit(len);
+    }
+}
+
 /// A port towards the clients of the VM. Nonblocking; owned by the reactor thread.
 pub trait Uplink: Send {
-    /// Takes one frame (vnet header included) into `buf` and returns its length, or `None` when
-    /// nothing waits. `buf` must hold [`MAX_FRAME_BYTES`](crate::MAX_FRAME_BYTES).
+    /// The port's name, for messages.
+    fn name(&self) -> &str;
+
+    /// Takes up to `budget_frames` frames (vnet header included), as many as fit `into`.
     ///
     /// # Errors
     /// The port is gone; no later call will succeed.
-    fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>>;
+    fn recv_burst(&mut self, into: &mut Intake<'_>, budget_frames: usize) -> io::Result<Burst>;
 
-    /// Sends one frame (vnet header included). `false`: the port did not take it (queue full, link
-    /// down, a header that makes no sense); it is dropped and counted, as a switch would.
+    /// Throws up to `budget_frames` waiting frames away: a replica that does not serve has no use for them.
+    ///
+    /// # Errors
+    /// The port is gone; no later call will succeed.
+    fn discard_burst(&mut self, budget_frames: usize) -> io::Result<Burst>;
+
+    /// Sends one frame (vnet header included), at the latest in [`flush`](Self::flush). `false`: the port did not take
+    /// it; it is dropped and counted, as a switch would. One that was taken may still be dropped in `flush`; only
+    /// [`drops`](Self::drops) tells.
     ///
     /// # Errors
     /// The port is gone; no later call will succeed.
     fn send(&mut self, frame: &[u8]) -> io::Result<bool>;
 
-    /// Readable when [`recv`](Self::recv) has a frame.
-    fn fd(&self) -> BorrowedFd<'_>;
+    /// Hands what [`send`](Self::send) took to the wire. Called once per turn of the reactor.
+    ///
+    /// # Errors
+    /// The port is gone; no later call will succeed.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// Readable while a frame waits (level-triggered); `None` when the port can only be polled. The number stays the
+    /// same as long as the port lives.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Sets what the guest can take; the port undoes all other offloads before a frame arrives.
     ///
     /// # Errors
     /// The port refused.
     fn set_offload(&mut self, features: OffloadFlags) -> io::Result<()>;
+
+    /// What was lost so far. Costs at most one system call; not for every frame.
+    fn drops(&mut self) -> UplinkDrops;
 }

@@ -1,11 +1,12 @@
 //! Real TAPs on a real bridge, in a network namespace of the test thread's own. Needs root; without it the
 //! tests say so and pass.
 
+use dataplane::batch::{self, BatchBuilder, MIN_BATCH_BYTES};
 use dataplane::uplink::announce::rarp;
-use dataplane::uplink::tap::{Tap, TapDrops, TapError};
-use dataplane::uplink::{OffloadFlags, Uplink};
+use dataplane::uplink::tap::{Tap, TapError};
+use dataplane::uplink::{Burst, Intake, OffloadFlags, Uplink, UplinkDrops};
 use dataplane::wait::{Interest, Poller};
-use dataplane::{MAX_FRAME_BYTES, VNET_HEADER_BYTES, VnetHeader};
+use dataplane::{VNET_HEADER_BYTES, VnetHeader};
 use std::ffi::CString;
 
 const SIOCBRADDBR: libc::c_ulong = 0x89a0;
@@ -66,14 +67,17 @@ fn set_up(name: &str, up: bool) {
 /// The next frame, within 10 s.
 fn receive(tap: &mut Tap) -> Vec<u8> {
     let poller = Poller::new().unwrap();
-    poller.add(tap.fd(), 1, Interest::Read).unwrap();
+    poller.add(tap.fd().unwrap(), 1, Interest::Read).unwrap();
+    let mut batch = BatchBuilder::new(MIN_BATCH_BYTES);
     // Stale bytes in the buffer must not show up in the frame.
-    let mut buf = vec![0xaa; MAX_FRAME_BYTES];
+    batch.push(&[0xaa; 4096]).unwrap();
+    batch.finish();
     let mut ready = Vec::new();
     loop {
-        if let Some(len) = tap.recv(&mut buf).unwrap() {
-            buf.truncate(len);
-            return buf;
+        let burst = tap.recv_burst(&mut Intake::new(&mut batch), 1).unwrap();
+        assert_eq!(burst.frames, batch.len());
+        if burst.frames == 1 {
+            return batch::frames(&batch.finish()).unwrap().next().unwrap().to_vec();
         }
         poller.wait(Some(10_000_000), &mut ready).unwrap();
         assert!(!ready.is_empty(), "no frame within 10 s");
@@ -135,7 +139,7 @@ fn frames_cross_a_bridge_and_offloads_are_as_asked() {
         assert_eq!((header.flags & 1, header.gso_type, header.gso_size.get()), (1, 1, SEGMENT_BYTES as u16));
         assert!(whole[VNET_HEADER_BYTES + 54..] == large[VNET_HEADER_BYTES + 54..]);
         assert_eq!(header.num_buffers.get(), 0);
-        assert_eq!(a.drops(), TapDrops::default());
+        assert_eq!(a.drops(), UplinkDrops::default());
     });
 }
 
@@ -150,13 +154,32 @@ fn nonsense_and_a_pulled_cable_cost_a_frame_and_not_the_port() {
         bad[1] = 77; // no such GSO type
         assert!(!a.send(&bad).unwrap());
         assert!(!a.send(&good[..VNET_HEADER_BYTES + 3]).unwrap());
-        assert_eq!(a.drops(), TapDrops { full: 0, refused: 2 });
+        assert_eq!(a.drops(), UplinkDrops { full: 0, refused: 2, missed: 0 });
         set_up("plvtest0", false);
         assert!(!a.send(&good).unwrap());
-        assert_eq!(a.recv(&mut vec![0; MAX_FRAME_BYTES]).unwrap(), None);
+        assert_eq!(a.discard_burst(9).unwrap(), Burst::default());
         set_up("plvtest0", true);
         assert!(a.send(&good).unwrap());
         assert_eq!(receive(&mut b), good);
+    });
+}
+
+#[test]
+fn a_burst_ends_with_its_budget_or_with_the_room() {
+    in_namespace(|| {
+        make_bridge(BRIDGE);
+        let mut a = Tap::open("plvtest0", Some(BRIDGE)).unwrap();
+        let mut b = Tap::open("plvtest1", Some(BRIDGE)).unwrap();
+        let frame = rarp([0x52, 0x54, 0, 0, 0, 9]);
+        let mut send = |count| (0..count).for_each(|_| assert!(a.send(&frame).unwrap()));
+        send(5);
+        let mut batch = BatchBuilder::new(MIN_BATCH_BYTES + 100);
+        assert_eq!(b.recv_burst(&mut Intake::new(&mut batch), 2).unwrap(), Burst { frames: 2, more: true });
+        // The next one could be of any size, and there is no room for the largest any more.
+        assert_eq!(b.recv_burst(&mut Intake::new(&mut batch), 2).unwrap(), Burst { frames: 0, more: true });
+        batch.finish();
+        assert_eq!(b.discard_burst(1).unwrap(), Burst { frames: 1, more: true });
+        assert_eq!(b.discard_burst(9).unwrap(), Burst { frames: 2, more: false });
     });
 }
 

@@ -4,7 +4,7 @@
 //! as long as the [`Tap`]: a daemon that dies leaves nothing behind, and a bridge stops forwarding to a
 //! dead host at once. Rejected: a persistent TAP made by the operator (two daemons could share it).
 
-use super::{OffloadFlags, Uplink};
+use super::{Burst, Intake, OffloadFlags, Uplink, UplinkDrops};
 use crate::frame::{MAX_FRAME_BYTES, VNET_HEADER_BYTES};
 use rustix::io::Errno;
 use std::io;
@@ -70,21 +70,14 @@ pub enum TapError {
     },
 }
 
-/// Frames that a TAP did not take.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TapDrops {
-    /// The queue was full.
-    pub full: u64,
-    /// The kernel refused the frame: bad vnet header, too short, or the link is down.
-    pub refused: u64,
-}
-
 /// An open TAP device.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
     name: String,
-    drops: TapDrops,
+    drops: UplinkDrops,
+    /// Where frames go that nobody wants.
+    scratch: Box<[u8]>,
 }
 
 impl Tap {
@@ -111,7 +104,8 @@ impl Tap {
             Some(libc::EBUSY | libc::EINVAL) => TapError::InUse { name: name.to_owned() },
             _ => fail("TUNSETIFF", source),
         })?;
-        let mut tap = Tap { fd, name: name.to_owned(), drops: TapDrops::default() };
+        let scratch = vec![0; MAX_FRAME_BYTES].into_boxed_slice();
+        let mut tap = Tap { fd, name: name.to_owned(), drops: UplinkDrops::default(), scratch };
         let mut header_bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int through the pointer, which points to one.
         let result = unsafe { libc::ioctl(tap.fd.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw mut header_bytes) };
@@ -125,34 +119,50 @@ impl Tap {
         bring_up(&control, name).map_err(|source| fail("bringing the link up", source))?;
         Ok(tap)
     }
+}
 
-    /// The interface's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Frames that were dropped on the way out so far.
-    pub fn drops(&self) -> TapDrops {
-        self.drops
+/// Reads one frame, or `None` when nothing waits.
+fn read_frame(fd: &OwnedFd, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    match rustix::io::read(fd, &mut *buf) {
+        Ok(len) if len >= VNET_HEADER_BYTES => {
+            // The kernel writes the 10-byte header and skips num_buffers; what stood there before
+            // must not get into the log.
+            buf[10..12].fill(0);
+            Ok(Some(len))
+        }
+        Ok(len) => Err(io::Error::other(format!("it gave {len} bytes, less than a header"))),
+        Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+        // The link was set down; like a pulled cable, it may come back.
+        Err(Errno::IO) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
 impl Uplink for Tap {
-    fn recv(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        assert!(buf.len() >= MAX_FRAME_BYTES, "a TAP read into {} bytes can cut a frame", buf.len());
-        match rustix::io::read(&self.fd, &mut *buf) {
-            Ok(len) if len >= VNET_HEADER_BYTES => {
-                // The kernel writes the 10-byte header and skips num_buffers; what stood there before
-                // must not get into the log.
-                buf[10..12].fill(0);
-                Ok(Some(len))
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn recv_burst(&mut self, into: &mut Intake<'_>, budget_frames: usize) -> io::Result<Burst> {
+        for frames in 0..budget_frames {
+            let Some(spare) = into.spare(MAX_FRAME_BYTES) else {
+                return Ok(Burst { frames, more: true });
+            };
+            match read_frame(&self.fd, spare)? {
+                Some(len) => into.commit(len),
+                None => return Ok(Burst { frames, more: false }),
             }
-            Ok(len) => Err(io::Error::other(format!("TAP {} gave {len} bytes, less than a header", self.name))),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            // The link was set down; like a pulled cable, it may come back.
-            Err(Errno::IO) => Ok(None),
-            Err(error) => Err(error.into()),
         }
+        Ok(Burst { frames: budget_frames, more: true })
+    }
+
+    fn discard_burst(&mut self, budget_frames: usize) -> io::Result<Burst> {
+        for frames in 0..budget_frames {
+            if read_frame(&self.fd, &mut self.scratch)?.is_none() {
+                return Ok(Burst { frames, more: false });
+            }
+        }
+        Ok(Burst { frames: budget_frames, more: true })
     }
 
     fn send(&mut self, frame: &[u8]) -> io::Result<bool> {
@@ -171,8 +181,13 @@ impl Uplink for Tap {
         }
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    fn flush(&mut self) -> io::Result<()> {
+        // A TAP takes one frame per write and has no call that takes several.
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
     }
 
     fn set_offload(&mut self, features: OffloadFlags) -> io::Result<()> {
@@ -186,6 +201,10 @@ impl Uplink for Tap {
         }
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
+    }
+
+    fn drops(&mut self) -> UplinkDrops {
+        self.drops
     }
 }
 

@@ -6,7 +6,6 @@
 use consensus::{Release, Replica, View};
 use dataplane::guard::{Guard, SlotMark};
 use dataplane::uplink::Uplink;
-use dataplane::uplink::tap::Tap;
 
 use crate::device::NetDevice;
 
@@ -27,34 +26,46 @@ impl ReleaseProof {
 /// The guard, the rule, and the device that the frames leave by.
 pub struct Egress {
     guard: Guard,
-    uplink: Tap,
+    port: Port,
     direct: bool,
-    frames_out: u64,
-    frames_dropped: u64,
+}
+
+/// The uplink with what was handed to it.
+struct Port {
+    uplink: Box<dyn Uplink>,
+    handed: u64,
+    failure: Option<std::io::Error>,
+}
+
+impl Port {
+    /// Hands one frame over; a full queue drops it as a full NIC would, and TCP repairs that.
+    fn send(&mut self, frame: &[u8]) {
+        match self.uplink.send(frame) {
+            Ok(_) => self.handed += 1,
+            Err(error) => self.failure = Some(error),
+        }
+    }
 }
 
 impl Egress {
     /// Holds everything until told otherwise.
-    pub fn new(guard_bytes: usize, uplink: Tap) -> Self {
-        Self { guard: Guard::new(guard_bytes), uplink, direct: false, frames_out: 0, frames_dropped: 0 }
+    pub fn new(guard_bytes: usize, uplink: Box<dyn Uplink>) -> Self {
+        Self { guard: Guard::new(guard_bytes), port: Port { uplink, handed: 0, failure: None }, direct: false }
     }
 
     /// Takes what the guest has sent. It leaves at once if that is the mode and there is proof; without proof the mode
     /// ends. Returns whether there may be more at once; otherwise the guest kicks.
     pub fn collect(&mut self, device: &mut NetDevice, now_us: u64, proof: Option<ReleaseProof>) -> bool {
         self.direct &= proof.is_some();
-        let (guard, uplink) = (&mut self.guard, &mut self.uplink);
-        let (mut out, mut dropped) = (0, 0);
+        let (guard, port) = (&mut self.guard, &mut self.port);
         let taken = if self.direct {
             device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| {
-                send(uplink, frame, &mut out, &mut dropped);
+                port.send(frame);
                 true
             })
         } else {
             device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| guard.push(now_us, frame).is_ok())
         };
-        self.frames_out += out;
-        self.frames_dropped += dropped;
         taken == TX_BUDGET_FRAMES
     }
 
@@ -65,11 +76,8 @@ impl Egress {
 
     /// Lets the frames of all slots through `mark` leave.
     pub fn release(&mut self, mark: SlotMark, _proof: ReleaseProof) -> usize {
-        let (uplink, mut out, mut dropped) = (&mut self.uplink, 0, 0);
-        let released = self.guard.release(mark, |frame| send(uplink, frame, &mut out, &mut dropped));
-        self.frames_out += out;
-        self.frames_dropped += dropped;
-        released
+        let port = &mut self.port;
+        self.guard.release(mark, |frame| port.send(frame))
     }
 
     /// From now on frames leave at once; what is held leaves first.
@@ -98,12 +106,23 @@ impl Egress {
 
     /// Sends a frame of ours (an announcement, which says nothing of the guest), if there is room for it.
     pub fn announce(&mut self, frame: &[u8]) {
-        send(&mut self.uplink, frame, &mut self.frames_out, &mut self.frames_dropped);
+        self.port.send(frame);
+    }
+
+    /// Hands everything that was sent in this turn to the wire.
+    ///
+    /// # Errors
+    /// The uplink is gone, now or since an earlier frame of this turn.
+    pub fn flush(&mut self) -> std::io::Result<()> {
+        match self.port.failure.take() {
+            Some(error) => Err(error),
+            None => self.port.uplink.flush(),
+        }
     }
 
     /// The uplink, for receiving and settings.
-    pub fn uplink(&mut self) -> &mut Tap {
-        &mut self.uplink
+    pub fn uplink(&mut self) -> &mut dyn Uplink {
+        &mut *self.port.uplink
     }
 
     /// The guard, for looking at.
@@ -112,15 +131,8 @@ impl Egress {
     }
 
     /// Frames that left, and frames that the uplink had no room for.
-    pub fn counts(&self) -> (u64, u64) {
-        (self.frames_out, self.frames_dropped)
-    }
-}
-
-/// Sends one frame; a full queue drops it as a full NIC would, and TCP repairs that.
-fn send(uplink: &mut Tap, frame: &[u8], out: &mut u64, dropped: &mut u64) {
-    match uplink.send(frame) {
-        Ok(true) => *out += 1,
-        Ok(false) | Err(_) => *dropped += 1,
+    pub fn counts(&mut self) -> (u64, u64) {
+        let dropped = self.port.uplink.drops().outbound();
+        (self.port.handed.saturating_sub(dropped), dropped)
     }
 }

@@ -6,8 +6,7 @@
 
 use consensus::Entry;
 use dataplane::batch::BatchBuilder;
-use dataplane::frame::MAX_FRAME_BYTES;
-use dataplane::uplink::Uplink;
+use dataplane::uplink::{Burst, Intake};
 
 use super::reactor::Reactor;
 
@@ -17,13 +16,12 @@ const BATCH_BYTES: usize = 256 << 10;
 const PROPOSALS_IN_FLIGHT: u64 = 4;
 /// Committed input that may wait for the guest; then the uplink's own queue fills and drops, as a NIC's does.
 const BACKLOG_BYTES: usize = 8 << 20;
-/// Frames that are thrown away in one turn.
-const DRAIN_BUDGET_FRAMES: usize = 256;
+/// Frames that are taken or thrown away in one turn.
+const RX_BUDGET_FRAMES: usize = 256;
 
 /// The batch being built, and counters.
 pub struct Ingress {
     batch: BatchBuilder,
-    scratch: Box<[u8]>,
     watched: bool,
     last_proposed: u64,
     /// The uplink is gone: the group must be started anew.
@@ -35,14 +33,7 @@ pub struct Ingress {
 impl Ingress {
     /// Nothing taken yet.
     pub fn new() -> Self {
-        Self {
-            batch: BatchBuilder::new(BATCH_BYTES),
-            scratch: vec![0; MAX_FRAME_BYTES].into_boxed_slice(),
-            watched: true,
-            last_proposed: 0,
-            failure: None,
-            frames_in: 0,
-        }
+        Self { batch: BatchBuilder::new(BATCH_BYTES), watched: true, last_proposed: 0, failure: None, frames_in: 0 }
     }
 
     /// Notes whether the uplink should be watched; says whether that is a change.
@@ -75,28 +66,15 @@ impl Reactor<'_> {
     /// Returns whether there may be more.
     pub(super) fn take_inputs(&mut self, now: u64) -> bool {
         if !self.is_serving() {
-            return self.drain_uplink();
+            let burst = self.egress.uplink().discard_burst(RX_BUDGET_FRAMES);
+            return self.note_burst(burst);
         }
         if !self.may_take_inputs(now) {
             return false;
         }
-        let mut more = true;
-        while let Some(spare) = self.ingress.batch.spare(MAX_FRAME_BYTES) {
-            match self.egress.uplink().recv(spare) {
-                Ok(Some(len)) => {
-                    self.ingress.batch.commit(len).expect("a frame fits the space that was asked for it");
-                }
-                Ok(None) => {
-                    more = false;
-                    break;
-                }
-                Err(error) => {
-                    self.ingress.failure = Some(error);
-                    more = false;
-                    break;
-                }
-            }
-        }
+        let mut intake = Intake::new(&mut self.ingress.batch);
+        let burst = self.egress.uplink().recv_burst(&mut intake, RX_BUDGET_FRAMES);
+        let more = self.note_burst(burst);
         if !self.ingress.batch.is_empty() {
             let frames = self.ingress.batch.len() as u64;
             let payload = self.ingress.batch.finish();
@@ -109,17 +87,14 @@ impl Reactor<'_> {
         more
     }
 
-    fn drain_uplink(&mut self) -> bool {
-        for _ in 0..DRAIN_BUDGET_FRAMES {
-            match self.egress.uplink().recv(&mut self.ingress.scratch) {
-                Ok(Some(_)) => {}
-                Ok(None) => return false,
-                Err(error) => {
-                    self.ingress.failure = Some(error);
-                    return false;
-                }
+    /// Whether there may be more. A port that is gone is noted: the group cannot go on without it.
+    fn note_burst(&mut self, burst: std::io::Result<Burst>) -> bool {
+        match burst {
+            Ok(burst) => burst.more,
+            Err(error) => {
+                self.ingress.failure = Some(error);
+                false
             }
         }
-        true
     }
 }

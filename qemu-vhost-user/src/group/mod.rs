@@ -40,10 +40,10 @@ pub enum GroupError {
         reason: String,
     },
     /// The uplink cannot be had.
-    #[error("uplink {tap}: {reason}")]
+    #[error("uplink {name}: {reason}")]
     Uplink {
         /// Its name.
-        tap: String,
+        name: String,
         /// Why.
         reason: String,
     },

@@ -12,7 +12,7 @@ use std::sync::mpsc::Receiver;
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::counters::LoopCounter;
 use dataplane::fabric::Fabric;
-use dataplane::uplink::{OffloadFlags, Uplink};
+use dataplane::uplink::OffloadFlags;
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
 use super::GroupError;
@@ -56,6 +56,9 @@ const OWN_STALL_US: u64 = 20_000;
 const BUSY_TURNS: u32 = 32;
 /// That moment.
 const BREATHER_US: u64 = 50;
+
+/// Longest sleep while the uplink can only be polled.
+const POLLED_SLEEP_US: u64 = 20;
 
 /// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
 /// leaving it for later.
@@ -125,7 +128,10 @@ impl Reactor<'_> {
             self.poller.add(event, TOKEN_LOG, Interest::ReadEdge).map_err(system)?;
         }
         self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read).map_err(system)?;
-        self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read).map_err(system)?;
+        let polled = self.egress.uplink().fd().is_none();
+        if let Some(fd) = self.egress.uplink().fd() {
+            self.poller.add(fd, TOKEN_UPLINK, Interest::Read).map_err(system)?;
+        }
         let mut ready: Vec<Ready> = Vec::with_capacity(64);
         let mut due = Due::EVERYTHING;
         let (mut busy_turns, mut planned_us) = (0, now_us());
@@ -143,10 +149,12 @@ impl Reactor<'_> {
                 turns if turns % BUSY_TURNS == 0 => BREATHER_US,
                 _ => 0,
             };
+            let sleep_us = if polled { sleep_us.min(POLLED_SLEEP_US) } else { sleep_us };
             planned_us = after + sleep_us;
             self.watch_uplink(after);
             self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
             due = Due::of(&ready);
+            due.uplink |= polled;
             self.loops.end_sleep(now_us());
         }
         Ok(())
@@ -182,8 +190,9 @@ impl Reactor<'_> {
         self.take_requests(now);
         self.send_report(now);
         self.device.flush_signals();
-        if let Some(error) = self.ingress.failure.take() {
-            return Err(GroupError::Uplink { tap: self.vm.uplink.tap.clone(), reason: error.to_string() });
+        let flushed = self.egress.flush();
+        if let Some(error) = self.ingress.failure.take().or(flushed.err()) {
+            return Err(GroupError::Uplink { name: self.egress.uplink().name().to_owned(), reason: error.to_string() });
         }
         match self.ordering.log_failure() {
             Some(failure) => Err(failure),
@@ -216,11 +225,9 @@ impl Reactor<'_> {
     fn watch_uplink(&mut self, now: u64) {
         let wanted = !self.is_serving() || self.may_take_inputs(now);
         if self.ingress.set_watched(wanted) {
-            let changed = if wanted {
-                self.poller.add(self.egress.uplink().fd(), TOKEN_UPLINK, Interest::Read)
-            } else {
-                self.poller.remove(self.egress.uplink().fd())
-            };
+            let Some(fd) = self.egress.uplink().fd() else { return };
+            let changed =
+                if wanted { self.poller.add(fd, TOKEN_UPLINK, Interest::Read) } else { self.poller.remove(fd) };
             debug_assert!(changed.is_ok(), "the uplink is in the poller exactly while it is watched");
         }
     }
@@ -341,7 +348,8 @@ impl Reactor<'_> {
                     ecn: offloads.ecn,
                 };
                 if let Err(error) = self.egress.uplink().set_offload(flags) {
-                    self.note_error(format!("uplink {}: offloads not set: {error}", self.vm.uplink.tap));
+                    let name = self.egress.uplink().name().to_owned();
+                    self.note_error(format!("uplink {name}: offloads not set: {error}"));
                 }
             }
             DeviceEvent::Broken(error) => {

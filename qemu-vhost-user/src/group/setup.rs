@@ -68,7 +68,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
     let uplink = Tap::open(&vm.uplink.tap, vm.uplink.bridge.as_deref())
-        .map_err(|error| GroupError::Uplink { tap: vm.uplink.tap.clone(), reason: error.to_string() })?;
+        .map_err(|error| GroupError::Uplink { name: vm.uplink.tap.clone(), reason: error.to_string() })?;
     let (device, _session) =
         device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(WorkerSetup {
@@ -90,7 +90,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         ordering,
         device,
         ingress: Ingress::new(),
-        egress: Egress::new(vm.policy.guard_mib << 20, uplink),
+        egress: Egress::new(vm.policy.guard_mib << 20, Box::new(uplink)),
         delivery: Delivery::default(),
         worker,
         guest: LocalGuest::new(vm.policy.idle_threshold_us),
