@@ -43,6 +43,15 @@ impl BatchBuilder {
         Some(&mut self.buffer[start..end])
     }
 
+    /// The first `len` bytes of what [`spare`](Self::spare) returned, to look at before [`commit`](Self::commit).
+    ///
+    /// # Panics
+    /// If no spare room of at least `len` bytes was handed out since the last commit.
+    pub fn offered(&self, len: usize) -> &[u8] {
+        assert!(len <= self.offered, "{len} bytes, but only {} were handed out", self.offered);
+        &self.buffer[self.used + LENGTH_BYTES..][..len]
+    }
+
     /// Appends the first `len` bytes of what [`spare`](Self::spare) returned as a frame.
     ///
     /// # Errors

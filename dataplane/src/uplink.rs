@@ -5,9 +5,11 @@
 //! turn, so that a port may hand over many frames at once.
 
 pub mod announce;
+pub mod filter;
 pub mod tap;
 
 use crate::batch::BatchBuilder;
+use filter::{Action, Filter};
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -54,16 +56,17 @@ impl UplinkDrops {
     }
 }
 
-/// Where the frames of a burst land: straight in the batch that will be proposed.
+/// Where the frames of a burst land: straight in the batch that will be proposed, if the filter lets them pass.
 #[derive(Debug)]
 pub struct Intake<'a> {
     batch: &'a mut BatchBuilder,
+    filter: &'a mut Filter,
 }
 
 impl<'a> Intake<'a> {
-    /// Frames go into `batch`.
-    pub fn new(batch: &'a mut BatchBuilder) -> Intake<'a> {
-        Intake { batch }
+    /// Frames that `filter` lets pass go into `batch`.
+    pub fn new(batch: &'a mut BatchBuilder, filter: &'a mut Filter) -> Intake<'a> {
+        Intake { batch, filter }
     }
 
     /// Room for one frame of up to `max` bytes, or `None` when the batch must be proposed first.
@@ -71,11 +74,17 @@ impl<'a> Intake<'a> {
         self.batch.spare(max)
     }
 
-    /// Makes the first `len` bytes of what [`spare`](Self::spare) gave the next frame. One whose length no frame has is
-    /// left out.
+    /// Makes the first `len` bytes of what [`spare`](Self::spare) gave the next frame, unless the filter drops it or no
+    /// frame has that length.
+    ///
+    /// # Panics
+    /// If no room of at least `len` bytes was given.
     pub fn commit(&mut self, len: usize) {
-        // The only error is a bad length, and a port that makes such a frame has nothing to be told.
-        let _ = self.batch.commit(len);
+        let frame = self.batch.offered(len);
+        if self.filter.decide(frame) == Action::Order {
+            // The only error is a bad length, and a port that makes such a frame has nothing to be told.
+            let _ = self.batch.commit(len);
+        }
     }
 }
 

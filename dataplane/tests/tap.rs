@@ -3,6 +3,7 @@
 
 use dataplane::batch::{self, BatchBuilder, MIN_BATCH_BYTES};
 use dataplane::uplink::announce::rarp;
+use dataplane::uplink::filter::Filter;
 use dataplane::uplink::tap::{Tap, TapError};
 use dataplane::uplink::{Burst, Intake, OffloadFlags, Uplink, UplinkDrops};
 use dataplane::wait::{Interest, Poller};
@@ -74,7 +75,7 @@ fn receive(tap: &mut Tap) -> Vec<u8> {
     batch.finish();
     let mut ready = Vec::new();
     loop {
-        let burst = tap.recv_burst(&mut Intake::new(&mut batch), 1).unwrap();
+        let burst = tap.recv_burst(&mut Intake::new(&mut batch, &mut Filter::default()), 1).unwrap();
         assert_eq!(burst.frames, batch.len());
         if burst.frames == 1 {
             return batch::frames(&batch.finish()).unwrap().next().unwrap().to_vec();
@@ -174,9 +175,15 @@ fn a_burst_ends_with_its_budget_or_with_the_room() {
         let mut send = |count| (0..count).for_each(|_| assert!(a.send(&frame).unwrap()));
         send(5);
         let mut batch = BatchBuilder::new(MIN_BATCH_BYTES + 100);
-        assert_eq!(b.recv_burst(&mut Intake::new(&mut batch), 2).unwrap(), Burst { frames: 2, more: true });
+        assert_eq!(
+            b.recv_burst(&mut Intake::new(&mut batch, &mut Filter::default()), 2).unwrap(),
+            Burst { frames: 2, more: true }
+        );
         // The next one could be of any size, and there is no room for the largest any more.
-        assert_eq!(b.recv_burst(&mut Intake::new(&mut batch), 2).unwrap(), Burst { frames: 0, more: true });
+        assert_eq!(
+            b.recv_burst(&mut Intake::new(&mut batch, &mut Filter::default()), 2).unwrap(),
+            Burst { frames: 0, more: true }
+        );
         batch.finish();
         assert_eq!(b.discard_burst(1).unwrap(), Burst { frames: 1, more: true });
         assert_eq!(b.discard_burst(9).unwrap(), Burst { frames: 2, more: false });

@@ -124,8 +124,12 @@ pub struct GroupStatus {
     pub frames_in: u64,
     /// Frames that left.
     pub frames_out: u64,
-    /// Frames dropped on the way in: no buffers, too large, guest without driver.
+    /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers or
+    /// of a driver.
     pub frames_dropped: u64,
+    /// Rules of the uplink's filter and the frames that each decided on; the last is the default.
+    #[serde(default)]
+    pub filter: Vec<(String, u64)>,
     /// Dirty tracker in use and why.
     pub tracker: String,
     /// The last acknowledged syncvm.
@@ -170,6 +174,9 @@ impl GroupStatus {
             "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
             self.frames_in, self.frames_out, self.frames_dropped, self.held_frames, self.held_bytes
         );
+        for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
+            let _ = writeln!(text, "  filter    {frames} frames: {rule}");
+        }
         self.render_sync(&mut text);
         for peer in &self.peers {
             let state = if peer.connected { "connected" } else { "NOT connected" };

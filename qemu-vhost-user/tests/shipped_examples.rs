@@ -2,6 +2,7 @@
 //! they show are the code's, and no field is missing from them.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use qemu_vhost_user::config::{NodeConfig, VmConfig};
 
@@ -31,7 +32,10 @@ fn with_defaults_written_out(text: &str) -> String {
 }
 
 fn load_written_out() -> NodeConfig {
-    let dir = std::env::temp_dir().join(format!("plover-examples-{}", std::process::id()));
+    // Tests of one process may run side by side.
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("plover-examples-{}-{count}", std::process::id()));
     std::fs::create_dir_all(dir.join("vms")).expect("a folder for the test");
     for file in ["node.toml", "vms/example.toml"] {
         std::fs::write(dir.join(file), with_defaults_written_out(&text_of(&format!("dist/{file}")))).expect("written");

@@ -3,13 +3,16 @@
 //! Every field has a default that works unless only the user can know it; an unknown key is an error, because a misspelt
 //! safety setting that is silently ignored is worse than a daemon that does not start. Errors name file, line and field.
 
+mod filter;
 mod node;
+mod uplink;
 mod vm;
 
 use std::path::{Path, PathBuf};
 
 pub use node::{NodeConfig, Scheduling};
-pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, Uplink, VmConfig};
+pub use uplink::{Uplink, UplinkKind};
+pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, VmConfig};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +55,18 @@ fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigErr
 /// Shorthand for an [`ConfigError::Invalid`].
 fn invalid(path: &Path, field: &str, message: impl Into<String>) -> ConfigError {
     ConfigError::Invalid { path: path.to_owned(), field: field.to_owned(), message: message.into() }
+}
+
+/// Six hexadecimal bytes with colons.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0u8; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part =
+            parts.next().filter(|part| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
 }
 
 #[cfg(test)]

@@ -158,19 +158,17 @@ impl NodeConfig {
         }
     }
 
-    /// Two VMs of one node must not claim the same TAP; devices belong to a VM that exists.
+    /// Two VMs of one node must not claim the same port; devices belong to a VM that exists.
     fn check_shared_resources(&self, path: &Path) -> Result<(), ConfigError> {
         if let Some(vm) = self.log_devices.keys().find(|vm| !self.vms.contains_key(*vm)) {
             return Err(invalid(path, "log_devices", format!("names a VM {vm:?}, and there is none of that name")));
         }
-        let mut taps = BTreeMap::new();
+        let mut claimed = BTreeMap::new();
         for vm in self.vms.values() {
-            if let Some(other) = taps.insert(vm.uplink.tap.clone(), &vm.name) {
-                return Err(invalid(
-                    path,
-                    "uplink.tap",
-                    format!("VMs {other} and {} both name {:?}; give each VM a TAP of its own", vm.name, vm.uplink.tap),
-                ));
+            let Some((field, name)) = vm.uplink.exclusive() else { continue };
+            if let Some(other) = claimed.insert(name, &vm.name) {
+                let message = format!("VMs {other} and {} both name {name:?}; give each VM one of its own", vm.name);
+                return Err(invalid(path, field, message));
             }
         }
         Ok(())

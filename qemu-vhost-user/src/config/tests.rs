@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::uplink::FilterAction;
 use super::{ConfigError, NodeConfig, VmConfig};
 
 const NODE: &str = "name = \"a\"\nlisten = \"127.0.0.1:7400\"\n";
@@ -98,4 +99,78 @@ fn values_out_of_range_name_the_field() {
 fn a_missing_file_is_named() {
     let error = NodeConfig::load(Path::new("/nonexistent/node.toml")).unwrap_err();
     assert!(matches!(error, ConfigError::Unreadable { .. }) && error.to_string().contains("/nonexistent/node.toml"));
+}
+
+#[test]
+fn an_uplink_has_one_kind_and_only_its_fields() {
+    let tap = "uplink = { tap = \"plv0\" }";
+    for (test, written, expected) in [
+        (
+            "kind-tap",
+            "uplink = { tap = \"plv0\", interface = \"eth1\" }",
+            "uplink.interface: is for kind = \"af_packet\"",
+        ),
+        ("kind-af", "uplink = { kind = \"af_packet\", tap = \"plv0\" }", "uplink.tap: is for kind = \"tap\""),
+        ("kind-none", "uplink = { kind = \"af_packet\" }", "uplink.interface: is missing"),
+        ("kind-empty", "uplink = {}", "uplink.tap: is missing"),
+        ("kind-odd", "uplink = { kind = \"macvtap\" }", "unknown variant `macvtap`"),
+        (
+            "kind-long",
+            "uplink = { kind = \"af_packet\", interface = \"sixteen-bytes-it\" }",
+            "uplink.interface: must have",
+        ),
+    ] {
+        let text = vm_error(test, tap, written);
+        assert!(text.contains(expected) && text.contains("line 8"), "{text}");
+    }
+    if !cfg!(feature = "dpdk") {
+        let text = vm_error("kind-dpdk", tap, "uplink = { kind = \"dpdk\", port = \"net_null0\" }");
+        assert!(text.contains("--features dpdk"), "{text}");
+    }
+}
+
+#[test]
+fn filter_rules_are_read_as_written() {
+    let rules = "[uplink]\ntap = \"plv0\"\nfilter_default = \"drop\"\n\
+                 [[uplink.filter]]\naction = \"order\"\nethertype = \"arp\"\n\
+                 [[uplink.filter]]\naction = \"order\"\nprotocol = \"tcp\"\ndestination_port = [22, \"8000-8100\"]\n\
+                 [[uplink.filter]]\naction = \"drop\"\nsource_mac = \"01:00:00:00:00:00/01:00:00:00:00:00\"\nvlan = 7\n";
+    let files = Files::new("filter");
+    let vm = VmConfig::load(&files.write("redis.toml", &VM.replace("uplink = { tap = \"plv0\" }\n", rules))).unwrap();
+    let texts: Vec<&str> = vm.uplink.filter.iter().map(|rule| rule.text.as_str()).collect();
+    let last = "drop source_mac=01:00:00:00:00:00/01:00:00:00:00:00 vlan=7";
+    assert_eq!(texts, ["order ethertype=arp", "order protocol=tcp destination_port=[22, \"8000-8100\"]", last]);
+    let web = &vm.uplink.filter[1].rule.conditions;
+    assert_eq!((web.protocol, web.destination_port.as_slice()), (Some(6), &[22..=22, 8000..=8100][..]));
+    assert_eq!(vm.uplink.filter[2].rule.conditions.source_mac.unwrap().mask, [1, 0, 0, 0, 0, 0]);
+    assert_eq!(vm.uplink.filter_default, FilterAction::Drop);
+}
+
+#[test]
+fn a_rule_that_cannot_match_is_refused_with_its_line() {
+    let tap = "uplink = { tap = \"plv0\" }\n";
+    for (at, (written, expected)) in [
+        ("protocol = \"icmp\"\ndestination_port = 80", "uplink.filter.protocol: has no ports"),
+        ("icmp_type = 8", "uplink.filter.icmp_type: needs protocol"),
+        ("ethertype = \"arp\"\nprotocol = \"tcp\"", "uplink.filter.ethertype: only ipv4"),
+        ("destination_port = \"90-80\"", "uplink.filter.destination_port: \"90-80\" is no port"),
+        ("destination_port = 65536", "uplink.filter.destination_port: 65536 is no port"),
+        ("destination_port = []", "uplink.filter.destination_port: is an empty list"),
+        ("protocol = \"tpc\"", "uplink.filter.protocol: \"tpc\" is none"),
+        ("source_mac = \"52:54:00\"", "uplink.filter.source_mac: \"52:54:00\" is no MAC"),
+        ("vlan = 4096", "uplink.filter.vlan: must be"),
+        ("prot = 6", "unknown field `prot`"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let text = vm_error(
+            &format!("rule-{at}"),
+            tap,
+            &format!("[uplink]\ntap = \"plv0\"\n[[uplink.filter]]\naction = \"order\"\n{written}\n"),
+        );
+        assert!(text.contains(expected) && text.contains("redis.toml"), "{text}");
+        // The rule, or the field where the parser itself refuses it.
+        assert!(text.contains("line 10") || text.contains("line 12"), "{text}");
+    }
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{ConfigError, invalid, read_toml};
+use super::uplink::Uplink;
+use super::{ConfigError, invalid, parse_mac, read_toml};
 
 /// What to do while only one replica has the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
@@ -75,17 +76,6 @@ pub struct ReplicaConfig {
     pub node: String,
     /// Where its daemon listens.
     pub address: SocketAddr,
-}
-
-/// How the VM reaches the network.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Uplink {
-    /// Name of the TAP device; made if it does not exist.
-    pub tap: String,
-    /// Bridge to attach it to.
-    #[serde(default)]
-    pub bridge: Option<String>,
 }
 
 /// When slots end, what is held, how failures are noticed. Times carry their unit.
@@ -206,9 +196,6 @@ impl VmConfig {
         if !(1..=1 << 20).contains(&self.memory_mib) {
             return bad("memory_mib", format!("is {}; allowed are 1 to {}", self.memory_mib, 1 << 20));
         }
-        if self.uplink.tap.is_empty() || self.uplink.tap.len() > 15 {
-            return bad("uplink.tap", "must have 1 to 15 bytes, the kernel's limit for a device name".into());
-        }
         self.mac_bytes()?;
         self.check_policy()
     }
@@ -236,21 +223,10 @@ impl VmConfig {
     /// # Errors
     /// When the text is not six hexadecimal bytes of a unicast address.
     pub fn mac_bytes(&self) -> Result<[u8; 6], ConfigError> {
-        let mut mac = [0u8; 6];
-        let mut parts = self.mac.split(':');
-        let parsed = mac.iter_mut().all(|byte| {
-            parts
-                .next()
-                .filter(|part| part.len() == 2)
-                .and_then(|part| u8::from_str_radix(part, 16).ok())
-                .map(|value| *byte = value)
-                .is_some()
-        });
-        if !parsed || parts.next().is_some() || mac[0] & 1 != 0 {
+        parse_mac(&self.mac).filter(|mac| mac[0] & 1 == 0).ok_or_else(|| {
             let message = format!("{:?} is no unicast MAC address; write it like 52:54:00:12:34:56", self.mac);
-            return Err(invalid(&self.path, "mac", message));
-        }
-        Ok(mac)
+            invalid(&self.path, "mac", message)
+        })
     }
 
     /// The position of a node in the group.

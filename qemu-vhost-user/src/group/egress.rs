@@ -130,9 +130,9 @@ impl Egress {
         &self.guard
     }
 
-    /// Frames that left, and frames that the uplink had no room for.
+    /// Frames that left, and frames that the uplink lost, in either direction.
     pub fn counts(&mut self) -> (u64, u64) {
-        let dropped = self.port.uplink.drops().outbound();
-        (self.port.handed.saturating_sub(dropped), dropped)
+        let drops = self.port.uplink.drops();
+        (self.port.handed.saturating_sub(drops.outbound()), drops.outbound() + drops.missed)
     }
 }

@@ -6,9 +6,11 @@
 
 use consensus::Entry;
 use dataplane::batch::BatchBuilder;
+use dataplane::uplink::filter::{Filter, Rule};
 use dataplane::uplink::{Burst, Intake};
 
 use super::reactor::Reactor;
+use crate::config::Uplink;
 
 /// Largest batch.
 const BATCH_BYTES: usize = 256 << 10;
@@ -22,6 +24,7 @@ const RX_BUDGET_FRAMES: usize = 256;
 /// The batch being built, and counters.
 pub struct Ingress {
     batch: BatchBuilder,
+    filter: Filter,
     watched: bool,
     last_proposed: u64,
     /// The uplink is gone: the group must be started anew.
@@ -31,9 +34,12 @@ pub struct Ingress {
 }
 
 impl Ingress {
-    /// Nothing taken yet.
-    pub fn new() -> Self {
-        Self { batch: BatchBuilder::new(BATCH_BYTES), watched: true, last_proposed: 0, failure: None, frames_in: 0 }
+    /// Nothing taken yet; the filter is that of `uplink`.
+    pub fn new(uplink: &Uplink) -> Self {
+        let rules: Vec<Rule> = uplink.filter.iter().map(|rule| rule.rule.clone()).collect();
+        let filter = Filter::new(&rules, uplink.filter_default.into());
+        let batch = BatchBuilder::new(BATCH_BYTES);
+        Self { batch, filter, watched: true, last_proposed: 0, failure: None, frames_in: 0 }
     }
 
     /// Notes whether the uplink should be watched; says whether that is a change.
@@ -44,6 +50,13 @@ impl Ingress {
     /// A new lead: what an earlier one proposed may never be committed.
     pub fn forget_proposals(&mut self) {
         self.last_proposed = 0;
+    }
+
+    /// The filter's rules as written in `uplink`, and how many frames each decided on; the last is the default.
+    pub fn filter_counts(&self, uplink: &Uplink) -> Vec<(String, u64)> {
+        let rules = uplink.filter.iter().map(|rule| rule.text.clone());
+        let default = format!("{:?} (default)", uplink.filter_default).to_lowercase();
+        rules.chain([default]).zip(self.filter.hits().map(|(_, hits)| hits)).collect()
     }
 
     /// Whether inputs were proposed that are not committed yet.
@@ -72,7 +85,7 @@ impl Reactor<'_> {
         if !self.may_take_inputs(now) {
             return false;
         }
-        let mut intake = Intake::new(&mut self.ingress.batch);
+        let mut intake = Intake::new(&mut self.ingress.batch, &mut self.ingress.filter);
         let burst = self.egress.uplink().recv_burst(&mut intake, RX_BUDGET_FRAMES);
         let more = self.note_burst(burst);
         if !self.ingress.batch.is_empty() {

@@ -218,7 +218,7 @@ impl Reactor<'_> {
             (Some(attached), false) if attached.fresh => "prepared".into(),
             (Some(_), false) => "stopped".into(),
         };
-        let (frames_out, send_dropped) = self.egress.counts();
+        let (frames_out, uplink_dropped) = self.egress.counts();
         GroupStatus {
             vm: self.vm.name.clone(),
             node: self.node.name.clone(),
@@ -239,7 +239,8 @@ impl Reactor<'_> {
             held_bytes: self.egress.guard().bytes() as u64,
             frames_in: self.ingress.frames_in,
             frames_out,
-            frames_dropped: self.delivery.frames_dropped + send_dropped,
+            frames_dropped: self.delivery.frames_dropped + uplink_dropped,
+            filter: self.ingress.filter_counts(&self.vm.uplink),
             tracker: self.guest.attached.as_ref().map(|attached| attached.tracker.clone()).unwrap_or_default(),
             last_sync: self.totals.last(),
             totals: self.totals.sums(),

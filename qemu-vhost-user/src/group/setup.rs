@@ -7,6 +7,7 @@ use std::sync::mpsc::Receiver;
 use consensus::{Config, ReplicaId};
 use dataplane::counters::LoopCounter;
 use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
+use dataplane::uplink::Uplink;
 use dataplane::uplink::tap::Tap;
 use dataplane::wait::{EventFd, Poller, now_us};
 
@@ -23,7 +24,7 @@ use super::reactor::{Reactor, TOKEN_FABRIC};
 use super::scheduling;
 use super::totals::Totals;
 use super::worker::{self, CrashPoints, WorkerSetup};
-use crate::config::{NodeConfig, SocketSide, VmConfig};
+use crate::config::{NodeConfig, SocketSide, UplinkKind, VmConfig};
 use crate::control::GroupRequest;
 use crate::device::{self, Endpoint};
 use crate::node::SocketOverride;
@@ -67,8 +68,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
-    let uplink = Tap::open(&vm.uplink.tap, vm.uplink.bridge.as_deref())
-        .map_err(|error| GroupError::Uplink { name: vm.uplink.tap.clone(), reason: error.to_string() })?;
+    let uplink = open_uplink(vm)?;
     let (device, _session) =
         device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(WorkerSetup {
@@ -89,8 +89,8 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         me,
         ordering,
         device,
-        ingress: Ingress::new(),
-        egress: Egress::new(vm.policy.guard_mib << 20, Box::new(uplink)),
+        ingress: Ingress::new(&vm.uplink),
+        egress: Egress::new(vm.policy.guard_mib << 20, uplink),
         delivery: Delivery::default(),
         worker,
         guest: LocalGuest::new(vm.policy.idle_threshold_us),
@@ -111,6 +111,22 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         sync_waiters: Vec::new(),
     };
     reactor.run()
+}
+
+fn open_uplink(vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
+    let failed = |name: &str, error: &dyn std::fmt::Display| GroupError::Uplink {
+        name: name.to_owned(),
+        reason: error.to_string(),
+    };
+    match &vm.uplink.kind {
+        UplinkKind::Tap { tap, bridge } => match Tap::open(tap, bridge.as_deref()) {
+            Ok(port) => Ok(Box::new(port)),
+            Err(error) => Err(failed(tap, &error)),
+        },
+        UplinkKind::AfPacket { interface: name, .. } | UplinkKind::Dpdk { port: name } => {
+            Err(failed(name, &"this kind of uplink is not built in"))
+        }
+    }
 }
 
 fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPort, GroupError> {
