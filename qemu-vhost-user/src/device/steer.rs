@@ -21,7 +21,7 @@ pub(super) fn pair_of(frame: &[u8], pairs: usize) -> usize {
         return 0;
     }
     // The upper bits are the well mixed ones.
-    ((flow_hash(frame) >> 32) * pairs as u64 >> 32) as usize
+    (((flow_hash(frame) >> 32) * pairs as u64) >> 32) as usize
 }
 
 fn flow_hash(frame: &[u8]) -> u64 {
