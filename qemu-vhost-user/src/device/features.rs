@@ -1,13 +1,13 @@
 //! Feature bits of the device: what it offers, and what a guest's choice means for the uplink.
 //!
-//! The control queue is QEMU's own, so it is not ours to offer or to refuse. GUEST_ANNOUNCE is left out because a guest that
+//! The control queue is QEMU's own, so it is not ours to offer or to refuse; MQ, which needs it, has effect if QEMU has `mq=on`. GUEST_ANNOUNCE is left out because a guest that
 //! announces itself after a load would send frames that its twin does not send; the daemon announces the MAC itself.
 //! VHOST_F_LOG_ALL is left out because syncvm, not QEMU's migration, carries these guests.
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -16,7 +16,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// Names as QEMU's vhost-user schema and the virtio headers spell them, with their bits.
-const OFFERED: [(&str, u32); 12] = [
+const OFFERED: [(&str, u32); 14] = [
     ("csum", VIRTIO_NET_F_CSUM),
     ("guest-csum", VIRTIO_NET_F_GUEST_CSUM),
     ("guest-tso4", VIRTIO_NET_F_GUEST_TSO4),
@@ -26,9 +26,12 @@ const OFFERED: [(&str, u32); 12] = [
     ("host-tso6", VIRTIO_NET_F_HOST_TSO6),
     ("host-ecn", VIRTIO_NET_F_HOST_ECN),
     ("mrg-rxbuf", VIRTIO_NET_F_MRG_RXBUF),
+    ("mq", VIRTIO_NET_F_MQ),
     ("indirect-desc", VIRTIO_RING_F_INDIRECT_DESC),
     ("event-idx", VIRTIO_RING_F_EVENT_IDX),
     ("version-1", VIRTIO_F_VERSION_1),
+    // Buffers are completed in the order in which they were offered anyway (`ring`), so the driver may rely on it.
+    ("in-order", VIRTIO_F_IN_ORDER),
 ];
 
 /// The virtio feature bits that a guest and the device have agreed on.

@@ -1,7 +1,6 @@
 //! What each vhost-user message does (QEMU docs/interop/vhost-user.rst). Runs on the session thread.
 //!
-//! Offered protocol features: REPLY_ACK only. MQ is not, because one queue pair serves a guest of few vCPUs; INFLIGHT_SHMFD is
-//! not, because nothing is ever in flight (see `ring`); STATUS is not, because the vhost crate does not know it and QEMU
+//! Offered protocol features: REPLY_ACK and MQ. INFLIGHT_SHMFD is not, because nothing is ever in flight (see `ring`); STATUS is not, because the vhost crate does not know it and QEMU
 //! does without; RARP is not, because the daemon announces the guest itself after a takeover.
 
 use std::fs::File;
@@ -20,13 +19,16 @@ use std::sync::Arc;
 use super::features::{Features, PROTOCOL_FEATURES};
 use super::link::{Answer, Command, LinkError, RingStart, SessionEnd};
 use super::memory::{BackendDirty, GuestRam, MemoryError, RegionSpec};
-use super::net::RingIndex;
+use super::net::{MAX_QUEUE_PAIRS, MAX_RINGS, RingIndex};
 use super::ring::{Direction, LayoutError, Ring, RingPlace};
+
+/// What we offer of the protocol itself.
+const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK.union(VhostUserProtocolFeatures::MQ);
 
 /// Why a message was refused. The connection is closed after it.
 #[derive(Debug, Error)]
 pub(crate) enum RequestError {
-    #[error("{what} for ring {index}, but this device has the rings 0 and 1; use queues=1 on the netdev")]
+    #[error("{what} for ring {index}, but this device has the rings 0 to 15; use queues=8 or fewer on the netdev")]
     NoSuchRing { what: &'static str, index: u32 },
     #[error("{what} for {ring} while it is running")]
     Running { what: &'static str, ring: RingIndex },
@@ -68,7 +70,7 @@ pub(crate) struct Handler {
     dirty: BackendDirty,
     features: Option<u64>,
     ram: Option<Arc<GuestRam>>,
-    rings: [RingSetup; 2],
+    rings: [RingSetup; MAX_RINGS],
     failure: Option<RequestError>,
 }
 
@@ -128,7 +130,7 @@ impl Handler {
         if setup.place.size == 0 || setup.place.descriptors == 0 || self.features.is_none() {
             return Ok(());
         }
-        let direction = if ring == RingIndex::RX { Direction::ToGuest } else { Direction::FromGuest };
+        let direction = if ring.is_receive() { Direction::ToGuest } else { Direction::FromGuest };
         let opened = Ring::open(Arc::clone(ram), setup.place, direction, Features(features));
         let opened = opened.map_err(|source| RequestError::Layout { ring, source })?;
         // Without protocol features a ring is enabled as soon as it is started.
@@ -187,12 +189,12 @@ impl Handler {
             return Err(RequestError::FeaturesWhileRunning);
         }
         self.features = Some(features);
-        RingIndex::ALL.into_iter().try_for_each(|ring| self.start_if_ready(ring))
+        RingIndex::all().try_for_each(|ring| self.start_if_ready(ring))
     }
 
     /// A new memory table, which QEMU also sends while rings run (a memory slot was added): they pause for it.
     fn change_memory(&mut self, table: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), RequestError> {
-        for ring in RingIndex::ALL {
+        for ring in RingIndex::all() {
             self.stop(ring)?;
         }
         let spec = |(region, file): (&VhostUserMemoryRegion, File)| RegionSpec {
@@ -205,7 +207,7 @@ impl Handler {
         let specs = table.iter().zip(files).map(spec).collect();
         self.ram = Some(Arc::new(GuestRam::build(specs, &self.dirty)?));
         self.link.call(Command::MemoryReady(self.dirty.ram_identity()))?;
-        RingIndex::ALL.into_iter().try_for_each(|ring| self.start_if_ready(ring))
+        RingIndex::all().try_for_each(|ring| self.start_if_ready(ring))
     }
 
     fn base(&mut self, index: u32) -> Result<VhostUserVringState, RequestError> {
@@ -259,7 +261,7 @@ impl Handler {
     }
 
     fn stop_all(&mut self) -> Result<(), RequestError> {
-        RingIndex::ALL.into_iter().try_for_each(|ring| self.base(ring.0.into()).map(drop))
+        RingIndex::all().try_for_each(|ring| self.base(ring.0.into()).map(drop))
     }
 
     fn not_offered<T>(&mut self, what: &'static str) -> ProtocolResult<T> {
@@ -268,7 +270,7 @@ impl Handler {
 }
 
 fn ring_index(what: &'static str, index: u32) -> Result<RingIndex, RequestError> {
-    let found = RingIndex::ALL.into_iter().find(|ring| u32::from(ring.0) == index);
+    let found = RingIndex::all().find(|ring| u32::from(ring.0) == index);
     found.ok_or(RequestError::NoSuchRing { what, index })
 }
 
@@ -363,18 +365,18 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> ProtocolResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::REPLY_ACK)
+        Ok(PROTOCOL)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> ProtocolResult<()> {
-        if features & !VhostUserProtocolFeatures::REPLY_ACK.bits() != 0 {
-            return self.not_offered("a protocol feature other than REPLY_ACK");
+        if features & !PROTOCOL.bits() != 0 {
+            return self.not_offered("a protocol feature other than REPLY_ACK and MQ");
         }
         Ok(())
     }
 
     fn get_queue_num(&mut self) -> ProtocolResult<u64> {
-        Ok(1)
+        Ok(MAX_QUEUE_PAIRS as u64)
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> ProtocolResult<()> {

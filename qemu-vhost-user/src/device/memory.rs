@@ -4,19 +4,25 @@
 //! A file is mapped whole rather than region by region (vm-memory's `GuestMemoryMmap`), for three reasons: a second memory
 //! table over the same file, which QEMU sends at every `cont` and when the firmware moves a window, costs no mmap and no page
 //! faults; the dirty bits belong to the file, so no change of the table can lose one; and a region of a hugepage file need not
-//! begin on a hugepage boundary. Accesses go through vm-memory's `VolatileSlice`, which marks what it writes.
+//! begin on a hugepage boundary.
+//!
+//! Guest memory is never a Rust reference to bytes: the guest changes it at any time. What is not on the packet path goes through
+//! vm-memory's `VolatileSlice`, which marks what it writes. The packet path uses [`Area`] (atomics, for ring fields)
+//! and [`GuestRam::fill`] and [`GuestRam::take`] (copies, for frames); they mark nothing by themselves, because a mark per write costs
+//! a locked instruction that waits for every store before it. Instead a burst is written, then one fence is passed, then its pages
+//! are marked: [`fence_before_marks`].
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
+use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
-use vm_memory::{Bytes, VolatileSlice};
 
 /// Granularity of dirty tracking, in bytes; page numbers that leave this module count these.
 pub const PAGE_BYTES: u64 = 4096;
@@ -110,7 +116,37 @@ impl DirtyBits {
                 bits &= bits - 1;
             }
         }
+        // The other half of `mark_fenced`: the pages are read after their bits were taken.
+        fence(Ordering::SeqCst);
     }
+
+    /// Marks what was written before the caller's last [`fence_before_marks`].
+    ///
+    /// A bit that is set already is left alone. That is right only behind the fence: either a drain that runs at the same time
+    /// has yet to take the bit, and then its reader sees the bytes, which precede the fence; or it has taken it, and then it is
+    /// seen here as clear and set again.
+    #[inline]
+    fn mark_fenced(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let last = (offset + len - 1) / PAGE_BYTES as usize;
+        let mut page = offset / PAGE_BYTES as usize;
+        while page <= last {
+            let bit = 1 << (page % 64);
+            match self.words.get(page / 64) {
+                Some(word) if word.load(Ordering::Relaxed) & bit == 0 => _ = word.fetch_or(bit, Ordering::AcqRel),
+                _ => {}
+            }
+            page += 1;
+        }
+    }
+}
+
+/// Stands between the writes of a burst and the marks of its pages, once for all of them.
+#[inline]
+pub(crate) fn fence_before_marks() {
+    fence(Ordering::SeqCst);
 }
 
 impl<'a> WithBitmapSlice<'a> for DirtyBits {
@@ -156,7 +192,7 @@ pub struct RamFile {
 }
 
 // SAFETY: `base` points to a mapping that this object owns until it is dropped, and every access to it goes through
-// VolatileSlice, which never makes Rust references to the bytes; the other fields are Send and Sync themselves.
+// VolatileSlice, Area or the copies of GuestRam, which never make Rust references to its bytes; the other fields are Send and Sync themselves.
 unsafe impl Send for RamFile {}
 // SAFETY: as above; concurrent access is what guest memory is for.
 unsafe impl Sync for RamFile {}
@@ -385,6 +421,77 @@ impl GuestRam {
         Some(Area { file, offset: piece.offset, len: len as usize })
     }
 
+    /// A buffer that lies in one region. `hint` is the region where the last one was, which is nearly always the right one.
+    #[inline]
+    pub fn whole(&self, hint: &mut usize, guest: u64, len: u32) -> Option<Piece> {
+        match self.whole_in(*hint, guest, len) {
+            Some(piece) => Some(piece),
+            None => self.find_whole(hint, guest, len),
+        }
+    }
+
+    #[inline]
+    fn whole_in(&self, number: usize, guest: u64, len: u32) -> Option<Piece> {
+        let region = self.regions.get(number)?;
+        // An address below the region gives a huge difference.
+        let inside = guest.wrapping_sub(region.guest);
+        if inside >= region.size || u64::from(len) > region.size - inside {
+            return None;
+        }
+        Some(Piece { region: number as u32, len, offset: (region.offset + inside) as usize })
+    }
+
+    #[cold]
+    fn find_whole(&self, hint: &mut usize, guest: u64, len: u32) -> Option<Piece> {
+        let number = self.regions.partition_point(|region| region.guest <= guest).checked_sub(1)?;
+        let piece = self.whole_in(number, guest, len)?;
+        *hint = number;
+        Some(piece)
+    }
+
+    /// Where `len` bytes at an offset of a piece are in this process. Panics if they are not in the piece or in its file.
+    #[inline]
+    fn host(&self, piece: Piece, at: usize, len: usize) -> NonNull<u8> {
+        let file = &self.regions[piece.region as usize].file;
+        assert!(at <= piece.len as usize && len <= piece.len as usize - at);
+        assert!(piece.offset <= file.length && piece.len as usize <= file.length - piece.offset);
+        // SAFETY: the file is mapped from its first to its last byte, and the place is inside as just checked.
+        unsafe { file.base.add(piece.offset + at) }
+    }
+
+    /// Writes bytes at an offset of a piece. Marks nothing. Panics past the piece's end.
+    #[inline]
+    pub fn fill(&self, piece: Piece, at: usize, bytes: &[u8]) {
+        let host = self.host(piece, at, bytes.len());
+        // SAFETY: `host` checked that so many bytes are in the mapping, which `self` keeps. They are not Rust's memory, so they do
+        // not overlap `bytes`; the guest may change them meanwhile, and nothing in Rust relies on it not to.
+        unsafe { copy(bytes.as_ptr(), host.as_ptr(), bytes.len()) }
+    }
+
+    /// Reads the first bytes of a piece. Panics if there are fewer.
+    #[inline]
+    pub fn take(&self, piece: Piece, into: &mut [u8]) {
+        let host = self.host(piece, 0, into.len());
+        // SAFETY: as in `fill`, the other way round; `into` is exclusively ours.
+        unsafe { copy(host.as_ptr(), into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Begins to fetch the first `bytes` of a piece, for writing or for reading.
+    #[inline]
+    pub fn prefetch<const WRITE: bool>(&self, piece: Piece, bytes: usize) {
+        let lines = bytes.min(piece.len as usize).div_ceil(CACHE_LINE_BYTES).min(MAX_PREFETCH_LINES);
+        let host = self.host(piece, 0, 0).as_ptr();
+        for line in 0..=lines {
+            prefetch::<WRITE>(host.wrapping_add(line * CACHE_LINE_BYTES));
+        }
+    }
+
+    /// Marks the first `len` bytes of a piece as written; only after [`fence_before_marks`].
+    #[inline]
+    pub fn mark(&self, piece: Piece, len: u32) {
+        self.regions[piece.region as usize].file.dirty.mark_fenced(piece.offset, len as usize);
+    }
+
     /// The bytes of a piece that `locate` of this same table returned.
     pub fn slice(&self, piece: Piece) -> GuestSlice<'_> {
         let file = &self.regions[piece.region as usize].file;
@@ -392,14 +499,67 @@ impl GuestRam {
     }
 }
 
-/// A contiguous piece of guest memory, found by [`GuestRam::locate`].
-#[derive(Debug, Clone, Copy)]
+/// A contiguous piece of guest memory, found by [`GuestRam::locate`] or [`GuestRam::whole`]. The default is an empty one.
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Piece {
     region: u32,
     /// Length in bytes.
     pub len: u32,
     /// Offset in the file of the region.
     offset: usize,
+}
+
+const CACHE_LINE_BYTES: usize = 64;
+/// The processor's own prefetcher follows a longer copy by itself.
+const MAX_PREFETCH_LINES: usize = 4;
+
+#[inline]
+fn prefetch<const WRITE: bool>(place: *const u8) {
+    // By hand, because the intrinsic for writing gives a prefetch for reading unless the build is told of a newer processor, and
+    // the line then has to be asked for twice.
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::asm;
+        // SAFETY: hints; they cannot fault at any address and change neither memory nor flags.
+        unsafe {
+            match WRITE {
+                true => asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags, readonly)),
+                false => asm!("prefetcht0 [{}]", in(reg) place, options(nostack, preserves_flags, readonly)),
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// Copies as memcpy does, without the call for short frames, which are the ones that come by the million.
+///
+/// # Safety
+/// Both ranges are valid for `len` bytes and do not overlap.
+#[inline]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    /// Two blocks that overlap in the middle cover every length from one block to two.
+    ///
+    /// # Safety
+    /// As [`copy`], and `N <= len <= 2 * N`.
+    #[inline]
+    unsafe fn ends<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: both blocks lie within the `len` bytes, because `N <= len`.
+        unsafe {
+            let head = from.cast::<[u8; N]>().read_unaligned();
+            let tail = from.add(len - N).cast::<[u8; N]>().read_unaligned();
+            to.cast::<[u8; N]>().write_unaligned(head);
+            to.add(len - N).cast::<[u8; N]>().write_unaligned(tail);
+        }
+    }
+    // SAFETY: each arm keeps the condition of `ends`.
+    unsafe {
+        match len {
+            64..=128 => ends::<64>(from, to, len),
+            32..=63 => ends::<32>(from, to, len),
+            _ => std::ptr::copy_nonoverlapping(from, to, len),
+        }
+    }
 }
 
 /// An area of guest memory whose place was checked once, such as one part of a ring.
@@ -411,32 +571,52 @@ pub(crate) struct Area {
 }
 
 impl Area {
-    fn slice(&self) -> GuestSlice<'_> {
-        self.file.slice().subslice(self.offset, self.len).expect("the area was checked when it was made")
-    }
-
     /// Whether the area begins at a multiple of `bytes` in this process, which atomic accesses need.
     pub fn is_aligned(&self, bytes: usize) -> bool {
         (self.file.base.as_ptr() as usize + self.offset).is_multiple_of(bytes)
     }
 
+    /// The place of a `T`. Panics if it is not inside or not aligned: offsets come from our own arithmetic.
+    #[inline]
+    fn at<T>(&self, offset: usize) -> *mut T {
+        assert!(offset <= self.len && size_of::<T>() <= self.len - offset, "ring offsets are inside their area");
+        // SAFETY: `area` checked that the area lies in the mapping of `file`; the offset was checked just now.
+        let place = unsafe { self.file.base.add(self.offset + offset) }.as_ptr().cast::<T>();
+        assert!(place.is_aligned());
+        place
+    }
+
     /// Reads a little-endian u16. Panics if the offset is odd or outside the area: offsets come from our own arithmetic.
+    #[inline]
     pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
-        u16::from_le(self.slice().load(offset, order).expect("ring offsets are inside their area"))
+        // SAFETY: `at` gives an aligned place in a mapping that `self` keeps; all other accesses to ring fields are atomic, too.
+        u16::from_le(unsafe { AtomicU16::from_ptr(self.at(offset)) }.load(order))
     }
 
-    /// Writes a little-endian u16; same conditions as [`Self::load_u16`].
+    /// Reads a little-endian u64; same conditions.
+    #[inline]
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        // SAFETY: as in `load_u16`.
+        u64::from_le(unsafe { AtomicU64::from_ptr(self.at(offset)) }.load(Ordering::Relaxed))
+    }
+
+    /// Writes a little-endian u16; same conditions as [`Self::load_u16`]. Marks nothing.
+    #[inline]
     pub fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
-        self.slice().store(value.to_le(), offset, order).expect("ring offsets are inside their area");
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU16::from_ptr(self.at(offset)) }.store(value.to_le(), order);
     }
 
-    /// Reads bytes. Panics outside the area.
-    pub fn read(&self, offset: usize, into: &mut [u8]) {
-        self.slice().read_slice(into, offset).expect("ring offsets are inside their area");
+    /// Writes a little-endian u32; same conditions. Marks nothing.
+    #[inline]
+    pub fn store_u32(&self, offset: usize, value: u32) {
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU32::from_ptr(self.at(offset)) }.store(value.to_le(), Ordering::Relaxed);
     }
 
-    /// Writes bytes. Panics outside the area.
-    pub fn write(&self, offset: usize, bytes: &[u8]) {
-        self.slice().write_slice(bytes, offset).expect("ring offsets are inside their area");
+    /// Marks bytes as written; only after [`fence_before_marks`].
+    #[inline]
+    pub fn mark(&self, offset: usize, len: usize) {
+        self.file.dirty.mark_fenced(self.offset + offset, len);
     }
 }

@@ -1,4 +1,4 @@
-//! The vhost-user-net device as the reactor drives it: frames in, frames out, no lock and no allocation in between.
+//! The vhost-user-net device as the reactor drives it: its rings and who may touch them. Frames pass in `traffic`.
 //!
 //! [`NetDevice`] belongs to one thread. Its session thread changes rings only through commands, which
 //! [`NetDevice::handle_commands`] carries out between frames. A guest that corrupts a ring gets [`DeviceEvent::Broken`], its
@@ -7,48 +7,69 @@
 //! How the reactor uses it: put `event_fd` and the kicks announced by [`DeviceEvent::WatchKick`] into its poll set; when
 //! `event_fd` is readable, call `handle_commands`; when a kick is, call `acknowledge_kick` and then `inject` or `collect_tx`;
 //! at the end of each round call `flush_signals`. A started ring has its kick signalled once, so frames that waited are found.
+//!
+//! A reactor that never sleeps calls `set_polling(true)`: then the guest is not asked to kick. To sleep after all, it calls
+//! `set_polling(false)` and then `arm`; if that finds something it must not sleep yet.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use thiserror::Error;
-use vm_memory::Bytes;
 
 use super::features::{Features, Offloads};
 use super::link::{Answer, Command, ReactorEnd, RingStart, drain, signal};
-use super::memory::{BackendDirty, Piece, RamIdentity};
+use super::memory::{BackendDirty, RamIdentity};
 use super::ring::{Ring, RingFault};
+use super::traffic::Scratch;
 
 /// Length of the header in front of every frame: virtio_net_hdr_v1 (virtio 1.2 §5.1.6).
 pub const VNET_HEADER_BYTES: usize = 12;
 /// Longest frame, header included: header, 65535 bytes of IP packet, Ethernet header and VLAN tag.
 pub const MAX_FRAME_BYTES: usize = VNET_HEADER_BYTES + 65535 + 18;
 /// Shortest sensible transmission: header and Ethernet header.
-const MIN_FRAME_BYTES: usize = VNET_HEADER_BYTES + 14;
+pub(super) const MIN_FRAME_BYTES: usize = VNET_HEADER_BYTES + 14;
 /// Offset of `num_buffers` in the header.
-const NUM_BUFFERS_OFFSET: usize = 10;
+pub(super) const NUM_BUFFERS_OFFSET: usize = 10;
+/// Most pairs of queues that a device has: as many as a guest of eight vCPUs wants.
+pub const MAX_QUEUE_PAIRS: usize = 8;
+/// One receive and one transmit queue per pair; the control queue is QEMU's own.
+pub(super) const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
 
 /// Number of a virtqueue in its device. virtio-net: even numbers receive, odd ones transmit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RingIndex(pub u8);
 
 impl RingIndex {
-    /// The queue that carries frames to the guest.
-    pub const RX: Self = Self(0);
-    /// The queue that carries frames from the guest.
-    pub const TX: Self = Self(1);
-    /// All queues of the device: one pair.
-    pub const ALL: [Self; 2] = [Self::RX, Self::TX];
+    /// The first queue that carries frames to the guest, and the only one of a device with one pair.
+    pub const RX: Self = Self::receive(0);
+    /// The same of the queues that carry frames from the guest.
+    pub const TX: Self = Self::transmit(0);
+
+    /// The queue of a pair that carries frames to the guest.
+    pub const fn receive(pair: usize) -> Self {
+        Self(2 * pair as u8)
+    }
+
+    /// The queue of a pair that carries frames from the guest.
+    pub const fn transmit(pair: usize) -> Self {
+        Self(2 * pair as u8 + 1)
+    }
+
+    /// All queues that a device may have.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..MAX_RINGS as u8).map(Self)
+    }
+
+    /// Whether the queue carries frames to the guest.
+    pub fn is_receive(self) -> bool {
+        self.0.is_multiple_of(2)
+    }
 }
 
 impl std::fmt::Display for RingIndex {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match *self {
-            Self::RX => f.write_str("ring 0 (receive)"),
-            Self::TX => f.write_str("ring 1 (transmit)"),
-            Self(other) => write!(f, "ring {other}"),
-        }
+        write!(f, "ring {} ({})", self.0, if self.is_receive() { "receive" } else { "transmit" })
     }
 }
 
@@ -81,7 +102,7 @@ pub enum DeviceEvent {
     /// QEMU sent its memory table. The identity is None if guest RAM is not exactly one file; if it differs from an earlier
     /// one, this is another QEMU process or another guest.
     MemoryReady(Option<RamIdentity>),
-    /// Both rings run.
+    /// The rings run, at least those of the first pair.
     Started {
         /// What the guest accepted.
         features: Features,
@@ -140,19 +161,19 @@ pub struct Counters {
 
 /// One ring and its descriptors.
 #[derive(Default)]
-struct Slot {
-    ring: Option<Box<Ring>>,
+pub(super) struct Slot {
+    pub ring: Option<Box<Ring>>,
     /// The guest corrupted it; `ring` is kept for its position only.
-    broken: bool,
-    enabled: bool,
-    kick: Option<Arc<OwnedFd>>,
+    pub broken: bool,
+    pub enabled: bool,
+    pub kick: Option<Arc<OwnedFd>>,
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
 }
 
 impl Slot {
     fn works(&self) -> bool {
-        self.ring.is_some() && !self.broken
+        self.ring.is_some() && !self.broken && self.enabled
     }
 }
 
@@ -160,17 +181,19 @@ impl Slot {
 pub struct NetDevice {
     link: ReactorEnd,
     dirty: BackendDirty,
-    slots: [Slot; 2],
-    features: Features,
-    started: bool,
+    pub(super) slots: [Slot; MAX_RINGS],
+    pub(super) features: Features,
+    /// Pairs that frames for the guest are spread over: as many from the first one on as are started and enabled. 0: the device
+    /// does not run.
+    pub(super) active_pairs: usize,
+    /// Pairs that frames from the guest may be in, enabled or not.
+    pub(super) pairs_in_use: usize,
+    /// The pair whose turn to transmit it is.
+    pub(super) next_transmit: usize,
+    pub(super) polling: bool,
     pending: VecDeque<DeviceEvent>,
-    counters: Counters,
-    /// One transmitted frame.
-    frame: Box<[u8]>,
-    /// Pieces of guest memory of the frame in hand.
-    pieces: Vec<Piece>,
-    /// Receive chains of the frame in hand: head and room in bytes.
-    chains: Vec<(u16, u64)>,
+    pub(super) counters: Counters,
+    pub(super) scratch: Scratch,
 }
 
 impl NetDevice {
@@ -180,12 +203,13 @@ impl NetDevice {
             dirty,
             slots: Default::default(),
             features: Features::default(),
-            started: false,
+            active_pairs: 0,
+            pairs_in_use: 0,
+            next_transmit: 0,
+            polling: false,
             pending: VecDeque::new(),
             counters: Counters::default(),
-            frame: vec![0; MAX_FRAME_BYTES].into_boxed_slice(),
-            pieces: Vec::with_capacity(1024),
-            chains: Vec::with_capacity(1024),
+            scratch: Scratch::new(),
         }
     }
 
@@ -206,9 +230,45 @@ impl NetDevice {
         }
     }
 
-    /// Whether both rings run and are enabled.
+    /// Whether both rings of the first pair run and are enabled, and none is broken.
     pub fn is_running(&self) -> bool {
-        self.started
+        self.active_pairs > 0
+    }
+
+    /// Pairs of queues that the guest has in use.
+    pub fn queue_pairs(&self) -> usize {
+        self.active_pairs
+    }
+
+    /// Whether the caller looks at the rings all the time. The guest is then never asked to kick, and `inject` and `collect` make
+    /// no system call. After a change to false, [`Self::arm`] must be called before the caller waits for kicks.
+    pub fn set_polling(&mut self, polling: bool) {
+        if std::mem::replace(&mut self.polling, polling) != polling {
+            for ring in self.slots.iter_mut().filter_map(|slot| slot.ring.as_deref_mut()) {
+                ring.set_polling(polling);
+            }
+        }
+    }
+
+    /// Asks the guest to kick when it sends something, and when it offers receive buffers if a frame waits for some. Returns true if it has done so meanwhile: the
+    /// kick for that may never come, so look at the rings instead of waiting. Without effect while polling.
+    pub fn arm(&mut self) -> bool {
+        let mut found = false;
+        for index in RingIndex::all() {
+            let slot = &mut self.slots[usize::from(index.0)];
+            let Some(ring) = slot.ring.as_deref_mut().filter(|_| !slot.broken) else {
+                continue;
+            };
+            // Receive buffers matter only to a frame that waits for them.
+            if index.is_receive() && !ring.starving {
+                continue;
+            }
+            match ring.arm() {
+                Ok(more) => found |= more || (!index.is_receive() && ring.holds_chains()),
+                Err(fault) => self.break_ring(index, fault),
+            }
+        }
+        found
     }
 
     /// What the guest accepted; of no meaning before [`DeviceEvent::Started`].
@@ -282,6 +342,9 @@ impl NetDevice {
             return;
         };
         slot.ring = Some(ring);
+        if let (Some(ring), true) = (slot.ring.as_deref_mut(), self.polling) {
+            ring.set_polling(true);
+        }
         slot.broken = false;
         slot.enabled = enabled;
         slot.call = call;
@@ -322,26 +385,29 @@ impl NetDevice {
     }
 
     fn stop_all(&mut self) {
-        for index in RingIndex::ALL {
+        for index in RingIndex::all() {
             drop(self.stop_ring(index));
         }
     }
 
-    /// Reports a change between running and not running.
+    /// Counts the pairs and reports a change between running and not running.
     fn note_running(&mut self) {
-        let running = self.slots.iter().all(|slot| slot.works() && slot.enabled);
-        if running != self.started {
-            self.started = running;
-            self.pending.push_back(if running {
-                DeviceEvent::Started { features: self.features, offloads: self.offloads() }
-            } else {
+        let was_running = self.is_running();
+        let broken = self.slots.iter().any(|slot| slot.broken);
+        let pairs = self.slots.chunks(2);
+        self.active_pairs = if broken { 0 } else { pairs.take_while(|pair| pair.iter().all(Slot::works)).count() };
+        self.pairs_in_use = self.slots.iter().rposition(|slot| slot.ring.is_some()).map_or(0, |last| last / 2 + 1);
+        if self.is_running() != was_running {
+            self.pending.push_back(if was_running {
                 DeviceEvent::Stopped
+            } else {
+                DeviceEvent::Started { features: self.features, offloads: self.offloads() }
             });
         }
     }
 
     /// Stops the device because of what the guest did.
-    fn break_ring(&mut self, index: RingIndex, fault: RingFault) {
+    pub(super) fn break_ring(&mut self, index: RingIndex, fault: RingFault) {
         let slot = &mut self.slots[usize::from(index.0)];
         let position = slot.ring.as_ref().map_or(0, |ring| ring.position());
         slot.broken = true;
@@ -354,132 +420,10 @@ impl NetDevice {
         signal(self.link.wake());
     }
 
-    /// Gives a frame to the guest: 12 bytes of virtio_net_hdr_v1, then Ethernet. `num_buffers` is filled in here.
-    ///
-    /// A frame shorter than the header, or one that the guest's buffers can never hold, is dropped and counted.
-    pub fn inject(&mut self, frame: &[u8]) -> Inject {
-        if !self.started {
-            return Inject::NotRunning;
-        }
-        if !(VNET_HEADER_BYTES..=MAX_FRAME_BYTES).contains(&frame.len()) {
-            self.counters.rx_too_large += 1;
-            return Inject::Done;
-        }
-        match self.try_inject(frame) {
-            Ok(done) => done,
-            Err(fault) => {
-                self.break_ring(RingIndex::RX, fault);
-                Inject::NotRunning
-            }
-        }
-    }
-
-    fn try_inject(&mut self, frame: &[u8]) -> Result<Inject, RingFault> {
-        let Self { slots, features, counters, pieces, chains, .. } = self;
-        let Some(ring) = slots[usize::from(RingIndex::RX.0)].ring.as_deref_mut() else {
-            return Ok(Inject::NotRunning);
-        };
-        let header_bytes = features.header_bytes();
-        let need = (header_bytes + frame.len() - VNET_HEADER_BYTES) as u64;
-        ring.disarm();
-        loop {
-            match find_room(ring, need, features.mergeable(), pieces, chains)? {
-                Room::Enough => break,
-                Room::Never => {
-                    counters.rx_too_large += 1;
-                    return Ok(Inject::Done);
-                }
-                Room::NotYet => {
-                    if !ring.arm()? {
-                        return Ok(Inject::NoBuffers);
-                    }
-                }
-            }
-        }
-        let mut header = [0; VNET_HEADER_BYTES];
-        header.copy_from_slice(&frame[..VNET_HEADER_BYTES]);
-        header[NUM_BUFFERS_OFFSET..].copy_from_slice(&(chains.len() as u16).to_le_bytes());
-        scatter(ring, pieces, [&header[..header_bytes], &frame[VNET_HEADER_BYTES..]]);
-        let mut left = need;
-        for &(head, room) in chains.iter() {
-            let written = left.min(room);
-            ring.complete(head, written as u32);
-            left -= written;
-        }
-        // All buffers of a frame become visible together (virtio 1.2 §5.1.6.4.1).
-        ring.publish();
-        counters.rx_frames += 1;
-        Ok(Inject::Done)
-    }
-
-    /// Passes up to `budget_frames` frames from the guest to `sink`, oldest first: 12 bytes of virtio_net_hdr_v1, then
-    /// Ethernet. A frame that `sink` refuses (false) stays in the ring, and the call ends. Returns how many were accepted.
-    ///
-    /// When the ring is empty the guest is asked to kick; when the budget or `sink` ended the call it is not, and the caller
-    /// must call again by itself. While QEMU has the ring disabled, frames are consumed and discarded, as vhost-user demands.
-    pub fn collect_tx(&mut self, budget_frames: usize, sink: &mut impl FnMut(&[u8]) -> bool) -> usize {
-        if self.slots.iter().any(|slot| slot.broken) {
-            return 0;
-        }
-        let mut accepted = 0;
-        let result = self.try_collect(budget_frames, &mut accepted, sink);
-        self.counters.tx_frames += accepted as u64;
-        if let Some(ring) = self.slots[usize::from(RingIndex::TX.0)].ring.as_deref_mut() {
-            ring.publish();
-        }
-        if let Err(fault) = result {
-            self.break_ring(RingIndex::TX, fault);
-        }
-        accepted
-    }
-
-    fn try_collect(
-        &mut self,
-        budget_frames: usize,
-        accepted: &mut usize,
-        sink: &mut impl FnMut(&[u8]) -> bool,
-    ) -> Result<(), RingFault> {
-        let Self { slots, features, counters, frame, pieces, .. } = self;
-        let slot = &mut slots[usize::from(RingIndex::TX.0)];
-        let Some(ring) = slot.ring.as_deref_mut() else {
-            return Ok(());
-        };
-        let header_bytes = features.header_bytes();
-        for _ in 0..budget_frames {
-            let Some(head) = next_or_arm(ring)? else {
-                return Ok(());
-            };
-            if !slot.enabled {
-                counters.tx_disabled += 1;
-                ring.complete(head, 0);
-                continue;
-            }
-            pieces.clear();
-            let len = ring.walk(head, pieces)?;
-            if len < header_bytes as u64 {
-                return Err(RingFault::NoHeader { len });
-            }
-            let len = len + (VNET_HEADER_BYTES - header_bytes) as u64;
-            if !(MIN_FRAME_BYTES as u64..=MAX_FRAME_BYTES as u64).contains(&len) {
-                counters.tx_bad_length += 1;
-                ring.complete(head, 0);
-                continue;
-            }
-            let frame = &mut frame[..len as usize];
-            gather(ring, pieces, header_bytes, frame);
-            if !sink(frame) {
-                return Ok(());
-            }
-            ring.complete(head, 0);
-            *accepted += 1;
-        }
-        Ok(())
-    }
-
     /// Interrupts the guest for what was put into its rings since the last call, where it wants that: at most one system call
     /// per ring.
     pub fn flush_signals(&mut self) {
-        for index in RingIndex::ALL {
+        for index in RingIndex::all() {
             self.signal_ring(index);
         }
     }
@@ -495,96 +439,5 @@ impl NetDevice {
             signal(call);
             self.counters.signals += 1;
         }
-    }
-}
-
-/// Whether the receive ring has room for a frame.
-enum Room {
-    Enough,
-    NotYet,
-    Never,
-}
-
-/// Finds chains with `need` bytes of room, without consuming them: their memory goes to `pieces`, heads and sizes to `chains`.
-fn find_room(
-    ring: &mut Ring,
-    need: u64,
-    mergeable: bool,
-    pieces: &mut Vec<Piece>,
-    chains: &mut Vec<(u16, u64)>,
-) -> Result<Room, RingFault> {
-    pieces.clear();
-    chains.clear();
-    let mut room = 0;
-    for ahead in 0..ring.size() {
-        let Some(head) = ring.peek(ahead)? else {
-            return Ok(Room::NotYet);
-        };
-        let bytes = ring.walk(head, pieces)?;
-        chains.push((head, bytes));
-        room += bytes;
-        if room >= need {
-            return Ok(Room::Enough);
-        }
-        if !mergeable {
-            return Ok(Room::Never);
-        }
-    }
-    // Every buffer that the ring can hold together is too small.
-    Ok(Room::Never)
-}
-
-/// The next chain of a transmit ring; if there is none, the guest has been asked to kick.
-fn next_or_arm(ring: &mut Ring) -> Result<Option<u16>, RingFault> {
-    loop {
-        if let Some(head) = ring.peek(0)? {
-            ring.disarm();
-            return Ok(Some(head));
-        }
-        // Ends: each turn needs entries that the guest added meanwhile, and peek finds those.
-        if !ring.arm()? {
-            return Ok(None);
-        }
-    }
-}
-
-/// Writes header and body over the pieces, which have room for both.
-fn scatter(ring: &Ring, pieces: &[Piece], parts: [&[u8]; 2]) {
-    let mut pieces = pieces.iter().copied();
-    let mut target = None;
-    let mut filled = 0;
-    for mut bytes in parts {
-        while !bytes.is_empty() {
-            let piece: Piece = match target {
-                Some(piece) => piece,
-                None => pieces.next().expect("find_room found enough"),
-            };
-            let len = bytes.len().min(piece.len as usize - filled);
-            ring.ram().slice(piece).write_slice(&bytes[..len], filled).expect("len is what is left of the piece");
-            bytes = &bytes[len..];
-            filled += len;
-            target = Some(piece);
-            if filled == piece.len as usize {
-                (target, filled) = (None, 0);
-            }
-        }
-    }
-}
-
-/// Copies a chain to `frame`, which is as long as the chain plus what a short header lacks; that part becomes zero.
-fn gather(ring: &Ring, pieces: &[Piece], header_bytes: usize, frame: &mut [u8]) {
-    let missing = VNET_HEADER_BYTES - header_bytes;
-    let mut at = missing;
-    for &piece in pieces {
-        let end = at + piece.len as usize;
-        ring.ram()
-            .slice(piece)
-            .read_slice(&mut frame[at..end], 0)
-            .expect("the piece is read from its start to its end");
-        at = end;
-    }
-    if missing > 0 {
-        frame.copy_within(missing..VNET_HEADER_BYTES, 0);
-        frame[header_bytes..VNET_HEADER_BYTES].fill(0);
     }
 }

@@ -19,16 +19,18 @@ use virtio_bindings::bindings::virtio_ring::{
 use vm_memory::Bytes;
 
 use super::features::Features;
-use super::memory::{Area, GuestRam, Piece};
+use super::memory::{Area, GuestRam, Piece, fence_before_marks};
 
 /// Most descriptors in one indirect table. QEMU's own limit (VIRTQUEUE_MAX_SIZE); Linux uses 19 or fewer for a frame.
 const MAX_INDIRECT_DESCRIPTORS: u32 = 1024;
 /// Largest ring that virtio allows (virtio 1.2 §2.7).
 pub(crate) const MAX_RING_SIZE: u16 = 32768;
 
-const DESCRIPTOR_BYTES: usize = 16;
+pub(super) const DESCRIPTOR_BYTES: usize = 16;
 const USED_ELEMENT_BYTES: usize = 8;
-const RING_HEADER_BYTES: usize = 4;
+pub(super) const RING_HEADER_BYTES: usize = 4;
+/// While kicks are unwanted, the index at which one would be due is moved on this often: it must never be reached.
+const SILENCE_ENTRIES: u16 = 0x4000;
 
 /// What a guest did wrong in a ring.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
@@ -139,22 +141,19 @@ pub(crate) enum Direction {
     FromGuest,
 }
 
-struct Descriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
+#[derive(Clone, Copy)]
+pub(super) struct Descriptor {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
     next: u16,
 }
 
 impl Descriptor {
-    fn parse(raw: [u8; DESCRIPTOR_BYTES]) -> Self {
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
-        Self {
-            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        }
+    /// From its two words, as little-endian numbers.
+    #[inline]
+    pub fn from_words(address: u64, rest: u64) -> Self {
+        Self { address, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 
     fn has(&self, flag: u32) -> bool {
@@ -165,16 +164,18 @@ impl Descriptor {
 /// A split ring in operation.
 #[derive(Debug)]
 pub(crate) struct Ring {
-    ram: Arc<GuestRam>,
+    pub(super) ram: Arc<GuestRam>,
     direction: Direction,
     size: u16,
-    descriptors: Area,
-    available: Area,
+    pub(super) descriptors: Area,
+    pub(super) available: Area,
     used: Area,
     event_idx: bool,
     indirect: bool,
+    /// The region of guest memory where the last buffer was.
+    pub(super) region: usize,
     /// Next entry of the available ring to take.
-    next_avail: u16,
+    pub(super) next_avail: u16,
     /// The available index as last read: entries up to here may be taken.
     seen_avail: u16,
     /// Next entry of the used ring to write.
@@ -185,6 +186,12 @@ pub(crate) struct Ring {
     signalled: Option<u16>,
     /// The available index at which the guest was last asked to kick. None: kicks are off.
     armed: Option<u16>,
+    /// Kicks are never asked for, because somebody looks all the time.
+    polling: bool,
+    /// A frame waits for more receive buffers than are offered.
+    pub starving: bool,
+    /// The used index when the guest was last told that no kick is wanted.
+    silenced: u16,
 }
 
 impl Ring {
@@ -217,12 +224,16 @@ impl Ring {
             used,
             event_idx: features.event_idx(),
             indirect: features.indirect(),
+            region: 0,
             next_avail: place.base,
             seen_avail: place.base,
             next_used,
             published: next_used,
             signalled: None,
             armed: None,
+            polling: false,
+            starving: false,
+            silenced: next_used,
         };
         ring.refresh()?;
         Ok(ring)
@@ -309,14 +320,22 @@ impl Ring {
             return Err(RingFault::DescriptorIndex { index, entries: table.entries });
         }
         let offset = usize::from(index) * DESCRIPTOR_BYTES;
+        let Some(piece) = table.place else {
+            return Ok(self.own_descriptor(index));
+        };
         let mut raw = [0; DESCRIPTOR_BYTES];
-        match table.place {
-            None => self.descriptors.read(offset, &mut raw),
-            Some(piece) => {
-                self.ram.slice(piece).read_slice(&mut raw, offset).expect("the index was checked against the table");
-            }
-        }
-        Ok(Descriptor::parse(raw))
+        self.ram.slice(piece).read_slice(&mut raw, offset).expect("the index was checked against the table");
+        let (address, rest) = raw.split_at(8);
+        let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("half of sixteen bytes"));
+        Ok(Descriptor::from_words(word(address), word(rest)))
+    }
+
+    /// A descriptor of the ring's own table. Panics if the index is not below the ring's size.
+    #[inline]
+    pub(super) fn own_descriptor(&self, index: u16) -> Descriptor {
+        let offset = usize::from(index) * DESCRIPTOR_BYTES;
+        // Each half is read once; the guest may change it in between, and what comes of that is checked like everything else.
+        Descriptor::from_words(self.descriptors.load_u64(offset), self.descriptors.load_u64(offset + 8))
     }
 
     /// Checks an indirect descriptor (virtio 1.2 §2.7.5.3).
@@ -360,49 +379,117 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether chains are known that were not taken yet.
+    pub fn holds_chains(&self) -> bool {
+        self.seen_avail != self.next_avail
+    }
+
+    /// How many chains the guest offers, at least `wanted` if it has them.
+    #[inline]
+    pub(super) fn offered(&mut self, wanted: usize) -> Result<usize, RingFault> {
+        let mut offered = self.seen_avail.wrapping_sub(self.next_avail);
+        if usize::from(offered) < wanted {
+            self.refresh()?;
+            offered = self.seen_avail.wrapping_sub(self.next_avail);
+        }
+        Ok(usize::from(offered))
+    }
+
     /// Takes the next chain off the available ring and puts it on the used ring, where the guest sees it after `publish`.
+    #[inline]
     pub fn complete(&mut self, head: u16, written: u32) {
         let entry = usize::from(self.next_used & (self.size - 1));
-        let mut element = [0; USED_ELEMENT_BYTES];
-        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-        element[4..].copy_from_slice(&written.to_le_bytes());
-        self.used.write(RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry, &element);
+        let offset = RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry;
+        self.used.store_u32(offset, u32::from(head));
+        self.used.store_u32(offset + 4, written);
         self.next_used = self.next_used.wrapping_add(1);
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Shows the guest everything completed so far (virtio 1.2 §2.7.8.2).
+    /// Shows the guest everything completed so far (virtio 1.2 §2.7.8.2), and then records what was written to the used ring.
+    /// Behind it, the caller may mark what else it wrote before.
+    #[inline]
     pub fn publish(&mut self) {
-        if self.published != self.next_used {
-            self.used.store_u16(2, self.next_used, Ordering::Release);
-            self.published = self.next_used;
+        let (start, end) = (self.published, self.next_used);
+        if start == end {
+            return;
+        }
+        self.used.store_u16(2, end, Ordering::Release);
+        self.published = end;
+        self.starving = false;
+        fence_before_marks();
+        let entry = |index: u16| RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(index & (self.size - 1));
+        let (first, last) = (entry(start), entry(end.wrapping_sub(1)));
+        if first <= last {
+            self.used.mark(first, last + USED_ELEMENT_BYTES - first);
+        } else {
+            // Around the ring's end: all of it, which is rarely more than its two or three pages.
+            self.used.mark(RING_HEADER_BYTES, USED_ELEMENT_BYTES * usize::from(self.size));
+        }
+        self.used.mark(2, 2);
+        if self.polling && end.wrapping_sub(self.silenced) >= SILENCE_ENTRIES {
+            self.silence();
         }
     }
 
     /// Asks the guest to kick when it offers more than has been seen. Returns true when it already has: then the kick may never
-    /// come, and the caller must look again (virtio 1.2 §2.7.10).
+    /// come, and the caller must look again (virtio 1.2 §2.7.10). While polling it only looks.
     pub fn arm(&mut self) -> Result<bool, RingFault> {
-        if self.armed != Some(self.seen_avail) {
+        if !self.polling && self.armed != Some(self.seen_avail) {
             if self.event_idx {
-                let event = RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(self.size);
-                self.used.store_u16(event, self.seen_avail, Ordering::Relaxed);
+                self.store_event(self.seen_avail);
             } else if self.armed.is_none() {
-                self.used.store_u16(0, 0, Ordering::Relaxed);
+                self.store_flags(0);
             }
             self.armed = Some(self.seen_avail);
-            // The request must be visible before the index is read again; pairs with the driver's barrier.
-            fence(Ordering::SeqCst);
         }
         self.refresh()
     }
 
     /// Tells the guest that it need not kick, because the device is looking anyway. Only a hint.
+    #[inline]
     pub fn disarm(&mut self) {
         // With EVENT_IDX a kick is wanted only at the index that was asked for, so there is nothing to switch off.
         if !self.event_idx && self.armed.is_some() {
-            self.used.store_u16(0, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            self.store_flags(VRING_USED_F_NO_NOTIFY as u16);
             self.armed = None;
         }
+    }
+
+    /// With `true` no kick is asked for until this is called with `false`; the next `arm` then asks for one again.
+    pub fn set_polling(&mut self, polling: bool) {
+        self.polling = polling;
+        self.armed = None;
+        if polling {
+            self.silence();
+        }
+    }
+
+    /// Makes every kick needless that the guest may still believe to be wanted.
+    #[cold]
+    fn silence(&mut self) {
+        self.silenced = self.next_used;
+        if self.event_idx {
+            // The driver is at or ahead of `next_avail`: it would have to go all the way round to pass the one before.
+            self.store_event(self.next_avail.wrapping_sub(1));
+        } else {
+            self.store_flags(VRING_USED_F_NO_NOTIFY as u16);
+        }
+    }
+
+    fn store_event(&mut self, index: u16) {
+        self.store_and_mark(RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(self.size), index);
+    }
+
+    fn store_flags(&mut self, flags: u16) {
+        self.store_and_mark(0, flags);
+    }
+
+    fn store_and_mark(&mut self, offset: usize, value: u16) {
+        self.used.store_u16(offset, value, Ordering::Relaxed);
+        // Also for `arm`: a request must be visible before the index is read again; pairs with the driver's barrier.
+        fence_before_marks();
+        self.used.mark(offset, 2);
     }
 
     /// Whether the guest wants an interrupt for what was published since the last call (virtio 1.2 §2.7.7).

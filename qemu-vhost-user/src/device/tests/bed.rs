@@ -27,6 +27,9 @@ pub const USER_BASE: u64 = 0x7f00_0000_0000;
 const BUFFERS: u64 = 0x10_0000;
 const CHAIN_BYTES: u64 = 0x2_0000;
 
+/// The rings of a device with one pair.
+pub const BOTH: [RingIndex; 2] = [RingIndex::RX, RingIndex::TX];
+
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
@@ -318,7 +321,7 @@ impl Bed {
 
     /// Starts both rings where they stopped, as QEMU does.
     pub fn start(&mut self) {
-        for index in RingIndex::ALL {
+        for index in BOTH {
             let number = usize::from(index.0);
             let start = RingStart {
                 ring: Box::new(self.open(index).unwrap()),
@@ -333,7 +336,7 @@ impl Bed {
     }
 
     pub fn stop(&mut self) {
-        for index in RingIndex::ALL {
+        for index in BOTH {
             if let Answer::Stopped { position: Some(position), .. } = self.device.execute(Command::StopRing { index }) {
                 self.positions[usize::from(index.0)] = position;
             }

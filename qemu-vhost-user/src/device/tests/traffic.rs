@@ -115,7 +115,7 @@ fn a_driver_of_before_virtio_1_has_a_short_header() {
 #[test]
 fn a_disabled_ring_discards_what_the_guest_sends_and_takes_nothing_for_it() {
     let mut bed = Bed::started(usual(), 8);
-    for index in RingIndex::ALL {
+    for index in super::bed::BOTH {
         bed.device.execute(crate::device::link::Command::SetEnabled { index, enabled: false });
     }
     bed.offer_rx(&[2000], false).unwrap();

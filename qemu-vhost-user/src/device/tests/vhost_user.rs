@@ -139,7 +139,7 @@ impl Qemu {
         let offered = self.frontend.get_features()?;
         assert_eq!(offered, Features::offered().0 | PROTOCOL_FEATURES);
         let protocol = self.frontend.get_protocol_features()?;
-        assert_eq!(protocol, VhostUserProtocolFeatures::REPLY_ACK);
+        assert_eq!(protocol, VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::MQ);
         self.frontend.set_protocol_features(protocol)?;
         self.frontend.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
         self.frontend.set_features(offered)

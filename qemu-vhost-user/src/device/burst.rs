@@ -1,0 +1,144 @@
+//! The usual case of both rings, in bursts: chains of one descriptor whose buffer lies in one region of memory.
+//!
+//! What costs time at tens of millions of frames a second is cache lines that travel between the guest's core and ours, and
+//! whatever makes us wait for one before the next is asked for. So a burst first reads all its descriptors, which brings all
+//! buffers under way, then copies, then shows the guest everything at once, and passes one fence (DPDK's vhost library does it
+//! packet by packet, with the next one under way). Everything unusual (chains, indirect tables, buffers across regions, faults)
+//! ends a burst before it, and the caller takes that one frame by `Ring::walk`, where the rules of the ring stand.
+
+use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
+
+use super::memory::Piece;
+use super::net::{MAX_FRAME_BYTES, MIN_FRAME_BYTES, NUM_BUFFERS_OFFSET};
+use super::ring::{RING_HEADER_BYTES, Ring, RingFault};
+
+/// Frames in one burst: enough to hide a cache miss, few enough for the buffers to stay in the nearest cache.
+pub(super) const BURST_FRAMES: usize = 32;
+/// `num_buffers` of a frame in one buffer.
+const ONE_BUFFER: [u8; 2] = 1u16.to_le_bytes();
+
+/// Where frames from the guest go: memory is asked for first, so that a frame is copied once.
+///
+/// Copying is what makes a frame ours: the guest may change its buffer at any time.
+pub trait FrameSink {
+    /// Memory for a frame of exactly `len_bytes`; None if there is none, and the frame stays in the ring.
+    fn room(&mut self, len_bytes: usize) -> Option<&mut [u8]>;
+
+    /// The frame is in the memory that `room` gave last. False refuses it: it stays in the ring.
+    fn commit(&mut self) -> bool;
+}
+
+/// How a burst from the guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Drained {
+    /// As many as wanted or offered.
+    All,
+    /// The next chain is for `Ring::walk`.
+    Unusual,
+    /// The sink refused one.
+    Refused,
+}
+
+/// Chains of a burst.
+struct Chains {
+    heads: [u16; BURST_FRAMES],
+    pieces: [Piece; BURST_FRAMES],
+    count: usize,
+}
+
+impl Ring {
+    /// The next chains, up to `wanted`, as long as each is one descriptor with these flags and `fits` takes its length.
+    #[inline]
+    fn simple_chains(
+        &mut self,
+        wanted: usize,
+        flags: u16,
+        fits: impl Fn(usize, u32) -> bool,
+        prefetch: impl Fn(&Self, usize, Piece),
+    ) -> Result<Chains, RingFault> {
+        let count = self.offered(wanted)?.min(wanted).min(BURST_FRAMES);
+        let mut chains = Chains { heads: [0; BURST_FRAMES], pieces: [Piece::default(); BURST_FRAMES], count: 0 };
+        let mask = self.size() - 1;
+        for (ahead, head) in chains.heads.iter_mut().enumerate().take(count) {
+            let entry = usize::from(self.next_avail.wrapping_add(ahead as u16) & mask);
+            *head = self.available.load_u16(RING_HEADER_BYTES + 2 * entry, std::sync::atomic::Ordering::Relaxed);
+        }
+        let mut region = self.region;
+        for at in 0..count {
+            let head = chains.heads[at];
+            if head > mask {
+                break;
+            }
+            let descriptor = self.own_descriptor(head);
+            if descriptor.flags != flags || !fits(at, descriptor.len) {
+                break;
+            }
+            let Some(piece) = self.ram.whole(&mut region, descriptor.address, descriptor.len) else {
+                break;
+            };
+            prefetch(self, at, piece);
+            chains.pieces[at] = piece;
+            chains.count = at + 1;
+        }
+        self.region = region;
+        Ok(chains)
+    }
+
+    /// Gives frames to the guest, header of 12 bytes included, until one has no simple chain that holds it. Returns how many.
+    pub(super) fn fill_burst(&mut self, frames: &[&[u8]]) -> Result<usize, RingFault> {
+        let chains = self.simple_chains(
+            frames.len(),
+            VRING_DESC_F_WRITE as u16,
+            |at, len| len as usize >= frames[at].len(),
+            |ring, at, piece| ring.ram.prefetch::<true>(piece, frames[at].len()),
+        )?;
+        let count = chains.count;
+        let taken = || chains.pieces[..count].iter().zip(frames);
+        for (&piece, frame) in taken() {
+            self.ram.fill(piece, 0, frame);
+            self.ram.fill(piece, NUM_BUFFERS_OFFSET, &ONE_BUFFER);
+        }
+        for (&head, frame) in chains.heads[..count].iter().zip(frames) {
+            self.complete(head, frame.len() as u32);
+        }
+        // Bytes, then the index, then the fence in `publish`, then the marks.
+        self.publish();
+        for (&piece, frame) in taken() {
+            self.ram.mark(piece, frame.len() as u32);
+        }
+        Ok(count)
+    }
+
+    /// Passes up to `wanted` frames of 12 bytes of header and the rest to the sink, and completes those that it took. Returns
+    /// how many those are, and why it ended.
+    pub(super) fn drain_burst(
+        &mut self,
+        wanted: usize,
+        sink: &mut impl FrameSink,
+    ) -> Result<(usize, Drained), RingFault> {
+        let wanted = wanted.min(BURST_FRAMES);
+        let offered = self.offered(wanted)?.min(wanted);
+        let sensible = |_, len: u32| (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&(len as usize));
+        let chains = self.simple_chains(offered, 0, sensible, |ring, _, piece| {
+            ring.ram.prefetch::<false>(piece, piece.len as usize);
+        })?;
+        let mut end = if chains.count == offered { Drained::All } else { Drained::Unusual };
+        let mut count = 0;
+        for (&head, &piece) in chains.heads.iter().zip(&chains.pieces).take(chains.count) {
+            let Some(room) = sink.room(piece.len as usize) else {
+                end = Drained::Refused;
+                break;
+            };
+            assert_eq!(room.len(), piece.len as usize, "a sink gives the memory that it was asked for");
+            self.ram.take(piece, room);
+            if !sink.commit() {
+                end = Drained::Refused;
+                break;
+            }
+            self.complete(head, 0);
+            count += 1;
+        }
+        self.publish();
+        Ok((count, end))
+    }
+}
