@@ -8,7 +8,7 @@ mod vm;
 
 use std::path::{Path, PathBuf};
 
-pub use node::{NodeConfig, Scheduling};
+pub use node::{Idle, NodeConfig, Scheduling};
 pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, Uplink, VmConfig};
 
 /// Why a configuration cannot be used.
