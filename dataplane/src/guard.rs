@@ -122,10 +122,20 @@ impl Guard {
     ///
     /// # Panics
     /// If `through` did not come from [`seal`](Self::seal) of this guard.
-    pub fn release(&mut self, through: SlotMark, mut visit: impl FnMut(&[u8])) -> usize {
+    pub fn release(&mut self, through: SlotMark, visit: impl FnMut(&[u8])) -> usize {
+        self.release_some(through, usize::MAX, visit)
+    }
+
+    /// As [`release`](Self::release), for at most `budget_frames`. Fewer means that none is left.
+    ///
+    /// # Panics
+    /// As [`release`](Self::release).
+    pub fn release_some(&mut self, through: SlotMark, budget_frames: usize, mut visit: impl FnMut(&[u8])) -> usize {
         assert!(through.0 < self.slot, "mark {} was not sealed; the present slot is {}", through.0, self.slot);
         let mut released = 0;
-        while let Some((at, record)) = self.front() {
+        while released < budget_frames
+            && let Some((at, record)) = self.front()
+        {
             if record.slot > through.0 {
                 break;
             }
@@ -217,6 +227,7 @@ mod tests {
         Push(usize),
         Seal,
         Release(usize),
+        ReleaseSome(usize, usize),
         Discard(usize),
         DiscardAll,
     }
@@ -227,6 +238,7 @@ mod tests {
             2 => (12usize..=MAX_FRAME_BYTES).prop_map(Op::Push),
             3 => Just(Op::Seal),
             2 => any::<usize>().prop_map(Op::Release),
+            2 => (any::<usize>(), 0usize..5).prop_map(|(pick, budget)| Op::ReleaseSome(pick, budget)),
             1 => any::<usize>().prop_map(Op::Discard),
             1 => Just(Op::DiscardAll),
         ]
@@ -240,8 +252,12 @@ mod tests {
 
     impl Model {
         fn take(&mut self, through: SlotMark) -> Vec<Vec<u8>> {
+            self.take_some(through, usize::MAX)
+        }
+
+        fn take_some(&mut self, through: SlotMark, budget: usize) -> Vec<Vec<u8>> {
             let mut out = Vec::new();
-            while self.held.front().is_some_and(|(slot, ..)| *slot <= through.0) {
+            while out.len() < budget && self.held.front().is_some_and(|(slot, ..)| *slot <= through.0) {
                 out.push(self.held.pop_front().unwrap().2);
             }
             out
@@ -287,11 +303,18 @@ mod tests {
                         prop_assert_eq!(count, out.len());
                         prop_assert_eq!(out, model.take(mark));
                     }
+                    Op::ReleaseSome(pick, budget) if !marks.is_empty() => {
+                        let mark = marks[pick % marks.len()];
+                        let mut out = Vec::new();
+                        let count = guard.release_some(mark, budget, |frame| out.push(frame.to_vec()));
+                        prop_assert_eq!(count, out.len());
+                        prop_assert_eq!(out, model.take_some(mark, budget));
+                    }
                     Op::Discard(pick) if !marks.is_empty() => {
                         let mark = marks[pick % marks.len()];
                         prop_assert_eq!(guard.discard(mark), model.take(mark).len());
                     }
-                    Op::Release(_) | Op::Discard(_) => {}
+                    Op::Release(_) | Op::ReleaseSome(..) | Op::Discard(_) => {}
                     Op::DiscardAll => {
                         prop_assert_eq!(guard.discard_all(), model.held.len());
                         model.held.clear();

@@ -7,9 +7,14 @@
 
 pub mod batch;
 pub mod counters;
+pub mod cycles;
+pub mod doorbell;
 pub mod fabric;
 pub mod frame;
 pub mod guard;
+pub mod idle;
+pub mod stages;
+mod sync;
 pub mod uplink;
 pub mod wait;
 

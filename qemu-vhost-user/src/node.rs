@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dataplane::doorbell::Doorbell;
 use dataplane::fabric::{Listener, NodeIdentity};
-use dataplane::wait::EventFd;
 
 use crate::config::{NodeConfig, VmConfig};
 use crate::control::{ControlServer, GroupHandle, GroupHandles};
-use crate::group::{self, GroupSetup};
+use crate::group::{self, GroupSetup, Place};
 
 /// How long a failed group rests before it is started again.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
@@ -85,12 +85,13 @@ pub fn run(config: NodeConfig, socket: SocketOverride) -> Result<(), NodeError> 
         NodeIdentity::new(&config.name).map_err(|source| NodeError::System { what: "/dev/urandom", source })?;
     let listener = Listener::bind(config.listen, identity)
         .map_err(|error| NodeError::Listen { address: config.listen, reason: error.to_string() })?;
-    let node = Arc::new(Node { config, listener, groups, stopping: AtomicBool::new(false) });
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let node = Arc::new(Node { config, listener, groups, stopping: AtomicBool::new(false), cores });
     let mut socket = Some(socket);
     let mut threads = Vec::new();
     for (at, vm) in node.config.vms.values().cloned().enumerate() {
         let (node, socket) = (node.clone(), socket.take().unwrap_or_default());
-        let wake = Arc::new(EventFd::new().map_err(|source| NodeError::System { what: "eventfd", source })?);
+        let wake = Arc::new(Doorbell::new().map_err(|source| NodeError::System { what: "eventfd", source })?);
         let thread_wake = wake.clone();
         let thread = std::thread::Builder::new()
             .name(format!("plover-{}", vm.name))
@@ -104,7 +105,7 @@ pub fn run(config: NodeConfig, socket: SocketOverride) -> Result<(), NodeError> 
     node.stopping.store(true, Ordering::Release);
     let deadline = Instant::now() + STOP_DEADLINE;
     for (thread, wake) in threads {
-        wake.signal();
+        wake.ring();
         while !thread.is_finished() && Instant::now() < deadline {
             std::thread::park_timeout(Duration::from_millis(5));
         }
@@ -117,18 +118,20 @@ struct Node {
     listener: Listener,
     groups: GroupHandles,
     stopping: AtomicBool,
+    /// Cores of the machine, counted before any thread was pinned to one of them.
+    cores: usize,
 }
 
 impl Node {
     /// Runs one group until the daemon ends, again after every failure.
-    fn keep_group_running(&self, vm: &VmConfig, at: usize, wake: &Arc<EventFd>, mut socket: SocketOverride) {
+    fn keep_group_running(&self, vm: &VmConfig, at: usize, wake: &Arc<Doorbell>, mut socket: SocketOverride) {
         while !self.stopping.load(Ordering::Acquire) {
             let (handle, requests) = GroupHandle::new(wake.clone());
             self.groups.lock().expect("no holder of this lock panics").insert(vm.name.clone(), handle);
             let setup = GroupSetup {
                 node: &self.config,
                 vm,
-                core: self.config.reactor_cores.get(at % self.config.reactor_cores.len().max(1)).copied(),
+                place: Place::of(&self.config, at, self.config.vms.len(), self.cores),
                 listener: &self.listener,
                 requests,
                 wake: wake.clone(),

@@ -82,6 +82,37 @@ pub struct PeerStatus {
     pub refusal: Option<String>,
 }
 
+/// One stage of the reactor's turn.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StageStatus {
+    /// uplink, fabric, log, collect, deliver, release, decide or look.
+    pub name: String,
+    /// Time in this stage when it found work, µs.
+    pub busy_us: u64,
+    /// Time in this stage when it found none, µs.
+    pub idle_us: u64,
+    /// How much a turn found (frames, messages or records), in powers of two: the number at place n counts turns that found
+    /// 2^n to 2^(n+1) - 1. Zeros at the end are left out.
+    pub sizes: Vec<u64>,
+}
+
+/// What the reactor does with its time, since the group started.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ReactorStatus {
+    /// The idle strategy in use.
+    pub idle: String,
+    /// Time asleep, µs.
+    pub asleep_us: u64,
+    /// Turns that found work.
+    pub busy_turns: u64,
+    /// Turns that found none.
+    pub idle_turns: u64,
+    /// Time and batch sizes per stage.
+    pub stages: Vec<StageStatus>,
+    /// Sizes of proposed batches in bytes, in powers of two like `sizes`.
+    pub proposal_bytes: Vec<u64>,
+}
+
 /// One group on this node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GroupStatus {
@@ -144,6 +175,9 @@ pub struct GroupStatus {
     pub busy_us: u64,
     /// See `busy_us`.
     pub idle_us: u64,
+    /// Where the reactor's time goes.
+    #[serde(default)]
+    pub reactor: ReactorStatus,
 }
 
 impl GroupStatus {
@@ -177,6 +211,7 @@ impl GroupStatus {
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");
         }
+        self.render_reactor(&mut text);
         self.render_sync(&mut text);
         for peer in &self.peers {
             let state = if peer.connected { "connected" } else { "NOT connected" };
@@ -202,6 +237,29 @@ impl GroupStatus {
         if let Some(why) = no_room {
             let _ = writeln!(text, "  disk      NO ROOM: {why}");
         }
+    }
+
+    fn render_reactor(&self, text: &mut String) {
+        let reactor = &self.reactor;
+        let total_us = (self.busy_us + self.idle_us + reactor.asleep_us).max(1);
+        let percent = |us: u64| us as f64 * 100.0 / total_us as f64;
+        let stages: Vec<String> = reactor
+            .stages
+            .iter()
+            .map(|stage| match typical_size(&stage.sizes) {
+                Some(size) => format!("{} {:.1} % (~{size})", stage.name, percent(stage.busy_us)),
+                None => format!("{} {:.1} %", stage.name, percent(stage.busy_us)),
+            })
+            .collect();
+        let _ = writeln!(
+            text,
+            "  reactor   {}: busy {:.1} %, polling {:.1} %, asleep {:.1} %; {}",
+            reactor.idle,
+            percent(self.busy_us),
+            percent(self.idle_us),
+            percent(reactor.asleep_us),
+            stages.join(", ")
+        );
     }
 
     fn render_sync(&self, text: &mut String) {
@@ -235,5 +293,30 @@ impl GroupStatus {
                 phases.join(", ")
             );
         }
+    }
+}
+
+/// The lower end of the middle of a distribution over powers of two; nothing when it is empty.
+fn typical_size(sizes: &[u64]) -> Option<u64> {
+    let half = sizes.iter().sum::<u64>().div_ceil(2);
+    let mut below = 0;
+    let middle = sizes.iter().position(|count| {
+        below += count;
+        half > 0 && below >= half
+    })?;
+    Some(1 << middle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::typical_size;
+
+    #[test]
+    fn the_typical_size_is_the_median_s_power_of_two() {
+        assert_eq!(typical_size(&[]), None);
+        assert_eq!(typical_size(&[0, 0]), None);
+        assert_eq!(typical_size(&[1]), Some(1));
+        assert_eq!(typical_size(&[1, 0, 0, 5]), Some(8));
+        assert_eq!(typical_size(&[3, 1, 1]), Some(1));
     }
 }

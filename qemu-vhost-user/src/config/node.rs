@@ -20,6 +20,19 @@ pub enum Scheduling {
     Normal,
 }
 
+/// What a reactor does while nothing happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Idle {
+    /// Spin where the reactor has a core to itself and the machine has cores to spare, else adaptive.
+    #[default]
+    Auto,
+    /// Never sleep, never ask for notifications.
+    Spin,
+    /// Poll for `spin_us` after the last work, then sleep until notified.
+    Adaptive,
+}
+
 /// This host.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +59,12 @@ pub struct NodeConfig {
     /// Cores for the reactor threads, one group each in turn; empty: the kernel chooses.
     #[serde(default)]
     pub reactor_cores: Vec<usize>,
+    /// What a reactor does while nothing happens.
+    #[serde(default)]
+    pub idle: Idle,
+    /// How long a reactor that sleeps polls after the last work; absent: chosen by the number of cores.
+    #[serde(default)]
+    pub spin_us: Option<u64>,
     /// Threads that hash pages beside the one that coordinates; absent: one per core but two.
     #[serde(default)]
     pub hash_workers: Option<usize>,
@@ -101,6 +120,9 @@ impl NodeConfig {
         let mut node: NodeConfig = read_toml(path)?;
         if node.name.is_empty() || node.name.len() > 64 {
             return Err(invalid(path, "name", "must have 1 to 64 bytes"));
+        }
+        if let Some(spin_us) = node.spin_us.filter(|us| *us > 1_000_000) {
+            return Err(invalid(path, "spin_us", format!("is {spin_us}; allowed are 0 to 1000000")));
         }
         node.check_log(path)?;
         let base = path.parent().unwrap_or(Path::new("."));

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dataplane::wait::EventFd;
+use dataplane::doorbell::Doorbell;
 
 use super::{MAX_REQUEST_BYTES, Request, Response};
 
@@ -36,12 +36,12 @@ pub struct GroupHandle {
     /// The reactor's mailbox.
     pub sender: Sender<GroupRequest>,
     /// Wakes the reactor.
-    pub wake: Arc<EventFd>,
+    pub wake: Arc<Doorbell>,
 }
 
 impl GroupHandle {
     /// A mailbox and its receiving end.
-    pub fn new(wake: Arc<EventFd>) -> (Self, Receiver<GroupRequest>) {
+    pub fn new(wake: Arc<Doorbell>) -> (Self, Receiver<GroupRequest>) {
         let (sender, receiver) = channel();
         (Self { sender, wake }, receiver)
     }
@@ -55,7 +55,7 @@ impl GroupHandle {
         if self.sender.send(GroupRequest { request: request.clone(), reply }).is_err() {
             return Response::Refused("the group is restarting; see the daemon's log and try again".into());
         }
-        self.wake.signal();
+        self.wake.ring();
         match answer.recv_timeout(timeout) {
             Ok(response) => response,
             Err(RecvTimeoutError::Timeout) => {

@@ -20,6 +20,18 @@ const SYNC_STALL_LIMIT_US: u64 = 20_000;
 /// How long a guest's rings may take to start after `cont` before its frames are dropped.
 const RING_START_LIMIT_US: u64 = 1_000_000;
 
+/// Frames that are delivered in one turn of the reactor.
+const DELIVER_BUDGET_FRAMES: usize = 256;
+
+/// What one turn delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivered {
+    /// Frames that reached the guest or were dropped for it.
+    pub frames: usize,
+    /// The budget ended the turn: there is more at once.
+    pub more: bool,
+}
+
 /// The queue and the place in it.
 #[derive(Debug, Default)]
 pub struct Delivery {
@@ -51,6 +63,8 @@ pub struct Delivery {
 enum Step {
     Done,
     Blocked,
+    /// The turn's budget is used up.
+    Enough,
 }
 
 impl Delivery {
@@ -115,8 +129,9 @@ impl Delivery {
 }
 
 impl Reactor<'_> {
-    /// Delivers as much as the guest takes.
-    pub(super) fn deliver(&mut self, now: u64) {
+    /// Delivers as much as the guest takes and the turn's budget allows.
+    pub(super) fn deliver(&mut self, now: u64) -> Delivered {
+        let mut left = DELIVER_BUDGET_FRAMES;
         while let Some(committed) = self.ordering.committed.pop_front() {
             if matches!(committed.entry, Entry::SyncVm { with } if with == self.me) {
                 self.leave_older_exchange(committed.index);
@@ -138,14 +153,16 @@ impl Reactor<'_> {
                     Step::Done
                 }
                 Entry::Input(_) if !consumes => Step::Done,
-                Entry::Input(_) => self.deliver_input(now),
+                Entry::Input(_) => self.deliver_input(now, &mut left),
                 Entry::SyncVm { with } => self.reach_sync(now, index, view, with),
             };
             match step {
                 Step::Done => self.delivery.pop(self.me),
-                Step::Blocked => return,
+                Step::Blocked => break,
+                Step::Enough => return Delivered { frames: DELIVER_BUDGET_FRAMES, more: true },
             }
         }
+        Delivered { frames: DELIVER_BUDGET_FRAMES - left, more: false }
     }
 
     /// Tells consensus how far the guest is: the leader waits for its secondary.
@@ -156,7 +173,7 @@ impl Reactor<'_> {
         }
     }
 
-    fn deliver_input(&mut self, now: u64) -> Step {
+    fn deliver_input(&mut self, now: u64, left: &mut usize) -> Step {
         let Some(Committed { entry: Entry::Input(payload), .. }) = self.delivery.queue.front() else {
             return Step::Done;
         };
@@ -167,6 +184,9 @@ impl Reactor<'_> {
             return Step::Done;
         };
         for frame in frames.skip(self.delivery.frames_done) {
+            if *left == 0 {
+                return Step::Enough;
+            }
             match self.device.inject(frame) {
                 Inject::Done => {
                     self.delivery.stalled_since_us = None;
@@ -179,6 +199,7 @@ impl Reactor<'_> {
                 Inject::NoBuffers | Inject::NotRunning => self.drop_frame(),
             }
             self.delivery.frames_done += 1;
+            *left -= 1;
         }
         Step::Done
     }

@@ -11,6 +11,9 @@ use crate::device::NetDevice;
 
 /// Frames taken from the guest in one turn of the reactor.
 const TX_BUDGET_FRAMES: usize = 256;
+/// Held frames that leave in one turn: more than a turn adds, so that a release comes to an end, and few enough that
+/// heartbeats do not wait for a full guard.
+const RELEASE_BUDGET_FRAMES: usize = 2 * TX_BUDGET_FRAMES;
 
 /// Proof that frames may leave: made only when consensus says so, and used up before its next event.
 #[derive(Debug)]
@@ -28,6 +31,24 @@ pub struct Egress {
     guard: Guard,
     port: Port,
     direct: bool,
+    releasing: Option<Releasing>,
+}
+
+/// What [`Egress::collect`] took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Collected {
+    /// Frames.
+    pub frames: usize,
+    /// There may be more at once.
+    pub more: bool,
+}
+
+/// Slots that may leave, and are on their way out.
+#[derive(Debug, Clone, Copy)]
+struct Releasing {
+    through: SlotMark,
+    view: View,
+    reason: Release,
 }
 
 /// The uplink with what was handed to it.
@@ -50,15 +71,21 @@ impl Port {
 impl Egress {
     /// Holds everything until told otherwise.
     pub fn new(guard_bytes: usize, uplink: Box<dyn Uplink>) -> Self {
-        Self { guard: Guard::new(guard_bytes), port: Port { uplink, handed: 0, failure: None }, direct: false }
+        Self {
+            guard: Guard::new(guard_bytes),
+            port: Port { uplink, handed: 0, failure: None },
+            direct: false,
+            releasing: None,
+        }
     }
 
     /// Takes what the guest has sent. It leaves at once if that is the mode and there is proof; without proof the mode
-    /// ends. Returns whether there may be more at once; otherwise the guest kicks.
-    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64, proof: Option<ReleaseProof>) -> bool {
+    /// ends. Returns how many frames were taken; the budget's worth means that there may be more at once, otherwise the
+    /// guest kicks.
+    pub fn collect(&mut self, device: &mut NetDevice, now_us: u64, proof: Option<ReleaseProof>) -> Collected {
         self.direct &= proof.is_some();
         let (guard, port) = (&mut self.guard, &mut self.port);
-        let taken = if self.direct {
+        let frames = if self.direct {
             device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| {
                 port.send(frame);
                 true
@@ -66,7 +93,7 @@ impl Egress {
         } else {
             device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| guard.push(now_us, frame).is_ok())
         };
-        taken == TX_BUDGET_FRAMES
+        Collected { frames, more: frames == TX_BUDGET_FRAMES }
     }
 
     /// Ends the present slot: what is held now belongs to it, what comes later does not.
@@ -74,24 +101,61 @@ impl Egress {
         self.guard.seal()
     }
 
-    /// Lets the frames of all slots through `mark` leave.
-    pub fn release(&mut self, mark: SlotMark, _proof: ReleaseProof) -> usize {
-        let port = &mut self.port;
-        self.guard.release(mark, |frame| port.send(frame))
+    /// The frames of all slots through `through` may leave, as long as there is proof of `view` and `reason`: they do in
+    /// this turn and those that follow ([`Egress::go_on_releasing`]).
+    pub fn release(&mut self, through: SlotMark, view: View, reason: Release, _proof: ReleaseProof) {
+        self.releasing = Some(Releasing { through, view, reason });
     }
 
-    /// From now on frames leave at once; what is held leaves first.
-    pub fn set_direct(&mut self, proof: ReleaseProof) {
-        if !self.direct {
-            let mark = self.guard.seal();
-            self.release(mark, proof);
-            self.direct = true;
+    /// As [`Egress::release`], at once and whatever it takes.
+    pub fn release_all(&mut self, through: SlotMark, proof: ReleaseProof) {
+        while self.release_some(through, &proof) == RELEASE_BUDGET_FRAMES {}
+    }
+
+    /// Whether frames that may leave are still held.
+    pub fn is_releasing(&self) -> bool {
+        self.releasing.is_some()
+    }
+
+    /// Lets a turn's worth of frames leave, if they still may. Frames that may not any more stay held, and leave with a
+    /// later slot or are forgotten with it. Returns how many left.
+    pub fn go_on_releasing(&mut self, replica: &Replica) -> usize {
+        let Some(Releasing { through, view, reason }) = self.releasing else { return 0 };
+        let Some(proof) = ReleaseProof::new(replica, view, reason) else {
+            self.releasing = None;
+            return 0;
+        };
+        let released = self.release_some(through, &proof);
+        if released < RELEASE_BUDGET_FRAMES {
+            self.releasing = None;
+            self.direct = matches!(reason, Release::Alone) && self.guard.frames() == 0;
         }
+        released
+    }
+
+    fn release_some(&mut self, through: SlotMark, _proof: &ReleaseProof) -> usize {
+        let port = &mut self.port;
+        self.guard.release_some(through, RELEASE_BUDGET_FRAMES, |frame| port.send(frame))
+    }
+
+    /// From now on frames leave at once, or as soon as those that are held have left.
+    pub fn set_direct(&mut self, view: View, proof: ReleaseProof) {
+        if self.direct || self.is_releasing() {
+            return;
+        }
+        if self.guard.frames() == 0 {
+            self.direct = true;
+            return;
+        }
+        let mark = self.guard.seal();
+        self.release(mark, view, Release::Alone, proof);
     }
 
     /// From now on frames are held.
     pub fn set_held(&mut self) {
         self.direct = false;
+        // What is still on its way out because nobody had to be waited for is held with the rest.
+        self.releasing = self.releasing.filter(|releasing| !matches!(releasing.reason, Release::Alone));
     }
 
     /// Forgets the frames of all slots through `mark`: another replica has sent them.
@@ -101,6 +165,7 @@ impl Egress {
 
     /// Forgets everything: the guest that said it is no longer part of the group.
     pub fn discard_all(&mut self) {
+        self.releasing = None;
         self.guard.discard_all();
     }
 

@@ -6,6 +6,7 @@
 
 use consensus::Entry;
 use dataplane::batch::BatchBuilder;
+use dataplane::stages::Sizes;
 use dataplane::uplink::filter::{Filter, Rule};
 use dataplane::uplink::{Burst, Intake};
 
@@ -31,6 +32,8 @@ pub struct Ingress {
     pub failure: Option<std::io::Error>,
     /// Frames that were ordered.
     pub frames_in: u64,
+    /// Sizes of the batches that were proposed, bytes.
+    pub proposal_bytes: Sizes,
 }
 
 impl Ingress {
@@ -39,7 +42,15 @@ impl Ingress {
         let rules: Vec<Rule> = uplink.filter.iter().map(|rule| rule.rule.clone()).collect();
         let filter = Filter::new(&rules, uplink.filter_default.into());
         let batch = BatchBuilder::new(BATCH_BYTES);
-        Self { batch, filter, watched: true, last_proposed: 0, failure: None, frames_in: 0 }
+        Self {
+            batch,
+            filter,
+            watched: true,
+            last_proposed: 0,
+            failure: None,
+            frames_in: 0,
+            proposal_bytes: Sizes::default(),
+        }
     }
 
     /// Notes whether the uplink should be watched; says whether that is a change.
@@ -76,20 +87,20 @@ impl Reactor<'_> {
     }
 
     /// Takes frames from the uplink: proposes them as a serving leader, throws them away otherwise.
-    /// Returns whether there may be more.
-    pub(super) fn take_inputs(&mut self, now: u64) -> bool {
+    pub(super) fn take_inputs(&mut self, now: u64) -> Burst {
         if !self.is_serving() {
             let burst = self.egress.uplink().discard_burst(RX_BUDGET_FRAMES);
             return self.note_burst(burst);
         }
         if !self.may_take_inputs(now) {
-            return false;
+            return Burst::default();
         }
         let mut intake = Intake::new(&mut self.ingress.batch, &mut self.ingress.filter);
         let burst = self.egress.uplink().recv_burst(&mut intake, RX_BUDGET_FRAMES);
-        let more = self.note_burst(burst);
+        let burst = self.note_burst(burst);
         if !self.ingress.batch.is_empty() {
             let frames = self.ingress.batch.len() as u64;
+            self.ingress.proposal_bytes.add(self.ingress.batch.bytes());
             let payload = self.ingress.batch.finish();
             if let Some(index) = self.ordering.propose(now, Entry::Input(payload.into())) {
                 self.ingress.last_proposed = index.0;
@@ -97,17 +108,14 @@ impl Reactor<'_> {
             }
             // Not proposed (the lead was just lost): the frames are dropped, and the clients' TCP sends them again.
         }
-        more
+        burst
     }
 
-    /// Whether there may be more. A port that is gone is noted: the group cannot go on without it.
-    fn note_burst(&mut self, burst: std::io::Result<Burst>) -> bool {
-        match burst {
-            Ok(burst) => burst.more,
-            Err(error) => {
-                self.ingress.failure = Some(error);
-                false
-            }
-        }
+    /// What was taken. A port that is gone is noted: the group cannot go on without it.
+    fn note_burst(&mut self, burst: std::io::Result<Burst>) -> Burst {
+        burst.unwrap_or_else(|error| {
+            self.ingress.failure = Some(error);
+            Burst::default()
+        })
     }
 }

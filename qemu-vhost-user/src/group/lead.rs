@@ -356,7 +356,7 @@ impl Reactor<'_> {
             && self.vm.policy.degraded == Degraded::Serve
             && let Some(proof) = ReleaseProof::new(self.ordering.replica(), view, Release::Alone)
         {
-            self.egress.set_direct(proof);
+            self.egress.set_direct(view, proof);
         }
         if !joining {
             self.truncate_alone(now);
@@ -392,7 +392,8 @@ impl Reactor<'_> {
         self.egress.set_held();
         let commit = self.ordering.replica().commit_index().0;
         let lead = self.lead.as_mut().expect("planning needs a leader");
-        if lead.sync != LeadSync::Resting || lead.dropping.is_some() {
+        // The proof for the last slot's frames ends with the next proposal: first they leave.
+        if lead.sync != LeadSync::Resting || lead.dropping.is_some() || self.egress.is_releasing() {
             return;
         }
         let guard = self.egress.guard();
@@ -515,7 +516,12 @@ impl Reactor<'_> {
         }
         lead.sync = LeadSync::Resting;
         lead.failures = 0;
-        self.egress.release(mark, proof);
+        if self.guest.stopped_for_hand_over {
+            // The lead, and with it the right to release, is about to pass on.
+            self.egress.release_all(mark, proof);
+        } else {
+            self.egress.release(mark, view, reason, proof);
+        }
         self.ordering.step(now, Event::Truncate(number));
         if self.rejoin_is(Rejoin::Final(with)) {
             self.set_rejoin(Rejoin::Naming(with, number));

@@ -21,6 +21,7 @@ mod worker;
 
 use std::path::PathBuf;
 
+pub use scheduling::Place;
 pub use setup::{GroupSetup, run};
 
 /// Why a group must be torn down and started again.

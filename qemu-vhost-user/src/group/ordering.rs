@@ -135,20 +135,22 @@ impl Ordering {
         }
     }
 
-    /// Looks at the log: tells consensus what became durable, or that nothing will any more.
-    pub fn poll_log(&mut self, now_us: u64) {
+    /// Looks at the log: tells consensus what became durable, or that nothing will any more. Returns how many records did.
+    pub fn poll_log(&mut self, now_us: u64) -> usize {
         self.log.poll();
         if !self.unstored.is_empty() && self.store_backlog() {
             self.log.flush();
         }
         let durable = self.log.durable().0;
-        if durable > self.persisted.0 {
+        let news = durable.saturating_sub(self.persisted.0);
+        if news > 0 {
             self.persisted = PersistId(durable);
             self.step(now_us, Event::Persisted { through: PersistId(durable) });
         }
         if let Some(failure) = self.log.failed() {
             self.fail_log(now_us, failure);
         }
+        usize::try_from(news).unwrap_or(usize::MAX)
     }
 
     /// Why the log failed, if it did: the group must then be torn down and started again.

@@ -80,9 +80,9 @@ impl Inbox {
         self.events.push((ReplicaId(peer.0), queued));
     }
 
-    /// Whether nothing came.
-    pub fn is_empty(&self) -> bool {
-        self.events.is_empty()
+    /// How many events came.
+    pub fn len(&self) -> usize {
+        self.events.len()
     }
 
     /// Hands every event on, in order, and forgets it.

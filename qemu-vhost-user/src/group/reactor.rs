@@ -1,9 +1,10 @@
 //! The reactor: one thread per group that runs to completion.
 //!
-//! A turn polls everything once in the order of the packet's way (uplink, propose, fabric, consensus, log, deliver, collect,
-//! guard, send) and then decides (roles, slots, requests). It blocks in one place only, the poller, until the next event or
-//! the next deadline. The state has one owner per part: [`Ordering`] the log, [`Delivery`] what the guest has consumed,
-//! [`Egress`] what is held, [`Lead`] what a leader is about, [`Follow`] what a secondary is about.
+//! A turn polls everything once in the order of the packet's way (uplink, propose, fabric, consensus, log, collect, guard,
+//! deliver, decide, release, send), each stage within a budget, so that none starves the others. What happens between two
+//! turns is the [`Idler`]'s word: nothing, a look at descriptors, or sleep. It blocks in one place only, the poller, until the
+//! next event or the next deadline. The state has one owner per part: [`Ordering`] the log, [`Delivery`] what the guest has
+//! consumed, [`Egress`] what is held, [`Lead`] what a leader is about, [`Follow`] what a secondary is about.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
@@ -11,9 +12,12 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::counters::LoopCounter;
+use dataplane::doorbell::Doorbell;
 use dataplane::fabric::Fabric;
-use dataplane::uplink::OffloadFlags;
-use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
+use dataplane::idle::{BREATHER_US, Found, Idler, Rest};
+use dataplane::stages::{Stage, StageClock};
+use dataplane::uplink::{Burst, OffloadFlags};
+use dataplane::wait::{Interest, Poller, Ready, now_us};
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -48,18 +52,11 @@ const REPORT_INTERVAL_US: u64 = 100_000;
 const PROGRESS_INTERVAL_US: u64 = 10_000;
 /// The loop looks at everything at least this often, whatever its deadlines say.
 const LONGEST_SLEEP_US: u64 = 50_000;
-
-/// A reactor that was kept from running for this long must not judge its peers by what it did not hear meanwhile.
-const OWN_STALL_US: u64 = 20_000;
-/// After so many turns without a pause the thread sleeps for a moment: it may share its core, at real-time priority,
-/// with the clients, the guest or another group.
-const BUSY_TURNS: u32 = 32;
-/// That moment.
-const BREATHER_US: u64 = 50;
-
 /// Longest sleep while the uplink can only be polled.
 const POLLED_SLEEP_US: u64 = 20;
 
+/// A reactor that was kept from running for this long must not judge its peers by what it did not hear meanwhile.
+const OWN_STALL_US: u64 = 20_000;
 /// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
 /// leaving it for later.
 #[derive(Debug, Clone, Copy)]
@@ -73,9 +70,10 @@ struct Due {
 
 impl Due {
     const EVERYTHING: Due = Due { wake: true, worker: true, device: true, uplink: true, fabric: true };
+    const NOTHING: Due = Due { wake: false, worker: false, device: false, uplink: false, fabric: false };
 
     fn of(ready: &[Ready]) -> Due {
-        let mut due = Due { wake: false, worker: false, device: false, uplink: false, fabric: false };
+        let mut due = Due::NOTHING;
         for event in ready {
             match event.token {
                 TOKEN_WAKE => due.wake = true,
@@ -106,9 +104,11 @@ pub struct Reactor<'a> {
     pub(super) follow: Follow,
     pub(super) totals: Totals,
     pub(super) last_error: Option<String>,
+    pub(super) idler: Idler,
     pub(super) loops: LoopCounter,
+    pub(super) stages: StageClock,
     pub(super) requests: Receiver<GroupRequest>,
-    pub(super) wake: Arc<EventFd>,
+    pub(super) wake: Arc<Doorbell>,
     pub(super) stopping: &'a AtomicBool,
     pub(super) poller: Arc<Poller>,
     pub(super) next_progress_us: u64,
@@ -122,82 +122,145 @@ impl Reactor<'_> {
     /// Runs until the daemon ends (`Ok`) or the group must be started anew (`Err`).
     pub fn run(&mut self) -> Result<(), GroupError> {
         let system = |source| GroupError::System { what: "epoll", source };
-        self.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read).map_err(system)?;
-        self.poller.add(&*self.worker.report_event, TOKEN_WORKER, Interest::Read).map_err(system)?;
-        if let Some(event) = self.ordering.log().event_fd() {
-            self.poller.add(event, TOKEN_LOG, Interest::ReadEdge).map_err(system)?;
-        }
-        self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read).map_err(system)?;
-        let polled = self.egress.uplink().fd().is_none();
-        if let Some(fd) = self.egress.uplink().fd() {
-            self.poller.add(fd, TOKEN_UPLINK, Interest::Read).map_err(system)?;
-        }
+        self.watch_all().map_err(system)?;
+        // Ports without a descriptor can only be polled.
+        let polled = Due { uplink: self.egress.uplink().fd().is_none(), ..Due::NOTHING };
         let mut ready: Vec<Ready> = Vec::with_capacity(64);
         let mut due = Due::EVERYTHING;
-        let (mut busy_turns, mut planned_us) = (0, now_us());
+        let mut planned_us = now_us();
         while !self.stopping.load(Atomic::Acquire) {
             let now = now_us();
             if now.saturating_sub(planned_us) > OWN_STALL_US {
                 self.forgive_silence(now);
             }
-            let busy = self.turn(now, due)?;
+            let found = self.turn(now, due)?;
             let after = now_us();
-            self.loops.end_loop(after, busy);
-            busy_turns = if busy { busy_turns + 1 } else { 0 };
-            let sleep_us = match busy_turns {
-                0 => self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US),
-                turns if turns % BUSY_TURNS == 0 => BREATHER_US,
-                _ => 0,
+            self.loops.end_loop(after, found.work);
+            let rest = self.idler.after_turn(after, found);
+            let sleep_us = match rest {
+                Rest::Sleep => self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US),
+                Rest::Breathe => BREATHER_US,
+                Rest::Again | Rest::Look | Rest::Yield | Rest::Arm => 0,
             };
-            let sleep_us = if polled { sleep_us.min(POLLED_SLEEP_US) } else { sleep_us };
+            let sleep_us = if polled.uplink { sleep_us.min(POLLED_SLEEP_US) } else { sleep_us };
             planned_us = after + sleep_us;
             self.watch_uplink(after);
-            self.poller.wait(Some(sleep_us), &mut ready).map_err(system)?;
-            due = Due::of(&ready);
-            due.uplink |= polled;
-            self.loops.end_sleep(now_us());
+            due = match rest {
+                Rest::Again => Due::NOTHING,
+                Rest::Yield => {
+                    std::thread::yield_now();
+                    self.look(0, &mut ready).map_err(system)?
+                }
+                Rest::Arm => {
+                    self.arm();
+                    self.look(0, &mut ready).map_err(system)?
+                }
+                Rest::Look | Rest::Sleep | Rest::Breathe => self.look(sleep_us, &mut ready).map_err(system)?,
+            };
+            due.uplink |= polled.uplink;
         }
         Ok(())
     }
 
-    /// One turn. Returns whether there may be more to do at once. What is not `due` costs no system call.
-    fn turn(&mut self, now: u64, due: Due) -> Result<bool, GroupError> {
+    /// Puts every descriptor into the poller, once.
+    fn watch_all(&mut self) -> std::io::Result<()> {
+        self.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read)?;
+        self.poller.add(&*self.worker.report_bell, TOKEN_WORKER, Interest::Read)?;
+        if let Some(event) = self.ordering.log().event_fd() {
+            self.poller.add(event, TOKEN_LOG, Interest::ReadEdge)?;
+        }
+        self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read)?;
+        match self.egress.uplink().fd() {
+            Some(fd) => self.poller.add(fd, TOKEN_UPLINK, Interest::Read),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks every source for notifications; the next turn looks at each once more. What is announced by a descriptor of its
+    /// own (uplink, sockets, the log) needs no asking, and the device's rings are asked when they are found empty.
+    fn arm(&self) {
+        self.wake.arm();
+        self.worker.report_bell.arm();
+    }
+
+    /// Sleeps for at most `sleep_us` and says what is ready.
+    fn look(&mut self, sleep_us: u64, ready: &mut Vec<Ready>) -> std::io::Result<Due> {
+        self.poller.wait(Some(sleep_us), ready)?;
+        if sleep_us > 0 {
+            let now = now_us();
+            self.idler.woke(now);
+            self.loops.end_sleep(now);
+            self.stages.skip();
+        } else {
+            self.stages.lap(Stage::Look, ready.len());
+        }
+        Ok(Due::of(ready))
+    }
+
+    /// One turn. What is not `due` costs no system call.
+    fn turn(&mut self, now: u64, due: Due) -> Result<Found, GroupError> {
         if due.wake {
             self.wake.drain();
         }
-        let mut busy = due.uplink && self.take_inputs(now);
-        if due.fabric || now >= self.ordering.fabric_deadline_us() {
-            busy |= self.poll_fabric(now);
+        if !self.idler.armed() {
+            self.wake.disarm();
+            self.worker.report_bell.disarm();
         }
-        self.ordering.poll_log(now);
+        let inputs = if due.uplink { self.take_inputs(now) } else { Burst::default() };
+        self.stages.lap(Stage::Uplink, inputs.frames);
+        let wants_fabric = due.fabric || now >= self.ordering.fabric_deadline_us();
+        let messages = if wants_fabric { self.poll_fabric(now) } else { 0 };
+        self.stages.lap(Stage::Fabric, messages);
+        let durable = self.ordering.poll_log(now);
         if now >= self.ordering.replica().next_deadline_us() {
             self.ordering.step(now, Event::Tick);
         }
+        self.stages.lap(Stage::Log, durable);
         self.take_notices(now);
-        if due.worker {
-            self.take_worker_reports(now);
-        }
+        let reports = self.take_worker_reports(now, due.worker);
         let alone = self.alone_proof();
-        busy |= self.egress.collect(&mut self.device, now, alone);
+        self.stages.lap(Stage::Decide, reports);
+        let collected = self.egress.collect(&mut self.device, now, alone);
+        self.stages.lap(Stage::Collect, collected.frames);
         if due.device {
             self.take_device_events();
         }
-        self.deliver(now);
+        let delivered = self.deliver(now);
+        self.stages.lap(Stage::Deliver, delivered.frames);
+        self.decide(now);
+        self.stages.lap(Stage::Decide, 0);
+        let released = self.egress.go_on_releasing(self.ordering.replica());
+        let ended = self.end_turn();
+        self.stages.lap(Stage::Release, released);
+        ended?;
+        let work = inputs.frames + messages + durable + reports + collected.frames + delivered.frames + released > 0;
+        let more = inputs.more
+            || messages > 0
+            || collected.more
+            || delivered.more
+            || self.egress.is_releasing()
+            || self.ordering.log_wants_polling();
+        Ok(Found { work: work || more, more })
+    }
+
+    /// Roles, slots, requests, reports.
+    fn decide(&mut self, now: u64) {
         self.tell_consumed(now);
         self.note_bulk_progress(now);
         self.plan_follow(now);
         self.plan_lead(now);
         self.take_requests(now);
         self.send_report(now);
+    }
+
+    /// Interrupts the guest and hands frames to the wire, once for all of the turn's; says whether the group can go on.
+    fn end_turn(&mut self) -> Result<(), GroupError> {
         self.device.flush_signals();
         let flushed = self.egress.flush();
         if let Some(error) = self.ingress.failure.take().or(flushed.err()) {
             return Err(GroupError::Uplink { name: self.egress.uplink().name().to_owned(), reason: error.to_string() });
         }
-        match self.ordering.log_failure() {
-            Some(failure) => Err(failure),
-            None => Ok(busy || self.ordering.log_wants_polling()),
-        }
+        self.ordering.log_failure().map_or(Ok(()), Err)
     }
 
     /// This thread was not run: peers get one more heartbeat's time before they count as silent.
@@ -232,10 +295,11 @@ impl Reactor<'_> {
         }
     }
 
-    fn poll_fabric(&mut self, now: u64) -> bool {
+    /// Handles what the peers sent; returns how many messages and events.
+    fn poll_fabric(&mut self, now: u64) -> usize {
         let mut inbox = std::mem::take(&mut self.peers.inbox);
         self.ordering.fabric().poll(now, &mut |event| inbox.take(event));
-        let any = !inbox.is_empty();
+        let count = inbox.len();
         inbox.drain(|peer, event| match event {
             PeerEvent::Connected => self.peer_connected(now, peer),
             PeerEvent::Lost(reason) => self.peer_lost(now, peer, &reason),
@@ -243,7 +307,7 @@ impl Reactor<'_> {
             PeerEvent::Message(bytes) => self.peer_message(now, peer, bytes),
         });
         self.peers.inbox = inbox;
-        any
+        count
     }
 
     fn peer_connected(&mut self, now: u64, peer: ReplicaId) {
@@ -291,9 +355,15 @@ impl Reactor<'_> {
         self.worker.standing.set_view(replica.view(), replica.leader());
     }
 
-    fn take_worker_reports(&mut self, now: u64) {
-        self.worker.report_event.drain();
+    /// Handles what the worker says; returns how much that was. Its queue is in memory and looked at in every turn; the bell
+    /// only ends a sleep.
+    fn take_worker_reports(&mut self, now: u64, rung: bool) -> usize {
+        if rung {
+            self.worker.report_bell.drain();
+        }
+        let mut count = 0;
         while let Some(report) = self.worker.next_report() {
+            count += 1;
             match report {
                 Report::Attached { .. }
                 | Report::Lost { .. }
@@ -313,6 +383,7 @@ impl Reactor<'_> {
                 _ => self.lead_report(now, report),
             }
         }
+        count
     }
 
     fn take_device_events(&mut self) {

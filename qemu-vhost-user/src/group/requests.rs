@@ -3,13 +3,16 @@
 use std::sync::mpsc::Sender;
 
 use consensus::{Event, ReplicaId, Role};
+use dataplane::counters::LoopCounts;
+use dataplane::idle::Idler;
+use dataplane::stages::{Sizes, Stage, StageClock};
 use storage_log::LegState;
 
 use super::lead::Rejoin;
 use super::reactor::Reactor;
 use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
-use crate::status::{GroupStatus, LogFigures, PeerStatus};
+use crate::status::{GroupStatus, LogFigures, PeerStatus, ReactorStatus, StageStatus};
 
 /// Characters of a peer's problem in the one line that says why the VM is not protected.
 const REASON_CHARS: usize = 200;
@@ -248,6 +251,7 @@ impl Reactor<'_> {
             last_error: self.last_error.clone(),
             busy_us: loops.busy_us,
             idle_us: loops.idle_us,
+            reactor: reactor_status(&self.idler, &loops, &self.stages, &self.ingress.proposal_bytes),
         }
     }
 
@@ -275,6 +279,33 @@ fn shortened(reason: &str) -> String {
         text.push('…');
     }
     text
+}
+
+/// What a reactor did with its time.
+fn reactor_status(idler: &Idler, loops: &LoopCounts, clock: &StageClock, proposals: &Sizes) -> ReactorStatus {
+    let stages = Stage::ALL.map(|stage| {
+        let counts = clock.counts(stage);
+        StageStatus {
+            name: stage.name().to_owned(),
+            busy_us: clock.to_us(counts.busy_cycles),
+            idle_us: clock.to_us(counts.idle_cycles),
+            sizes: filled(&counts.sizes),
+        }
+    });
+    ReactorStatus {
+        idle: idler.strategy().to_string(),
+        asleep_us: loops.asleep_us,
+        busy_turns: loops.busy_loops,
+        idle_turns: loops.idle_loops,
+        stages: stages.into(),
+        proposal_bytes: filled(proposals),
+    }
+}
+
+/// The buckets up to the last one that is not zero.
+fn filled(sizes: &Sizes) -> Vec<u64> {
+    let end = sizes.buckets.iter().rposition(|count| *count > 0).map_or(0, |last| last + 1);
+    sizes.buckets[..end].to_vec()
 }
 
 fn log_figures(status: &storage_log::LogStatus) -> LogFigures {

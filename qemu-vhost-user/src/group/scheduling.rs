@@ -1,20 +1,83 @@
-//! Where and how the packet path's threads run.
+//! Where and how the packet path's threads run, and what a reactor does while nothing happens.
 
-use crate::config::Scheduling;
+use dataplane::idle::IdleStrategy;
+
+use crate::config::{Idle, NodeConfig, Scheduling};
 
 /// SCHED_RR priority of the packet path: above every normal thread, below the kernel's own.
 const REALTIME_PRIORITY: i32 = 5;
 
-/// Nice value of the guest worker.
-const WORKER_NICE: i32 = -10;
+/// Nice value of the guest worker, and of a reactor that spins.
+const FAVOURED_NICE: i32 = -10;
+
+/// Cores that must be left over beside those of the reactors before `idle = "auto"` lets a reactor spin: one for the guest,
+/// one for QEMU's other threads, one for the guest worker.
+const SPARE_CORES: usize = 3;
+/// How long `auto` polls after the last work where it sleeps; nothing on a machine whose cores the guest needs.
+const AUTO_SPIN_US: u64 = 20;
+/// A real-time reactor that has been busy for this long pauses: it may share its core with clients or the guest.
+const BREATH_AFTER_US: u64 = 2_000;
+
+/// Where a group's reactor runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its core; the kernel chooses when absent.
+    pub core: Option<usize>,
+    /// Another group's reactor has the same core.
+    pub shared: bool,
+    /// Cores that no reactor is pinned to.
+    pub spare_cores: usize,
+}
+
+impl Place {
+    /// The place of the group number `at` of `groups`, on a machine with `cores` cores.
+    pub fn of(node: &NodeConfig, at: usize, groups: usize, cores: usize) -> Self {
+        let core_of = |at: usize| node.reactor_cores.get(at % node.reactor_cores.len().max(1)).copied();
+        let core = core_of(at);
+        let shared = core.is_some() && (0..groups).any(|other| other != at && core_of(other) == core);
+        let mut taken: Vec<usize> = (0..groups).filter_map(core_of).collect();
+        taken.sort_unstable();
+        taken.dedup();
+        Self { core, shared, spare_cores: cores.saturating_sub(taken.len()) }
+    }
+
+    /// What the reactor does while nothing happens, and why that is not what the configuration asks for, if so.
+    pub fn idle(self, node: &NodeConfig) -> (IdleStrategy, Option<&'static str>) {
+        let own_core = self.core.is_some() && !self.shared;
+        let realtime = node.scheduling == Scheduling::Realtime;
+        let adaptive = |spin_us| IdleStrategy::Adaptive {
+            spin_us,
+            breath_after_us: if realtime { BREATH_AFTER_US } else { u64::MAX },
+        };
+        let auto_spin_us = if self.spare_cores >= SPARE_CORES { AUTO_SPIN_US } else { 0 };
+        match node.idle {
+            Idle::Adaptive => (adaptive(node.spin_us.unwrap_or(auto_spin_us)), None),
+            Idle::Auto if own_core && self.spare_cores >= SPARE_CORES => (IdleStrategy::Spin { yields: false }, None),
+            Idle::Auto => (adaptive(node.spin_us.unwrap_or(auto_spin_us)), None),
+            Idle::Spin if own_core => (IdleStrategy::Spin { yields: false }, None),
+            Idle::Spin if self.shared => (
+                IdleStrategy::Spin { yields: true },
+                Some("its core has several reactors, which take turns; name more reactor_cores or set idle = \"auto\""),
+            ),
+            Idle::Spin => (
+                IdleStrategy::Spin { yields: true },
+                Some("it has no core of its own, so it takes time from guests; set reactor_cores or idle = \"auto\""),
+            ),
+        }
+    }
+}
 
 /// Pins the calling thread and puts it into its scheduling class; failing is said and survived, because a slower daemon
-/// protects better than none.
-pub fn apply(scheduling: Scheduling, core: Option<usize>, what: &str) {
+/// protects better than none. A thread that spins never gets the real-time class: the kernel stops such a thread for 50 ms in
+/// every second so that others can run, which is a failure timeout's worth of silence.
+pub fn apply(scheduling: Scheduling, core: Option<usize>, idle: IdleStrategy, what: &str) {
     if let Some(core) = core
         && !core_affinity::set_for_current(core_affinity::CoreId { id: core })
     {
         tracing::warn!(core, what, "cannot be pinned; does this core exist?");
+    }
+    if matches!(idle, IdleStrategy::Spin { .. }) {
+        return favour(scheduling);
     }
     if scheduling == Scheduling::Realtime {
         let parameters = libc::sched_param { sched_priority: REALTIME_PRIORITY };
@@ -28,13 +91,50 @@ pub fn apply(scheduling: Scheduling, core: Option<usize>, what: &str) {
 }
 
 /// Lets the calling thread go before QEMU's threads where cores are few, without keeping anybody out: for the guest
-/// worker, which computes for milliseconds at a time and would delay heartbeats as a real-time thread.
+/// worker, which computes for milliseconds at a time and would delay heartbeats as a real-time thread, and for reactors that
+/// spin.
 pub fn favour(scheduling: Scheduling) {
     if scheduling == Scheduling::Realtime {
         // SAFETY: setpriority has no memory effects; 0 is the calling thread.
-        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, WORKER_NICE) } != 0 {
+        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, FAVOURED_NICE) } != 0 {
             let error = std::io::Error::last_os_error();
-            tracing::warn!(%error, "the guest worker keeps the default priority");
+            tracing::warn!(%error, "a thread of the packet path keeps the default priority");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(text: &str) -> NodeConfig {
+        toml::from_str(&format!("name = \"a\"\nlisten = \"127.0.0.1:7400\"\n{text}")).unwrap()
+    }
+
+    fn idle(text: &str, at: usize, groups: usize, cores: usize) -> (String, bool) {
+        let node = node(text);
+        let (strategy, warning) = Place::of(&node, at, groups, cores).idle(&node);
+        (strategy.to_string(), warning.is_some())
+    }
+
+    #[test]
+    fn auto_spins_only_where_that_takes_nothing_from_anybody() {
+        assert_eq!(idle("", 0, 1, 64), ("adaptive, spin 20 us".into(), false), "no core of its own");
+        assert_eq!(idle("reactor_cores = [1]", 0, 1, 4), ("spin".into(), false));
+        assert_eq!(idle("reactor_cores = [1]", 0, 1, 3), ("adaptive, spin 0 us".into(), false), "the guest needs them");
+        assert_eq!(idle("reactor_cores = [1]", 1, 2, 64), ("adaptive, spin 20 us".into(), false), "shared");
+        assert_eq!(idle("reactor_cores = [1, 2]", 2, 3, 64), ("adaptive, spin 20 us".into(), false), "shared");
+        assert_eq!(idle("reactor_cores = [1, 2]", 1, 3, 64), ("spin".into(), false));
+        assert_eq!(idle("reactor_cores = [1, 1]", 1, 2, 64), ("adaptive, spin 20 us".into(), false), "named twice");
+    }
+
+    #[test]
+    fn an_explicit_choice_holds_and_is_warned_of() {
+        let spin = "idle = \"spin\"\nreactor_cores = [1]";
+        assert_eq!(idle(spin, 0, 1, 2), ("spin".into(), false));
+        assert_eq!(idle(spin, 0, 2, 2), ("spin (shared core)".into(), true));
+        assert_eq!(idle("idle = \"spin\"", 0, 1, 2), ("spin (shared core)".into(), true));
+        let adaptive = "idle = \"adaptive\"\nspin_us = 77\nreactor_cores = [1]";
+        assert_eq!(idle(adaptive, 0, 1, 64), ("adaptive, spin 77 us".into(), false));
     }
 }

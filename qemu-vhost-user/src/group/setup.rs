@@ -6,10 +6,13 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Config, ReplicaId};
 use dataplane::counters::LoopCounter;
+use dataplane::doorbell::Doorbell;
 use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
+use dataplane::idle::Idler;
+use dataplane::stages::StageClock;
 use dataplane::uplink::Uplink;
 use dataplane::uplink::tap::Tap;
-use dataplane::wait::{EventFd, Poller, now_us};
+use dataplane::wait::{Poller, now_us};
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -21,7 +24,7 @@ use super::messages::GuestReport;
 use super::ordering::Ordering;
 use super::peers::Peers;
 use super::reactor::{Reactor, TOKEN_FABRIC};
-use super::scheduling;
+use super::scheduling::{self, Place};
 use super::totals::Totals;
 use super::worker::{self, CrashPoints, WorkerSetup};
 use crate::config::{NodeConfig, SocketSide, UplinkKind, VmConfig};
@@ -35,14 +38,14 @@ pub struct GroupSetup<'a> {
     pub node: &'a NodeConfig,
     /// The VM.
     pub vm: &'a VmConfig,
-    /// Where its reactor runs; the kernel chooses when absent.
-    pub core: Option<usize>,
+    /// Where its reactor runs.
+    pub place: Place,
     /// The peers' door.
     pub listener: &'a Listener,
     /// Requests from the control socket.
     pub requests: Receiver<GroupRequest>,
     /// Wakes the reactor.
-    pub wake: Arc<EventFd>,
+    pub wake: Arc<Doorbell>,
     /// Set when the daemon ends.
     pub stopping: &'a AtomicBool,
     /// `--socket-path` or `--fd`.
@@ -54,7 +57,7 @@ pub struct GroupSetup<'a> {
 /// # Errors
 /// When the group cannot be put together or must be started anew.
 pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
-    let GroupSetup { node, vm, core, listener, requests, wake, stopping, socket } = setup;
+    let GroupSetup { node, vm, place, listener, requests, wake, stopping, socket } = setup;
     let system = |what| move |source| GroupError::System { what, source };
     let slot = vm.replica_named(&node.name).expect("checked when the files were read");
     let me = ReplicaId(u8::try_from(slot).expect("three replicas"));
@@ -82,7 +85,12 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         crash_points: Arc::new(CrashPoints::default()),
     })
     .map_err(system("guest worker"))?;
-    scheduling::apply(node.scheduling, core, "reactor");
+    let (idle, why_not) = place.idle(node);
+    match why_not {
+        Some(why) => tracing::warn!(vm = %vm.name, %idle, "idle: {why}"),
+        None => tracing::info!(vm = %vm.name, %idle, core = place.core, "the reactor starts"),
+    }
+    scheduling::apply(node.scheduling, place.core, idle, "reactor");
     let mut reactor = Reactor {
         node,
         vm,
@@ -99,7 +107,9 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         follow: Follow::default(),
         totals: Totals::new(),
         last_error: None,
+        idler: Idler::new(idle, now),
         loops: LoopCounter::new(now),
+        stages: StageClock::new(),
         requests,
         wake,
         stopping,

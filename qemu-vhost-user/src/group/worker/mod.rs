@@ -18,6 +18,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 
 use consensus::{Index, ReplicaId, View};
+use dataplane::doorbell::Doorbell;
 use dataplane::fabric::bulk::BulkCancel;
 use dataplane::wait::EventFd;
 use syncvm::exchange::SyncReport;
@@ -208,8 +209,8 @@ pub struct Worker {
     commands: Sender<Command>,
     command_event: Arc<EventFd>,
     reports: Receiver<Report>,
-    /// Becomes readable when reports wait.
-    pub report_event: Arc<EventFd>,
+    /// Rung when reports wait.
+    pub report_bell: Arc<Doorbell>,
     /// Shared permissions.
     pub standing: Arc<Standing>,
     /// Crash points for tests.
@@ -222,7 +223,7 @@ pub(crate) struct WorkerPort {
     pub commands: Mutex<Receiver<Command>>,
     pub command_event: Arc<EventFd>,
     pub reports: Sender<Report>,
-    pub report_event: Arc<EventFd>,
+    pub report_bell: Arc<Doorbell>,
     pub standing: Arc<Standing>,
     pub crash_points: Arc<CrashPoints>,
 }
@@ -236,7 +237,7 @@ impl WorkerPort {
     /// Tells the reactor; a reactor that is gone has ended us already.
     pub fn report(&self, report: Report) {
         let _ = self.reports.send(report);
-        self.report_event.signal();
+        self.report_bell.ring();
     }
 }
 
@@ -244,17 +245,17 @@ impl WorkerPort {
 pub(crate) fn queues(crash_points: Arc<CrashPoints>) -> std::io::Result<(Worker, WorkerPort)> {
     let (commands, command_receiver) = channel();
     let (report_sender, reports) = channel();
-    let (command_event, report_event) = (Arc::new(EventFd::new()?), Arc::new(EventFd::new()?));
+    let (command_event, report_bell) = (Arc::new(EventFd::new()?), Arc::new(Doorbell::new()?));
     let standing = Arc::new(Standing::default());
     let port = WorkerPort {
         commands: Mutex::new(command_receiver),
         command_event: command_event.clone(),
         reports: report_sender,
-        report_event: report_event.clone(),
+        report_bell: report_bell.clone(),
         standing: standing.clone(),
         crash_points: crash_points.clone(),
     };
-    Ok((Worker { commands, command_event, reports, report_event, standing, crash_points, thread: None }, port))
+    Ok((Worker { commands, command_event, reports, report_bell, standing, crash_points, thread: None }, port))
 }
 
 impl Worker {
