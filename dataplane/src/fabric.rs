@@ -9,15 +9,18 @@
 
 pub mod bulk;
 mod connection;
+mod frames;
 mod hello;
 mod listener;
 mod port;
+mod secure;
 mod socket;
 mod tcp;
 
 pub use hello::{Refusal, RefusalCode};
 pub use listener::{Listener, RegisterError};
 pub use port::{BulkPort, ControlPort, GroupPort, IncomingBulk};
+pub use secure::{FabricKey, KeyError, Security};
 pub use tcp::{FabricConfig, TcpFabric};
 
 use std::net::SocketAddr;
@@ -124,6 +127,9 @@ pub enum LostReason {
         /// The announced length.
         bytes: u64,
     },
+    /// A record of an encrypted connection did not open.
+    #[error("{0}")]
+    Forged(String),
     /// A newer connection of the same replica took its place.
     #[error("a newer connection of the same replica took its place")]
     Replaced,

@@ -12,7 +12,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use dataplane::fabric::{Fabric, FabricConfig, FabricEvent, Listener, NodeIdentity, PeerId, Replica, TcpFabric};
+use dataplane::fabric::{
+    Fabric, FabricConfig, FabricEvent, Listener, NodeIdentity, PeerId, Replica, Security, TcpFabric,
+};
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
 use crate::group::Sink;
@@ -151,7 +153,7 @@ impl FabricPair {
     fn connect(echo_cpu: usize) -> Result<FabricPair> {
         let bind = |name: &str| -> Result<Listener> {
             let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            Ok(Listener::bind(addr, NodeIdentity::new(name)?)?)
+            Ok(Listener::bind(addr, NodeIdentity::new(name)?, Security::Insecure)?)
         };
         let listeners = [bind("node0")?, bind("node1")?];
         let replicas: Vec<Replica> = (0..)

@@ -12,7 +12,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use qemu_vhost_user::config::{NodeConfig, VmConfig};
+use dataplane::fabric::FabricKey;
+use qemu_vhost_user::config::{DEFAULT_FABRIC_KEY, NodeConfig, VmConfig};
 use qemu_vhost_user::control::{Request, Response};
 use qemu_vhost_user::node::SocketOverride;
 use qemu_vhost_user::{control, device, launch, node};
@@ -86,6 +87,12 @@ enum Command {
         /// The VM.
         vm: String,
     },
+    /// Write a fresh key for the traffic between the nodes. Copy the file to all nodes.
+    Keygen {
+        /// A new file; never overwritten.
+        #[arg(default_value = DEFAULT_FABRIC_KEY)]
+        path: PathBuf,
+    },
     /// Look at a VM's log on this node's disks; the daemon must not run.
     Log {
         #[command(subcommand)]
@@ -135,6 +142,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    // Needs no configuration, which may well be written later.
+    if let Command::Keygen { path } = command {
+        return keygen(&path);
+    }
     let config = match NodeConfig::load(&cli.config) {
         Ok(config) => config,
         Err(error) => {
@@ -155,9 +166,17 @@ fn execute(command: Command, config: NodeConfig, socket: SocketArgs, path: &Path
     match command {
         Command::Run => {
             start_log();
-            node::run(config, socket.into_override()?)?;
+            let security = match config.security() {
+                Ok(security) => security,
+                Err(error) => {
+                    tracing::error!("{error}");
+                    return Ok(ExitCode::from(3));
+                }
+            };
+            node::run(config, security, socket.into_override()?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Keygen { .. } => unreachable!("done before the configuration is read"),
         Command::QemuArgs { vm } => {
             println!("{}", launch::command_text(&config, vm_of(&config, &vm, path)?));
             Ok(ExitCode::SUCCESS)
@@ -174,6 +193,22 @@ fn execute(command: Command, config: NodeConfig, socket: SocketArgs, path: &Path
             log::dump(&config, vm_of(&config, &vm, path)?, frames, &mut std::io::stdout().lock())
         }
         Command::CrashPoint { vm, phase, action } => ask(&config, &Request::CrashPoint { vm, phase, action }, false),
+    }
+}
+
+fn keygen(path: &Path) -> ExitCode {
+    match FabricKey::create(path) {
+        Ok(_) => {
+            let path = path.display();
+            println!(
+                "wrote {path}: copy it to the same place on all nodes, readable by root only, and start plover anew"
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("plover: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

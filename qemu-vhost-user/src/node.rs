@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dataplane::doorbell::Doorbell;
-use dataplane::fabric::{Listener, NodeIdentity};
+use dataplane::fabric::{Listener, NodeIdentity, Security};
 
 use crate::config::{NodeConfig, VmConfig};
 use crate::control::{ControlServer, GroupHandle, GroupHandles};
@@ -67,23 +67,30 @@ pub enum NodeError {
     },
 }
 
-/// Runs the daemon until a signal ends it.
+/// Runs the daemon until a signal ends it. `security` is that of `config`.
 ///
 /// # Errors
 /// When it cannot start. A failing group does not end it.
-pub fn run(config: NodeConfig, socket: SocketOverride) -> Result<(), NodeError> {
+pub fn run(config: NodeConfig, security: Security, socket: SocketOverride) -> Result<(), NodeError> {
     if !rustix::process::geteuid().is_root() {
         return Err(NodeError::NotRoot);
     }
     if (socket.path.is_some() || socket.fd.is_some()) && config.vms.len() != 1 {
         return Err(NodeError::AmbiguousSocket(config.vms.len()));
     }
+    if matches!(security, Security::Insecure) {
+        tracing::warn!(
+            "insecure = true: whoever reaches {} or the network between the nodes can read the guests' memory and \
+             speak as a node; remove it from node.toml and give all nodes one key (plover keygen)",
+            config.listen
+        );
+    }
     let signals = block_signals().map_err(|source| NodeError::System { what: "signals", source })?;
     let groups: GroupHandles = Arc::new(Mutex::new(BTreeMap::new()));
     let _control = ControlServer::start(&config.control_socket(), groups.clone()).map_err(NodeError::Control)?;
     let identity =
         NodeIdentity::new(&config.name).map_err(|source| NodeError::System { what: "/dev/urandom", source })?;
-    let listener = Listener::bind(config.listen, identity)
+    let listener = Listener::bind(config.listen, identity, security)
         .map_err(|error| NodeError::Listen { address: config.listen, reason: error.to_string() })?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let node = Arc::new(Node { config, listener, groups, stopping: AtomicBool::new(false), cores });

@@ -65,10 +65,10 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
         let NodeConfig {
             vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, ..
         } = node;
-        let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, .. } = node;
+        let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, fabric_key, insecure, .. } = node;
         format!(
             "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks} \
-             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?}"
+             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure}"
         )
     };
     assert_eq!(node_part(&shipped), node_part(&written_out));

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::error::Context;
 use crate::fault::DataDisk;
 use crate::testbed::GUEST_IP;
+use crate::tool;
 use crate::{Artifacts, Deadline, Guest, Host, Process, Result, RigError, Service, Spawn, Testbed, wait_until};
 
 /// The VM's name in all configurations.
@@ -88,6 +89,7 @@ impl<'a> Cluster<'a> {
             None => Vec::new(),
         };
         let cluster = Self { bed, options, disks };
+        cluster.share_key()?;
         for host in bed.hosts() {
             cluster.write_config(host)?;
         }
@@ -129,6 +131,21 @@ impl<'a> Cluster<'a> {
         host.directory().join("data")
     }
 
+    /// One key on all hosts, made and copied as the manual says.
+    fn share_key(&self) -> Result<()> {
+        let key = |host: &Host| host.directory().join("fabric.key");
+        let [first, others @ ..] = self.bed.hosts() else { return Ok(()) };
+        let first = key(first);
+        if !first.exists() {
+            let plover = self.options.programs.join("plover");
+            tool::run(&plover.to_string_lossy(), &["keygen", &first.to_string_lossy()], "")?;
+        }
+        for host in others {
+            std::fs::copy(&first, key(host)).context(|| format!("cannot copy {}", first.display()))?;
+        }
+        Ok(())
+    }
+
     fn write_config(&self, host: &Host) -> Result<()> {
         let file = |path: PathBuf, text: String| {
             std::fs::write(&path, text).context(|| format!("cannot write {}", path.display()))
@@ -136,7 +153,7 @@ impl<'a> Cluster<'a> {
         let vms = host.directory().join("vms");
         std::fs::create_dir_all(&vms).context(|| format!("cannot make {}", vms.display()))?;
         let node = format!(
-            "name = {:?}\nlisten = \"{}:{FABRIC_PORT}\"\nrun_dir = {:?}\ndata_dir = {:?}\nqemu = {:?}\nhash_workers = 1\nlog_segment_mib = 4\n{}",
+            "name = {:?}\nlisten = \"{}:{FABRIC_PORT}\"\nfabric_key = \"fabric.key\"\nrun_dir = {:?}\ndata_dir = {:?}\nqemu = {:?}\nhash_workers = 1\nlog_segment_mib = 4\n{}",
             host.name(),
             host.ip(),
             host.socket_directory(),

@@ -1,18 +1,15 @@
-//! One established control connection: framing, buffers, and nothing about who is at the other end.
-//!
-//! A message is `u32` length (little-endian) and the bytes. Length 0 is a ping: it says that the
-//! sender's reactor runs, and is not delivered.
+//! One established control connection: buffers, records when it is encrypted, and nothing about who is at the other
+//! end. The messages in the stream are those of [`frames`](super::frames).
 
+use super::frames::{Frames, LENGTH_BYTES};
+use super::secure::{Cipher, Records, sealed_bytes};
 use super::{LostReason, MAX_CONTROL_MESSAGE_BYTES, SendError, socket};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::io::IoSlice;
 
-const LENGTH_BYTES: usize = 4;
 /// Parts of a message that one system call takes, the length included.
 const MAX_SLICES: usize = 8;
-/// The receive buffer at first; it grows to the largest message seen.
-const INITIAL_BUFFER_BYTES: usize = 128 << 10;
-/// Below this much room the buffer is compacted before the next read.
+/// With less room than this no read is worth its call.
 const MIN_READ_BYTES: usize = 32 << 10;
 /// Reads per pump, so that one flooding peer cannot keep the reactor.
 const MAX_READS: usize = 16;
@@ -22,10 +19,9 @@ const MAX_READS: usize = 16;
 pub(super) struct Connection {
     fd: OwnedFd,
     pub instance: u64,
-    /// Received bytes are `input[start..end]`.
-    input: Vec<u8>,
-    start: usize,
-    end: usize,
+    /// Absent in the clear.
+    secure: Option<Secure>,
+    frames: Frames,
     /// Unsent bytes are `output[sent..]`.
     output: Vec<u8>,
     sent: usize,
@@ -36,17 +32,22 @@ pub(super) struct Connection {
     pub last_sent_us: u64,
 }
 
+/// What lies between the socket and the messages.
+#[derive(Debug)]
+struct Secure {
+    cipher: Box<Cipher>,
+    records: Records,
+}
+
 impl Connection {
     /// Takes over a socket after the greeting; `early` are bytes that came right behind it.
-    pub fn new(fd: OwnedFd, instance: u64, early: &[u8], now_us: u64) -> Connection {
-        let mut input = vec![0; INITIAL_BUFFER_BYTES];
-        input[..early.len()].copy_from_slice(early);
+    pub fn new(fd: OwnedFd, cipher: Option<Box<Cipher>>, instance: u64, early: &[u8], now_us: u64) -> Connection {
+        let in_the_clear = if cipher.is_none() { early } else { &[] };
         Connection {
             fd,
             instance,
-            input,
-            start: 0,
-            end: early.len(),
+            frames: Frames::new(in_the_clear),
+            secure: cipher.map(|cipher| Secure { cipher, records: Records::new(early) }),
             output: Vec::new(),
             sent: 0,
             broken: None,
@@ -81,20 +82,38 @@ impl Connection {
             return Err(SendError::NotConnected);
         }
         let queued = self.queued_bytes();
-        if queued > 0 && queued + LENGTH_BYTES + bytes > max_queued_bytes {
+        let stream_bytes = LENGTH_BYTES + bytes;
+        let wire_bytes = if self.secure.is_some() { sealed_bytes(stream_bytes) } else { stream_bytes };
+        if queued > 0 && queued + wire_bytes > max_queued_bytes {
             return Err(SendError::Full);
         }
         let length = u32::try_from(bytes).expect("bounded above").to_le_bytes();
+        match &mut self.secure {
+            Some(secure) => {
+                let parts = std::iter::once(&length[..]).chain(parts.iter().copied());
+                secure.cipher.seal(parts, &mut self.output);
+                if queued == 0 {
+                    self.flush();
+                }
+                Ok(())
+            }
+            None => self.send_in_the_clear(&length, parts),
+        }
+    }
+
+    /// Spares the copy into the queue when the socket takes the message at once.
+    fn send_in_the_clear(&mut self, length: &[u8], parts: &[&[u8]]) -> Result<(), SendError> {
+        let queued = self.queued_bytes();
         let mut skip = 0;
         if queued == 0 && parts.len() < MAX_SLICES {
             let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-            slices[0] = IoSlice::new(&length);
+            slices[0] = IoSlice::new(length);
             for (slice, part) in slices[1..].iter_mut().zip(parts) {
                 *slice = IoSlice::new(part);
             }
             skip = self.write(|fd| socket::send(fd, &slices[..=parts.len()]))?;
         }
-        for part in std::iter::once(&length[..]).chain(parts.iter().copied()) {
+        for part in std::iter::once(length).chain(parts.iter().copied()) {
             let done = skip.min(part.len());
             self.output.extend_from_slice(&part[done..]);
             skip -= done;
@@ -111,12 +130,12 @@ impl Connection {
             return;
         }
         let zero = [0; LENGTH_BYTES];
-        // A failure shows up in the next pump, and a partial write is queued like any other.
-        if let Ok(written) = self.write(|fd| socket::send(fd, &[IoSlice::new(&zero)]))
-            && written > 0
-        {
-            self.output.extend_from_slice(&zero[written..]);
+        match &mut self.secure {
+            Some(secure) => secure.cipher.seal([&zero[..]], &mut self.output),
+            None => self.output.extend_from_slice(&zero),
         }
+        // A failure shows up in the next pump.
+        self.flush();
     }
 
     /// Flushes, reads and hands out whole messages.
@@ -131,18 +150,21 @@ impl Connection {
         if std::mem::take(&mut self.wrote_since_pump) {
             self.last_sent_us = now_us;
         }
-        self.hand_out(deliver)?;
+        // What came right behind the greeting.
+        self.take_in(0, deliver)?;
         for _ in 0..MAX_READS {
-            self.make_room();
-            let room = self.input.len() - self.end;
-            match socket::recv(&self.fd, &mut self.input[self.end..]) {
+            let room = match &mut self.secure {
+                Some(secure) => secure.records.room(),
+                None => self.frames.room(MIN_READ_BYTES),
+            };
+            let room_bytes = room.len();
+            match socket::recv(&self.fd, room) {
                 Ok(None) => break,
                 Ok(Some(0)) => return Err(self.broken.take().unwrap_or(LostReason::Closed)),
                 Ok(Some(received)) => {
                     self.last_heard_us = now_us;
-                    self.end += received;
-                    self.hand_out(deliver)?;
-                    if received < room {
+                    self.take_in(received, deliver)?;
+                    if received < room_bytes {
                         break;
                     }
                 }
@@ -150,6 +172,21 @@ impl Connection {
             }
         }
         self.broken.take().map_or(Ok(()), Err)
+    }
+
+    /// Hands out the messages that are whole with the `received` bytes in the room.
+    fn take_in(&mut self, received: usize, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
+        let Some(Secure { cipher, records }) = &mut self.secure else {
+            self.frames.received(received);
+            return self.frames.hand_out(deliver);
+        };
+        records.received(received);
+        while let Some(bytes) = records.whole() {
+            let opened = records.open(cipher, self.frames.room(bytes));
+            self.frames.received(opened.map_err(|forged| LostReason::Forged(forged.to_string()))?);
+            self.frames.hand_out(deliver)?;
+        }
+        Ok(())
     }
 
     fn flush(&mut self) {
@@ -186,50 +223,6 @@ impl Connection {
                 self.break_off(LostReason::Io(std::io::Error::from(error).to_string()));
                 Err(SendError::NotConnected)
             }
-        }
-    }
-
-    /// Hands out every whole message in the buffer.
-    fn hand_out(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
-        while let Some(length) = self.announced() {
-            if length > MAX_CONTROL_MESSAGE_BYTES {
-                return Err(LostReason::Oversize { bytes: length as u64 });
-            }
-            let from = self.start + LENGTH_BYTES;
-            if self.end - from < length {
-                break;
-            }
-            self.start = from + length;
-            if length > 0 {
-                deliver(&self.input[from..from + length]);
-            }
-        }
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
-        }
-        Ok(())
-    }
-
-    /// The length of the first message, if its four bytes are here.
-    fn announced(&self) -> Option<usize> {
-        let length = self.input[self.start..self.end].first_chunk::<LENGTH_BYTES>()?;
-        Some(u32::from_le_bytes(*length) as usize)
-    }
-
-    /// Sees to it that the message under way fits and that the next read is worth its call.
-    fn make_room(&mut self) {
-        // `hand_out` has refused oversize, so a peer can make us hold one message at most.
-        let need = self.announced().map_or(0, |length| LENGTH_BYTES + length);
-        let room_behind = self.input.len() - self.end;
-        if self.start > 0 && (room_behind < MIN_READ_BYTES || self.start + need > self.input.len()) {
-            self.input.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        let wanted = need.max(self.end - self.start + MIN_READ_BYTES);
-        if self.start + wanted > self.input.len() {
-            self.input.resize((self.start + wanted).next_power_of_two(), 0);
         }
     }
 }

@@ -1,21 +1,21 @@
-//! The first bytes of a connection in each direction: the dialer's hello and the answer to it.
+//! What the dialer says of itself, and the answer to it. What comes before them, and what encrypts them, is in
+//! [`secure`](super::secure).
 //!
-//! All little-endian. Hello: magic 8, version u16, length u16, lane u8, from u8, to u8, group length
-//! u8, node length u8, zero 7, instance u64, view u64, number u64, group, node. Answer: magic 8, code
-//! u8, zero u8, text length u16, zero u32, instance u64, text. Both parsers are total.
+//! All little-endian. Hello: length u16, lane u8, from u8, to u8, group length u8, node length u8, zero u8,
+//! instance u64, view u64, number u64, group, node. Answer: magic 8, code u8, zero u8, text length u16, zero u32,
+//! instance u64, text. Both parsers are total.
 
 use super::PeerId;
 
-pub(super) const VERSION: u16 = 1;
-const HELLO_MAGIC: [u8; 8] = *b"PLVRHELO";
+/// Of everything that crosses the fabric below the messages.
+pub(super) const VERSION: u16 = 2;
 const ANSWER_MAGIC: [u8; 8] = *b"PLVRANSW";
-const HELLO_FIXED_BYTES: usize = 48;
+const HELLO_FIXED_BYTES: usize = 32;
 const ANSWER_FIXED_BYTES: usize = 24;
 /// Longest name of a node or a group, bytes.
 pub(super) const MAX_NAME_BYTES: usize = 255;
 pub(super) const MAX_HELLO_BYTES: usize = HELLO_FIXED_BYTES + 2 * MAX_NAME_BYTES;
 const MAX_TEXT_BYTES: usize = 1000;
-pub(super) const MAX_ANSWER_BYTES: usize = ANSWER_FIXED_BYTES + MAX_TEXT_BYTES;
 
 /// What the connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +57,12 @@ pub enum RefusalCode {
     SameName = 6,
     /// Too many connections wait; the dialer will try again.
     Busy = 7,
+    /// One of the two nodes encrypts and the other does not.
+    Mode = 8,
+    /// The two nodes have different keys.
+    WrongKey = 9,
+    /// The dialer repeats the start of somebody else's connection.
+    Forged = 10,
     /// A code that a newer version made up.
     Other = 255,
 }
@@ -64,7 +70,7 @@ pub enum RefusalCode {
 impl RefusalCode {
     fn from_wire(code: u8) -> RefusalCode {
         use RefusalCode::*;
-        [NotPlover, Version, UnknownGroup, WrongReplica, WrongNode, SameName, Busy]
+        [NotPlover, Version, UnknownGroup, WrongReplica, WrongNode, SameName, Busy, Mode, WrongKey, Forged]
             .into_iter()
             .find(|&known| known as u8 == code)
             .unwrap_or(Other)
@@ -85,6 +91,15 @@ impl Refusal {
     pub(super) fn new(code: RefusalCode, text: String) -> Refusal {
         Refusal { code, text }
     }
+
+    /// For a connection that sent `what` where a plover sends something else.
+    pub(super) fn malformed(what: &str) -> Refusal {
+        let text = format!(
+            "this port speaks Plover's fabric protocol; the connection sent {what}. Check that the address belongs \
+             to the fabric of a plover node"
+        );
+        Refusal::new(RefusalCode::NotPlover, text)
+    }
 }
 
 impl Hello {
@@ -95,15 +110,13 @@ impl Hello {
     pub fn encode(&self, out: &mut Vec<u8>) {
         let length_of = |name: &str| u8::try_from(name.len()).expect("names are checked at registration");
         let total = HELLO_FIXED_BYTES + self.group.len() + self.node.len();
-        out.extend(HELLO_MAGIC);
-        out.extend(VERSION.to_le_bytes());
         out.extend((total as u16).to_le_bytes());
         let lane = match self.lane {
             Lane::Control => 1,
             Lane::Bulk => 2,
         };
         out.extend([lane, self.from.0, self.to.0, length_of(&self.group), length_of(&self.node)]);
-        out.extend([0; 7]);
+        out.push(0);
         out.extend(self.instance.to_le_bytes());
         out.extend(self.view.to_le_bytes());
         out.extend(self.number.to_le_bytes());
@@ -111,45 +124,26 @@ impl Hello {
         out.extend(self.node.as_bytes());
     }
 
-    /// Reads a hello from everything that a connection sent so far. `None`: more is needed.
+    /// Reads a hello from everything that came behind the preamble. `None`: more is needed.
     ///
     /// # Errors
     /// The refusal to answer with.
     pub fn parse(bytes: &[u8]) -> Result<Option<Hello>, Refusal> {
-        let malformed = |what: &str| {
-            let text = format!(
-                "this port speaks Plover's fabric protocol; the connection sent {what}. Check that \
-                 the address belongs to the fabric of a plover node"
-            );
-            Refusal::new(RefusalCode::NotPlover, text)
-        };
-        let magic = &bytes[..bytes.len().min(HELLO_MAGIC.len())];
-        if !HELLO_MAGIC.starts_with(magic) {
-            return Err(malformed("something else"));
-        }
-        if bytes.len() < 12 {
+        let malformed = Refusal::malformed;
+        let Some(total) = bytes.first_chunk().map(|length| usize::from(u16::from_le_bytes(*length))) else {
             return Ok(None);
-        }
-        let version = u16::from_le_bytes([bytes[8], bytes[9]]);
-        if version != VERSION {
-            let text = format!(
-                "this node speaks fabric protocol version {VERSION}, the connecting one speaks \
-                 {version}; run the same release of plover on all nodes"
-            );
-            return Err(Refusal::new(RefusalCode::Version, text));
-        }
-        let total = u16::from_le_bytes([bytes[10], bytes[11]]) as usize;
+        };
         if !(HELLO_FIXED_BYTES..=MAX_HELLO_BYTES).contains(&total) {
             return Err(malformed("a hello of an impossible length"));
         }
         if bytes.len() < total {
             return Ok(None);
         }
-        let (group_len, node_len) = (bytes[15] as usize, bytes[16] as usize);
+        let (group_len, node_len) = (bytes[5] as usize, bytes[6] as usize);
         if bytes.len() > total || HELLO_FIXED_BYTES + group_len + node_len != total {
             return Err(malformed("a hello whose lengths disagree"));
         }
-        let lane = match bytes[12] {
+        let lane = match bytes[2] {
             1 => Lane::Control,
             2 => Lane::Bulk,
             _ => return Err(malformed("a hello for an unknown lane")),
@@ -161,11 +155,11 @@ impl Hello {
         let group_end = HELLO_FIXED_BYTES + group_len;
         Ok(Some(Hello {
             lane,
-            from: PeerId(bytes[13]),
-            to: PeerId(bytes[14]),
-            instance: long(24),
-            view: long(32),
-            number: long(40),
+            from: PeerId(bytes[3]),
+            to: PeerId(bytes[4]),
+            instance: long(8),
+            view: long(16),
+            number: long(24),
             group: text(HELLO_FIXED_BYTES..group_end)?,
             node: text(group_end..total)?,
         }))
@@ -279,7 +273,7 @@ mod tests {
         }
 
         #[test]
-        fn an_answer_survives_the_wire(instance: u64, code in 0u8..8, text in "[ -~]{0,1200}", tail in 0usize..9) {
+        fn an_answer_survives_the_wire(instance: u64, code in 0u8..11, text in "[ -~]{0,1200}", tail in 0usize..9) {
             let answer = if code == 0 {
                 Answer::Welcome { instance }
             } else {
@@ -300,22 +294,18 @@ mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(
             bytes in prop::collection::vec(any::<u8>(), 0..700),
-            good_magic: bool,
-            good_version: bool,
+            good_start: bool,
         ) {
             let mut bytes = bytes;
-            for (magic, is_hello) in [(HELLO_MAGIC, true), (ANSWER_MAGIC, false)] {
-                if good_magic && bytes.len() >= 8 {
-                    bytes[..8].copy_from_slice(&magic);
-                }
-                if is_hello && good_version && bytes.len() >= 12 {
-                    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
-                    let total = bytes.len() as u16;
-                    bytes[10..12].copy_from_slice(&total.to_le_bytes());
-                }
-                let _ = Hello::parse(&bytes);
-                let _ = Answer::parse(&bytes);
+            if good_start && bytes.len() >= 8 {
+                let total = bytes.len() as u16;
+                bytes[..2].copy_from_slice(&total.to_le_bytes());
             }
+            let _ = Hello::parse(&bytes);
+            if good_start && bytes.len() >= 8 {
+                bytes[..8].copy_from_slice(&ANSWER_MAGIC);
+            }
+            let _ = Answer::parse(&bytes);
         }
     }
 }

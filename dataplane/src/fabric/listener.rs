@@ -6,8 +6,9 @@
 //! peer sends its hello at once.
 
 use super::bulk::BulkLink;
-use super::hello::{Answer, Hello, Lane, MAX_HELLO_BYTES, MAX_NAME_BYTES, Refusal, RefusalCode};
+use super::hello::{Answer, Hello, Lane, MAX_NAME_BYTES, Refusal, RefusalCode};
 use super::port::{BulkPort, ControlPort, GroupPort, Inbox, IncomingBulk, IncomingControl, Membership};
+use super::secure::{Accept, Security, encode_answer};
 use super::{NodeIdentity, PeerId, Replica, socket};
 use crate::wait::{EventFd, Interest, Poller, Ready, now_us};
 use rustix::fd::{AsFd, OwnedFd};
@@ -27,6 +28,8 @@ const BULK_INBOX: usize = 8;
 /// One log line per address and code in this time.
 const LOG_INTERVAL_US: u64 = 10_000_000;
 const MAX_LOG_KEYS: usize = 256;
+/// More than a dialer sends before it waits for us.
+const READ_BYTES: usize = 1024;
 /// Pause after accept(2) failed for want of files or memory.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
 
@@ -64,6 +67,7 @@ struct Group {
 #[derive(Debug)]
 struct Shared {
     identity: NodeIdentity,
+    security: Security,
     groups: Mutex<HashMap<String, Group>>,
     generation: AtomicU64,
     stop: AtomicBool,
@@ -97,11 +101,12 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on `addr` as the node `identity`.
+    /// Listens on `addr` as the node `identity`. All connections of its groups, dialed ones too, are protected by
+    /// `security`.
     ///
     /// # Errors
     /// Those of bind(2) and listen(2), with the address and the remedy in the text.
-    pub fn bind(addr: SocketAddr, identity: NodeIdentity) -> io::Result<Listener> {
+    pub fn bind(addr: SocketAddr, identity: NodeIdentity, security: Security) -> io::Result<Listener> {
         let listener = TcpListener::bind(addr).map_err(|error| {
             let text = format!(
                 "cannot listen on {addr} for the fabric: {error}. Is another plover running here, and \
@@ -113,6 +118,7 @@ impl Listener {
         let local_addr = listener.local_addr()?;
         let shared = Arc::new(Shared {
             identity,
+            security,
             groups: Mutex::default(),
             generation: AtomicU64::new(1),
             stop: AtomicBool::new(false),
@@ -145,7 +151,8 @@ impl Listener {
         check_replicas(group, &replicas, me, &self.shared.identity)
             .map_err(|problem| RegisterError::Replicas { group: group.to_owned(), problem })?;
         let identity = self.shared.identity.clone();
-        let membership = Arc::new(Membership { group: group.to_owned(), me, replicas, identity });
+        let security = self.shared.security.clone();
+        let membership = Arc::new(Membership { group: group.to_owned(), me, replicas, identity, security });
         let control = Arc::new(Inbox::new(CONTROL_INBOX).expect("an eventfd for the control lane"));
         let bulk = Arc::new(Inbox::new(BULK_INBOX).expect("an eventfd for the bulk lane"));
         let generation = self.shared.generation.fetch_add(1, Ordering::Relaxed);
@@ -211,10 +218,18 @@ struct HalfOpen {
     fd: OwnedFd,
     addr: SocketAddr,
     received: Vec<u8>,
+    greeting: Accept,
     /// The refusal is written; only the dialer's close is awaited, because closing first could
     /// destroy the text on its way.
     refused: bool,
     deadline_us: u64,
+}
+
+impl HalfOpen {
+    /// Nothing came on it.
+    fn silent(&self) -> bool {
+        self.received.is_empty() && self.greeting.is_untouched()
+    }
 }
 
 /// The accept thread's state.
@@ -222,7 +237,7 @@ struct Acceptor {
     listener: TcpListener,
     shared: Arc<Shared>,
     poller: Poller,
-    half_open: [Option<HalfOpen>; MAX_HALF_OPEN],
+    half_open: [Option<Box<HalfOpen>>; MAX_HALF_OPEN],
     logged: HashMap<(IpAddr, RefusalCode), u64>,
 }
 
@@ -245,8 +260,10 @@ impl Acceptor {
                 return;
             }
             let now = now_us();
-            for slot in &mut self.half_open {
-                slot.take_if(|half| half.deadline_us <= now);
+            for slot in 0..MAX_HALF_OPEN {
+                if let Some(half) = self.half_open[slot].take_if(|half| half.deadline_us <= now) {
+                    self.give_up(&half, "did not go on", now);
+                }
             }
             for event in &ready {
                 match event.token {
@@ -278,13 +295,15 @@ impl Acceptor {
         let token = FIRST_HALF_OPEN_TOKEN + slot as u64;
         if self.poller.add(&fd, token, Interest::Read).is_ok() {
             let deadline_us = now_us + HELLO_DEADLINE_US;
-            self.half_open[slot] = Some(HalfOpen { fd, addr, received: Vec::new(), refused: false, deadline_us });
+            let greeting = Accept::new(self.shared.security.clone());
+            let half = HalfOpen { fd, addr, received: Vec::new(), greeting, refused: false, deadline_us };
+            self.half_open[slot] = Some(Box::new(half));
         }
     }
 
     /// An empty slot, or the oldest one, emptied.
     fn free_slot(&mut self) -> usize {
-        let age = |slot: &Option<HalfOpen>| slot.as_ref().map_or(0, |half| half.deadline_us);
+        let age = |slot: &Option<Box<HalfOpen>>| slot.as_ref().map_or(0, |half| half.deadline_us);
         let slot = (0..MAX_HALF_OPEN).min_by_key(|&i| age(&self.half_open[i])).expect("there are slots");
         self.half_open[slot] = None;
         slot
@@ -296,28 +315,52 @@ impl Acceptor {
         let Some(mut half) = self.half_open[slot].take() else {
             return;
         };
-        let mut chunk = [0u8; MAX_HELLO_BYTES + 1];
+        let mut chunk = [0u8; READ_BYTES];
         match socket::recv(&half.fd, &mut chunk) {
             Ok(None) => self.half_open[slot] = Some(half),
-            Ok(Some(0)) | Err(_) => {}
+            Ok(Some(0)) | Err(_) => self.give_up(&half, "closed it", now_us),
             Ok(Some(_)) if half.refused => self.half_open[slot] = Some(half),
             Ok(Some(received)) => {
                 half.received.extend_from_slice(&chunk[..received]);
-                match Hello::parse(&half.received) {
-                    Ok(None) => self.half_open[slot] = Some(half),
-                    Ok(Some(hello)) => {
-                        if let Err((half, refusal)) = self.admit(half, hello) {
-                            self.refuse(slot, half, refusal, now_us);
-                        }
-                    }
-                    Err(refusal) => self.refuse(slot, half, refusal, now_us),
-                }
+                self.greet(slot, half, now_us);
             }
         }
     }
 
+    /// Goes on with the handshake after new bytes.
+    fn greet(&mut self, slot: usize, mut half: Box<HalfOpen>, now_us: u64) {
+        let mut reply = Vec::new();
+        let step = half.greeting.advance(&mut half.received, &mut reply);
+        // The socket's buffer is empty, so a part of a reply means a connection of no use.
+        if !reply.is_empty() && socket::send(&half.fd, &[io::IoSlice::new(&reply)]) != Ok(Some(reply.len())) {
+            return;
+        }
+        match step {
+            Ok(None) => self.half_open[slot] = Some(half),
+            Ok(Some(hello)) => {
+                if let Err((half, refusal)) = self.admit(half, hello) {
+                    self.refuse(slot, half, refusal, now_us);
+                }
+            }
+            Err(refusal) => self.refuse(slot, half, refusal, now_us),
+        }
+    }
+
+    /// A connection ended or was slow before its hello was whole. Those that never sent a byte (a port scan, a load
+    /// balancer's check) are not worth a line.
+    fn give_up(&mut self, half: &HalfOpen, how: &str, now_us: u64) {
+        if half.refused || half.silent() {
+            return;
+        }
+        let text = format!(
+            "the connecting side {how} in the middle of its hello; if that repeats, check the network and that it runs \
+             the same release of plover"
+        );
+        self.log(half.addr, &Refusal::new(RefusalCode::NotPlover, text), now_us);
+    }
+
     /// Hands a connection to its group, or gives it back with the reason why not.
-    fn admit(&mut self, half: HalfOpen, hello: Hello) -> Result<(), (HalfOpen, Refusal)> {
+    fn admit(&mut self, half: Box<HalfOpen>, hello: Hello) -> Result<(), (Box<HalfOpen>, Refusal)> {
         let groups = self.shared.groups.lock().unwrap_or_else(|poison| poison.into_inner());
         let group = match check_hello(&self.shared.identity, &groups, &hello, half.addr) {
             Ok(group) => group,
@@ -333,23 +376,26 @@ impl Acceptor {
         }
         // Only this thread pushes, so there is room; a socket that fails here is simply dropped.
         let _ = self.poller.remove(&half.fd);
+        let HalfOpen { fd, addr, greeting, .. } = *half;
+        let mut cipher = greeting.into_cipher();
         match hello.lane {
             Lane::Control => {
-                if socket::tune_control(half.fd.as_fd()).is_ok() {
-                    let _ = group.control.push(IncomingControl { fd: half.fd, hello, addr: half.addr });
+                if socket::tune_control(fd.as_fd()).is_ok() {
+                    let _ = group.control.push(IncomingControl { fd, cipher, hello, addr });
                 }
             }
             Lane::Bulk => {
-                let welcome = Answer::Welcome { instance: self.shared.identity.instance }.encode();
-                let welcomed = socket::tune_bulk(half.fd.as_fd()).is_ok()
-                    && socket::send(&half.fd, &[io::IoSlice::new(&welcome)]) == Ok(Some(welcome.len()));
+                let answer = Answer::Welcome { instance: self.shared.identity.instance };
+                let welcome = encode_answer(&answer, cipher.as_deref_mut());
+                let welcomed = socket::tune_bulk(fd.as_fd()).is_ok()
+                    && socket::send(&fd, &[io::IoSlice::new(&welcome)]) == Ok(Some(welcome.len()));
                 if welcomed {
                     let _ = group.bulk.push(IncomingBulk {
                         peer: hello.from,
                         instance: hello.instance,
                         view: hello.view,
                         number: hello.number,
-                        link: BulkLink::from_stream(half.fd),
+                        link: BulkLink::from_stream(fd, cipher),
                     });
                 }
             }
@@ -357,9 +403,9 @@ impl Acceptor {
         Ok(())
     }
 
-    fn refuse(&mut self, slot: usize, mut half: HalfOpen, refusal: Refusal, now_us: u64) {
+    fn refuse(&mut self, slot: usize, mut half: Box<HalfOpen>, refusal: Refusal, now_us: u64) {
         self.log(half.addr, &refusal, now_us);
-        let answer = Answer::Refused(refusal).encode();
+        let answer = half.greeting.answer(&Answer::Refused(refusal));
         let written = socket::send(&half.fd, &[io::IoSlice::new(&answer)]);
         if written == Ok(Some(answer.len())) && rustix::net::shutdown(&half.fd, rustix::net::Shutdown::Write).is_ok() {
             half.refused = true;

@@ -3,6 +3,7 @@
 use super::bulk::{BulkError, BulkHello, BulkLink};
 use super::hello::Hello;
 use super::listener::Registration;
+use super::secure::{Cipher, Security};
 use super::{NodeIdentity, PeerId, Replica};
 use crate::wait::EventFd;
 use crossbeam_queue::ArrayQueue;
@@ -44,6 +45,8 @@ impl<T> Inbox<T> {
 #[derive(Debug)]
 pub(super) struct IncomingControl {
     pub fd: OwnedFd,
+    /// Its keys, unless it is in the clear.
+    pub cipher: Option<Box<Cipher>>,
     pub hello: Hello,
     pub addr: SocketAddr,
 }
@@ -55,6 +58,7 @@ pub(super) struct Membership {
     pub me: PeerId,
     pub replicas: Vec<Replica>,
     pub identity: NodeIdentity,
+    pub security: Security,
 }
 
 impl Membership {
@@ -148,7 +152,7 @@ impl BulkPort {
             view,
             number,
         };
-        BulkLink::dial(replica.addr, &hello, deadline)
+        BulkLink::dial(replica.addr, &hello, &self.membership.security, deadline)
     }
 }
 

@@ -3,11 +3,13 @@
 //! Per peer one connection; the lower replica id dials, so there is never a race between two. A connected
 //! fabric pings when it has nothing to say: that makes silence mean something on links that carry no
 //! traffic (secondary and witness), both for dropping a dead connection before TCP does and for telling a
-//! live peer from an impostor. What silence means for the group is decided above, by consensus.
+//! live peer from a second node that was given its name. What silence means for the group is decided above, by
+//! consensus.
 
 use super::connection::Connection;
-use super::hello::{Answer, Hello, Lane, MAX_ANSWER_BYTES, Refusal, RefusalCode};
+use super::hello::{Answer, Hello, Lane, Refusal, RefusalCode};
 use super::port::{ControlPort, IncomingControl, Membership};
+use super::secure::{Cipher, Dialer, Greeted, encode_answer};
 use super::{Fabric, FabricEvent, LostReason, PeerId, SendError, socket};
 use crate::wait::{Interest, Poller};
 use rustix::fd::{AsFd, OwnedFd};
@@ -17,6 +19,9 @@ use std::sync::Arc;
 
 /// A refusal that did not change is reported again after this time.
 const REFUSAL_REPEAT_US: u64 = 10_000_000;
+
+/// More than any answer has.
+const READ_BYTES: usize = 2048;
 
 /// Times and bounds of a [`TcpFabric`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,10 +60,21 @@ impl Default for FabricConfig {
 enum State {
     /// Not connected. The dialing side tries at `retry_us`; the other waits (`u64::MAX`).
     Idle { retry_us: u64 },
-    /// Connecting, or waiting for the answer to the hello.
-    Dialing { fd: OwnedFd, deadline_us: u64, hello_sent: bool, answer: Vec<u8> },
+    /// Connecting or greeting.
+    Dialing(Attempt),
     /// Messages flow.
     Up(Connection),
+}
+
+/// A connection before the welcome.
+#[derive(Debug)]
+struct Attempt {
+    fd: OwnedFd,
+    deadline_us: u64,
+    dialer: Dialer,
+    received: Vec<u8>,
+    /// Waits until the socket takes it; at first until there is a connection.
+    unsent: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -142,7 +158,7 @@ impl TcpFabric {
 
     /// Decides on a connection whose hello was good (the listener checked names and numbers).
     fn welcome(&mut self, incoming: IncomingControl, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let IncomingControl { fd, hello, addr } = incoming;
+        let IncomingControl { fd, mut cipher, hello, addr } = incoming;
         if socket::is_closed(&fd) {
             // It waited too long for us and will dial again.
             return;
@@ -161,19 +177,21 @@ impl TcpFabric {
                     peer_addr(old)
                 );
                 tracing::warn!(%addr, "refused a fabric connection: {text}");
-                let answer = Answer::Refused(Refusal::new(RefusalCode::SameName, text)).encode();
+                let refused = Answer::Refused(Refusal::new(RefusalCode::SameName, text));
+                let answer = encode_answer(&refused, cipher.as_deref_mut());
                 let _ = socket::send(&fd, &[IoSlice::new(&answer)]);
                 return;
             }
             link.lose(&LostReason::Replaced, common, now_us, sink);
         }
-        let answer = Answer::Welcome { instance: common.membership.identity.instance }.encode();
+        let welcome = Answer::Welcome { instance: common.membership.identity.instance };
+        let answer = encode_answer(&welcome, cipher.as_deref_mut());
         if socket::send(&fd, &[IoSlice::new(&answer)]) != Ok(Some(answer.len())) {
             return;
         }
         if common.poller.add(&fd, link.token, Interest::Read).is_ok() {
             link.interest = Interest::Read;
-            link.up(fd, hello.instance, &[], now_us, sink);
+            link.up(fd, cipher, hello.instance, &[], now_us, sink);
         }
     }
 }
@@ -183,7 +201,7 @@ impl Fabric for TcpFabric {
         let max_queued_bytes = self.common.config.max_queued_bytes;
         match &mut self.link_mut(peer).state {
             State::Up(connection) => connection.send(parts, max_queued_bytes),
-            State::Idle { .. } | State::Dialing { .. } => Err(SendError::NotConnected),
+            State::Idle { .. } | State::Dialing(_) => Err(SendError::NotConnected),
         }
     }
 
@@ -215,7 +233,7 @@ impl Fabric for TcpFabric {
     fn queued_bytes(&self, peer: PeerId) -> usize {
         match &self.link(peer).state {
             State::Up(connection) => connection.queued_bytes(),
-            State::Idle { .. } | State::Dialing { .. } => 0,
+            State::Idle { .. } | State::Dialing(_) => 0,
         }
     }
 
@@ -235,10 +253,10 @@ impl Link {
         match &mut self.state {
             State::Idle { retry_us } if *retry_us <= now_us => self.start(common, now_us),
             State::Idle { .. } => {}
-            State::Dialing { deadline_us, .. } if *deadline_us <= now_us => {
+            State::Dialing(attempt) if attempt.deadline_us <= now_us => {
                 self.fail(format!("{} does not answer", self.addr), common.config.retry_us, common, now_us);
             }
-            State::Dialing { .. } => self.greet(common, now_us, sink),
+            State::Dialing(_) => self.greet(common, now_us, sink),
             State::Up(_) => self.pump(common, now_us, sink),
         }
     }
@@ -252,7 +270,10 @@ impl Link {
             Ok(fd) => {
                 let deadline_us = now_us + common.config.connect_timeout_us;
                 self.interest = Interest::Write;
-                self.state = State::Dialing { fd, deadline_us, hello_sent: false, answer: Vec::new() };
+                let mut unsent = Vec::new();
+                let dialer =
+                    Dialer::new(&common.membership.security, &hello(&common.membership, self.peer), &mut unsent);
+                self.state = State::Dialing(Attempt { fd, deadline_us, dialer, received: Vec::new(), unsent });
             }
             Err(error) => {
                 let text = format!("connecting to {}: {error}", self.addr);
@@ -274,35 +295,24 @@ impl Link {
         // Closing would end the watch as well; an fd that somebody duplicated would not.
         match std::mem::replace(&mut self.state, State::Idle { retry_us }) {
             State::Idle { .. } => {}
-            State::Dialing { fd, .. } => drop(common.poller.remove(&fd)),
+            State::Dialing(attempt) => drop(common.poller.remove(&attempt.fd)),
             State::Up(connection) => drop(common.poller.remove(&connection)),
         }
     }
 
-    /// Sends the hello as soon as the socket takes it, then reads the answer.
+    /// Sends and reads what the handshake has next.
     fn greet(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let State::Dialing { fd, hello_sent, answer, .. } = &mut self.state else {
-            unreachable!("greet is called while dialing")
-        };
-        let result = if *hello_sent {
-            read_answer(fd, answer)
-        } else {
-            send_hello(fd, &common.membership, self.peer).map(|sent| {
-                *hello_sent = sent;
-                None
-            })
-        };
-        match result {
+        let State::Dialing(attempt) = &mut self.state else { unreachable!("greet is called while dialing") };
+        match attempt.advance() {
             Ok(None) => {}
-            Ok(Some((Answer::Welcome { instance }, length))) => {
-                let early = answer.split_off(length);
-                let State::Dialing { fd, .. } = std::mem::replace(&mut self.state, State::Idle { retry_us: 0 }) else {
+            Ok(Some(Greeted::Welcome { instance, cipher })) => {
+                let State::Dialing(attempt) = std::mem::replace(&mut self.state, State::Idle { retry_us: 0 }) else {
                     unreachable!("the state was just looked at")
                 };
-                self.up(fd, instance, &early, now_us, sink);
+                self.up(attempt.fd, cipher, instance, &attempt.received, now_us, sink);
                 self.pump(common, now_us, sink);
             }
-            Ok(Some((Answer::Refused(refusal), _))) => {
+            Ok(Some(Greeted::Refused(refusal))) => {
                 self.fail(refusal.text.clone(), common.config.refused_retry_us, common, now_us);
                 self.report(refusal, now_us, sink);
             }
@@ -321,8 +331,16 @@ impl Link {
         }
     }
 
-    fn up(&mut self, fd: OwnedFd, instance: u64, early: &[u8], now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        self.state = State::Up(Connection::new(fd, instance, early, now_us));
+    fn up(
+        &mut self,
+        fd: OwnedFd,
+        cipher: Option<Box<Cipher>>,
+        instance: u64,
+        early: &[u8],
+        now_us: u64,
+        sink: &mut dyn FnMut(FabricEvent<'_>),
+    ) {
+        self.state = State::Up(Connection::new(fd, cipher, instance, early, now_us));
         self.last_heard_us = Some(now_us);
         self.refusal = None;
         self.trouble = None;
@@ -361,8 +379,8 @@ impl Link {
     fn watch(&mut self, poller: &Poller) {
         let wanted = match &self.state {
             State::Idle { .. } => return,
-            State::Dialing { hello_sent: false, .. } => Interest::Write,
-            State::Dialing { .. } => Interest::Read,
+            State::Dialing(attempt) if !attempt.unsent.is_empty() => Interest::Write,
+            State::Dialing(_) => Interest::Read,
             State::Up(connection) if connection.queued_bytes() > 0 => Interest::ReadWrite,
             State::Up(_) => Interest::Read,
         };
@@ -371,7 +389,7 @@ impl Link {
         }
         let changed = match &self.state {
             State::Idle { .. } => return,
-            State::Dialing { fd, .. } => poller.modify(fd, self.token, wanted),
+            State::Dialing(attempt) => poller.modify(&attempt.fd, self.token, wanted),
             State::Up(connection) => poller.modify(connection, self.token, wanted),
         };
         changed.expect("the socket is in the poller");
@@ -381,7 +399,7 @@ impl Link {
     fn deadline_us(&self, config: &FabricConfig) -> u64 {
         match &self.state {
             State::Idle { retry_us } => *retry_us,
-            State::Dialing { deadline_us, .. } => *deadline_us,
+            State::Dialing(attempt) => attempt.deadline_us,
             // Broken, or a partial write that the poller does not know of yet: poll at once.
             State::Up(connection) if connection.is_broken() => 0,
             State::Up(connection) if connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite => 0,
@@ -403,10 +421,35 @@ impl Common {
     }
 }
 
-/// `false`: the connection is not made yet.
-fn send_hello(fd: &OwnedFd, membership: &Membership, to: PeerId) -> io::Result<bool> {
-    let mut bytes = Vec::new();
-    let hello = Hello {
+impl Attempt {
+    fn advance(&mut self) -> io::Result<Option<Greeted>> {
+        if !self.flush()? {
+            return Ok(None);
+        }
+        let mut chunk = [0u8; READ_BYTES];
+        match socket::recv(&self.fd, &mut chunk)? {
+            None => return Ok(None),
+            Some(0) => return Err(io::Error::other("it closed the connection without an answer")),
+            Some(received) => self.received.extend_from_slice(&chunk[..received]),
+        }
+        let greeted = self.dialer.advance(&mut self.received, &mut self.unsent).map_err(io::Error::other)?;
+        self.flush()?;
+        Ok(greeted)
+    }
+
+    /// Sends what waits; `false` if some of it still does, for want of a connection as a rule.
+    fn flush(&mut self) -> io::Result<bool> {
+        if !self.unsent.is_empty()
+            && let Some(sent) = socket::send(&self.fd, &[IoSlice::new(&self.unsent)])?
+        {
+            self.unsent.drain(..sent);
+        }
+        Ok(self.unsent.is_empty())
+    }
+}
+
+fn hello(membership: &Membership, to: PeerId) -> Hello {
+    Hello {
         lane: Lane::Control,
         from: membership.me,
         to,
@@ -415,25 +458,7 @@ fn send_hello(fd: &OwnedFd, membership: &Membership, to: PeerId) -> io::Result<b
         number: 0,
         group: membership.group.clone(),
         node: membership.identity.name.clone(),
-    };
-    hello.encode(&mut bytes);
-    match socket::send(fd, &[IoSlice::new(&bytes)])? {
-        None => Ok(false),
-        Some(sent) if sent == bytes.len() => Ok(true),
-        Some(_) => Err(io::Error::other("the socket took half of a hello")),
     }
-}
-
-fn read_answer(fd: &OwnedFd, answer: &mut Vec<u8>) -> io::Result<Option<(Answer, usize)>> {
-    let mut chunk = [0u8; MAX_ANSWER_BYTES];
-    match socket::recv(fd, &mut chunk)? {
-        None => return Ok(None),
-        Some(0) => {
-            return Err(io::Error::other("it closed the connection without an answer"));
-        }
-        Some(received) => answer.extend_from_slice(&chunk[..received]),
-    }
-    Answer::parse(answer).map_err(io::Error::other)
 }
 
 fn peer_addr(connection: &Connection) -> String {

@@ -1,9 +1,9 @@
 //! The bulk lane: transfers between blocking threads, deadlines, cancellation.
 
-use crate::common::{GROUP, RawHello, listen, read_answer, replicas};
+use crate::common::{GROUP, RawHello, RawPeer, encrypted, listen_with, replicas};
 use dataplane::fabric::bulk::{BulkError, BulkLink, MAX_BULK_MESSAGE_BYTES};
-use dataplane::fabric::{BulkPort, GroupPort, Listener, PeerId, RefusalCode};
-use std::io::{IoSlice, Write};
+use dataplane::fabric::{BulkPort, GroupPort, Listener, PeerId, RefusalCode, Security};
+use std::io::IoSlice;
 use std::net::TcpListener;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -21,7 +21,11 @@ struct Pair {
 }
 
 fn pair() -> Pair {
-    let listeners = [listen("node0", 100), listen("node1", 101)];
+    pair_with(&encrypted())
+}
+
+fn pair_with(security: &Security) -> Pair {
+    let listeners = [listen_with("node0", 100, security.clone()), listen_with("node1", 101, security.clone())];
     let addrs = listeners.each_ref().map(Listener::local_addr);
     let left = listeners[0].register(GROUP, replicas(&addrs), PeerId(0)).unwrap();
     let right = listeners[1].register(GROUP, replicas(&addrs), B).unwrap();
@@ -36,11 +40,29 @@ fn connect(from: &BulkPort, to: &BulkPort) -> (BulkLink, BulkLink) {
     (link, incoming.link)
 }
 
+/// A bulk connection by hand, and the link at its other end.
+fn raw_link(pair: &Pair) -> (RawPeer, BulkLink) {
+    let mut peer = RawHello { lane: 2, ..RawHello::good(100) }.dial(pair._listeners[1].local_addr());
+    assert_eq!(peer.read_answer().0, 0);
+    (peer, pair.right.bulk.wait(soon()).unwrap().link)
+}
+
 #[test]
 fn messages_of_all_sizes_arrive_both_ways() {
-    let pair = pair();
+    // Per record a length and a tag; the header has a record of its own.
+    let overhead = |len: usize| 18 * (1 + len.div_ceil(65_519));
+    of_all_sizes(&encrypted(), overhead);
+}
+
+#[test]
+fn messages_of_all_sizes_arrive_in_the_clear() {
+    of_all_sizes(&Security::Insecure, |_| 0);
+}
+
+fn of_all_sizes(security: &Security, overhead: impl Fn(usize) -> usize) {
+    let pair = pair_with(security);
     let (mut near, mut far) = connect(&pair.left.bulk, &pair.right.bulk);
-    let lens = [0, 1, 4096, MAX_BULK_MESSAGE_BYTES, 70_000];
+    let lens = [0, 1, 4096, 65_519, 65_520, MAX_BULK_MESSAGE_BYTES, 70_000];
     let echo = std::thread::spawn(move || {
         let mut buf = Vec::new();
         for _ in 0..lens.len() {
@@ -58,7 +80,7 @@ fn messages_of_all_sizes_arrive_both_ways() {
         assert_eq!(near.recv(&mut buf, soon()).unwrap(), kind * 10 + 1);
         assert!(buf == bytes, "message of {len} bytes");
     }
-    let total: usize = lens.iter().map(|len| 2 * (len + 8)).sum();
+    let total: usize = lens.iter().map(|&len| 2 * (len + 8 + overhead(len))).sum();
     assert_eq!(echo.join().unwrap(), total as u64);
 }
 
@@ -113,15 +135,14 @@ fn cancel_ends_a_blocked_call_at_once_and_the_peer_sees_a_loss() {
 #[test]
 fn a_peer_that_dies_inside_a_message_is_a_loss() {
     let pair = pair();
-    let hello = RawHello { lane: 2, ..RawHello::good(100) };
     let header = [100u8, 0, 0, 0, 1, 0, 0, 0];
     let message = [&header[..], &[9; 100]].concat();
-    for cut in [0, 3, 8, 50, 107] {
-        let mut stream = hello.dial(pair._listeners[1].local_addr());
-        assert_eq!(read_answer(&mut stream).0, 0);
-        let mut link = pair.right.bulk.wait(soon()).unwrap().link;
-        stream.write_all(&message[..cut]).unwrap();
-        drop(stream);
+    for cut in [0, 3, 8, 50, 107, 8 + 18 + 100] {
+        let (mut peer, mut link) = raw_link(&pair);
+        // The header in a record of its own, as a peer of ours sends it.
+        let wire = [peer.seal(&header), peer.seal(&message[8..])].concat();
+        peer.write_raw(&wire[..cut]);
+        drop(peer);
         let error = link.recv(&mut Vec::new(), soon()).unwrap_err();
         assert!(error.is_peer_lost(), "cut at {cut}: {error}");
         assert_eq!(link.recv(&mut Vec::new(), soon()).unwrap_err(), error);
@@ -129,12 +150,46 @@ fn a_peer_that_dies_inside_a_message_is_a_loss() {
 }
 
 #[test]
+fn records_need_not_end_where_messages_do() {
+    let pair = pair();
+    let (mut peer, mut link) = raw_link(&pair);
+    let message = |kind: u8, len: u8| [&[len, 0, 0, 0, kind, 0, 0, 0], &vec![kind; len.into()][..]].concat();
+    let stream = [message(1, 100), message(2, 0), message(3, 7)].concat();
+    for cut in [1, 8, 50, 110, 120] {
+        let (first, second) = stream.split_at(cut);
+        peer.write(first);
+        peer.write(second);
+        let mut buf = Vec::new();
+        for (kind, len) in [(1, 100), (2, 0), (3, 7)] {
+            assert_eq!(link.recv(&mut buf, soon()).unwrap(), kind);
+            assert_eq!(buf, vec![kind as u8; len]);
+        }
+    }
+}
+
+#[test]
+fn a_changed_record_ends_the_transfer_and_brings_nothing() {
+    let pair = pair();
+    for at in [0, 1, 2, 20, 26 + 2, 26 + 60] {
+        let (mut peer, mut link) = raw_link(&pair);
+        let mut wire = [peer.seal(&[100, 0, 0, 0, 1, 0, 0, 0]), peer.seal(&[9; 100])].concat();
+        wire[at] ^= 1;
+        peer.write_raw(&wire);
+        peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut buf = Vec::new();
+        let error = link.recv(&mut buf, soon()).unwrap_err();
+        // A changed length may also make it wait for bytes that do not come.
+        assert!(matches!(error, BulkError::Protocol(_)) || at < 2 && error.is_peer_lost(), "{at}: {error}");
+        assert!(buf.is_empty());
+        assert_eq!(link.recv(&mut buf, soon()).unwrap_err(), error);
+    }
+}
+
+#[test]
 fn an_oversize_announcement_is_refused_before_memory_is_taken() {
     let pair = pair();
-    let mut stream = RawHello { lane: 2, ..RawHello::good(100) }.dial(pair._listeners[1].local_addr());
-    assert_eq!(read_answer(&mut stream).0, 0);
-    let mut link = pair.right.bulk.wait(soon()).unwrap().link;
-    stream.write_all(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]).unwrap();
+    let (mut peer, mut link) = raw_link(&pair);
+    peer.write(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
     let mut buf = Vec::new();
     assert!(matches!(link.recv(&mut buf, soon()), Err(BulkError::Protocol(_))));
     assert!(buf.capacity() < MAX_BULK_MESSAGE_BYTES);

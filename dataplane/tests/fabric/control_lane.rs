@@ -1,31 +1,41 @@
 //! The control lane over real sockets: order, bounds, deaths and impostors.
 
-use crate::common::{GROUP, Node, RawHello, Seen, drive, framed, listen, pair, read_answer, replicas};
+use crate::common::{
+    GROUP, Node, RawHello, RawPeer, Seen, drive, encrypted, framed, listen, listen_with, pair, pair_with, replicas,
+};
 use dataplane::fabric::{
-    Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode, SendError,
+    Fabric, FabricConfig, Listener, LostReason, MAX_CONTROL_MESSAGE_BYTES, PeerId, RefusalCode, Security, SendError,
 };
 use proptest::prelude::*;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::Write;
+use std::net::SocketAddr;
 
 const A: PeerId = PeerId(0);
 const B: PeerId = PeerId(1);
 
 /// Replica 1 alone; the address of replica 0 answers nobody.
 fn lone_acceptor() -> (Listener, Node) {
-    let listener = listen("node1", 101);
+    lone_acceptor_with(encrypted())
+}
+
+fn lone_acceptor_with(security: Security) -> (Listener, Node) {
+    let listener = listen_with("node1", 101, security);
     let addrs = ["127.0.0.1:1".parse::<SocketAddr>().unwrap(), listener.local_addr()];
     let node = Node::new(&listener, &addrs, 1, FabricConfig::default());
     (listener, node)
 }
 
 /// A raw connection as replica 0, welcomed.
-fn welcomed(listener: &Listener, node: &mut Node, instance: u64) -> TcpStream {
-    let mut stream = RawHello::good(instance).dial(listener.local_addr());
+fn welcomed(listener: &Listener, node: &mut Node, instance: u64) -> RawPeer {
+    welcomed_as(&RawHello::good(instance), listener, node)
+}
+
+fn welcomed_as(hello: &RawHello, listener: &Listener, node: &mut Node) -> RawPeer {
+    let mut peer = hello.dial(listener.local_addr());
     let before = node.connections().len();
     drive(&mut [node], |n| n[0].connections().len() > before);
-    assert_eq!(read_answer(&mut stream), (0, 101, String::new()));
-    stream
+    assert_eq!(peer.read_answer(), (0, 101, String::new()));
+    peer
 }
 
 #[test]
@@ -39,8 +49,17 @@ fn both_sides_learn_who_the_other_is() {
 
 #[test]
 fn messages_arrive_whole_in_order_and_all_of_them_under_back_pressure() {
+    under_back_pressure(&encrypted());
+}
+
+#[test]
+fn messages_in_the_clear_arrive_as_well() {
+    under_back_pressure(&Security::Insecure);
+}
+
+fn under_back_pressure(security: &Security) {
     let config = FabricConfig { max_queued_bytes: 5 << 20, ..FabricConfig::default() };
-    let (_left, _right, mut a, mut b) = pair(&config);
+    let (_left, _right, mut a, mut b) = pair_with(&config, security);
     let message = |i: u32| {
         let len = [5, 60_000, 1, 1 << 20, 4000, MAX_CONTROL_MESSAGE_BYTES - 4][i as usize % 6];
         let mut bytes = vec![i as u8; len + 4];
@@ -164,10 +183,10 @@ fn what_does_not_belong_here_is_told_why() {
         let mut hello = RawHello::good(7);
         change(&mut hello);
         let mut stream = hello.dial(listener.local_addr());
-        let (got, _, why) = read_answer(&mut stream);
+        let (got, _, why) = stream.read_answer();
         assert_eq!(got, code, "{why}");
         assert!(why.contains(text), "{why}");
-        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the connection ends after the reason");
+        assert!(stream.has_ended(), "the connection ends after the reason");
     }
     node.poll_ahead(0);
     assert_eq!(node.seen, []);
@@ -180,7 +199,7 @@ fn the_higher_replica_does_not_dial() {
     let addrs = [listener.local_addr(), "127.0.0.1:1".parse().unwrap()];
     let _node = Node::new(&listener, &addrs, 0, FabricConfig::default());
     let hello = RawHello { from: 1, to: 0, node: "node1".to_owned(), ..RawHello::good(1) };
-    let (code, _, why) = read_answer(&mut hello.dial(listener.local_addr()));
+    let (code, _, why) = hello.dial(listener.local_addr()).read_answer();
     assert_eq!(code, RefusalCode::WrongReplica as u8, "{why}");
 }
 
@@ -203,21 +222,19 @@ fn registration_checks_the_configuration() {
 #[test]
 fn silent_strangers_do_not_keep_peers_out_and_are_shown_the_door() {
     let (listener, mut node) = lone_acceptor();
-    let part = &RawHello::good(1).bytes()[..30];
-    let mut strangers: Vec<TcpStream> = (0..100)
+    let part = [RawHello::good(1).preamble(), vec![7; 30]].concat();
+    let mut strangers: Vec<RawPeer> = (0..100)
         .map(|i| {
-            let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
-            stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+            let mut stranger = RawPeer::connect(listener.local_addr());
             if i % 2 == 0 {
-                stream.write_all(part).unwrap();
+                stranger.write_raw(&part);
             }
-            stream
+            stranger
         })
         .collect();
     welcomed(&listener, &mut node, 7);
-    for stream in &mut strangers {
-        // End of stream, or a reset because their bytes were never read.
-        assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+    for stranger in &mut strangers {
+        assert!(stranger.has_ended());
     }
 }
 
@@ -225,8 +242,8 @@ fn silent_strangers_do_not_keep_peers_out_and_are_shown_the_door() {
 fn an_oversize_announcement_ends_the_connection() {
     let (listener, mut node) = lone_acceptor();
     let mut stream = welcomed(&listener, &mut node, 7);
-    stream.write_all(&framed(b"fine")).unwrap();
-    stream.write_all(&(MAX_CONTROL_MESSAGE_BYTES as u32 + 1).to_le_bytes()).unwrap();
+    stream.write(&framed(b"fine"));
+    stream.write(&(MAX_CONTROL_MESSAGE_BYTES as u32 + 1).to_le_bytes());
     drive(&mut [&mut node], |n| !n[0].lost().is_empty());
     assert_eq!(node.messages(), [b"fine"]);
     assert_eq!(node.lost(), [&LostReason::Oversize { bytes: MAX_CONTROL_MESSAGE_BYTES as u64 + 1 }]);
@@ -239,18 +256,18 @@ fn of_two_live_claimants_the_first_stays() {
     let mut second = RawHello::good(8).dial(listener.local_addr());
     let ping = framed(b"");
     // The first one lives: it pings while the second is judged.
-    second.set_nonblocking(true).unwrap();
+    second.stream.set_nonblocking(true).unwrap();
     drive(&mut [&mut node], |_| {
-        first.write_all(&ping).unwrap();
-        second.peek(&mut [0]).is_ok()
+        first.write(&ping);
+        second.stream.peek(&mut [0]).is_ok()
     });
-    second.set_nonblocking(false).unwrap();
-    let (code, _, why) = read_answer(&mut second);
+    second.stream.set_nonblocking(false).unwrap();
+    let (code, _, why) = second.read_answer();
     assert_eq!(code, RefusalCode::SameName as u8);
-    let addr = first.local_addr().unwrap().to_string();
+    let addr = first.addr().to_string();
     assert!(why.contains("another node named node0 (instance 0000000000000007)") && why.contains(&addr), "{why}");
     assert!(node.lost().is_empty());
-    first.write_all(&framed(b"still here")).unwrap();
+    first.write(&framed(b"still here"));
     drive(&mut [&mut node], |n| n[0].messages() == [b"still here"]);
 }
 
@@ -271,11 +288,11 @@ fn a_silent_claimant_gives_way_and_a_returning_one_too() {
     // 150 ms of silence, and the newcomer with another instance is let in.
     let mut second = RawHello::good(8).dial(listener.local_addr());
     poll_ahead_until(&mut node, 150_000, 2);
-    assert_eq!(read_answer(&mut second).0, 0);
+    assert_eq!(second.read_answer().0, 0);
     // The same instance needs no silence: the process itself knows that its old connection is dead.
     let mut third = RawHello::good(8).dial(listener.local_addr());
     poll_ahead_until(&mut node, 150_000, 3);
-    assert_eq!(read_answer(&mut third).0, 0);
+    assert_eq!(third.read_answer().0, 0);
     assert_eq!(node.connections(), [7, 8, 8]);
     assert_eq!(node.lost(), [&LostReason::Replaced, &LostReason::Replaced]);
 }
@@ -294,6 +311,15 @@ fn silence_ends_a_connection_and_pings_prevent_it() {
     assert!(matches!(b.lost()[..], [LostReason::Silent { silent_us: 1_000_000.. }]), "{:?}", b.lost());
 }
 
+/// A lone acceptor and a welcomed connection to it.
+fn acceptor_and_peer(in_the_clear: bool) -> (Listener, Node, RawPeer) {
+    let (security, hello) =
+        if in_the_clear { (Security::Insecure, RawHello::clear(7)) } else { (encrypted(), RawHello::good(7)) };
+    let (listener, mut node) = lone_acceptor_with(security);
+    let peer = welcomed_as(&hello, &listener, &mut node);
+    (listener, node, peer)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -303,22 +329,24 @@ proptest! {
         lens in prop::collection::vec(0usize..200, 1..6),
         cut in any::<prop::sample::Index>(),
         chunk in 1usize..100,
+        in_the_clear: bool,
     ) {
-        let (listener, mut node) = lone_acceptor();
-        let mut stream = welcomed(&listener, &mut node, 7);
+        let (listener, mut node, mut peer) = acceptor_and_peer(in_the_clear);
         let messages: Vec<Vec<u8>> = lens.iter().map(|&len| vec![len as u8; len]).collect();
-        let bytes: Vec<u8> = messages.iter().flat_map(|message| framed(message)).collect();
+        let wire: Vec<Vec<u8>> = messages.iter().map(|message| peer.seal(&framed(message))).collect();
+        let bytes = wire.concat();
         let cut = cut.index(bytes.len() + 1);
         for piece in bytes[..cut].chunks(chunk) {
-            stream.write_all(piece).unwrap();
+            peer.write_raw(piece);
             node.poll_ahead(0);
         }
         // Not a mere drop: what the peer did not read would turn its end into a reset.
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        peer.stream.shutdown(std::net::Shutdown::Write).unwrap();
         drive(&mut [&mut node], |n| !n[0].lost().is_empty());
-        drop(stream);
+        drop((peer, listener));
         let mut end = 0;
-        let whole = messages.iter().take_while(|message| { end += message.len() + 4; end <= cut });
+        let whole = messages.iter().zip(&wire).take_while(|(_, wire)| { end += wire.len(); end <= cut });
+        let whole = whole.map(|(message, _)| message);
         let expected: Vec<&[u8]> = whole.filter(|message| !message.is_empty()).map(Vec::as_slice).collect();
         prop_assert_eq!(node.messages(), expected);
         prop_assert_eq!(node.lost(), [&LostReason::Closed]);
@@ -326,12 +354,16 @@ proptest! {
 
     /// Arbitrary bytes after the welcome end in a loss or wait for more; they never panic.
     #[test]
-    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 1..300)) {
-        let (listener, mut node) = lone_acceptor();
-        let mut stream = welcomed(&listener, &mut node, 7);
+    fn arbitrary_bytes_never_panic(
+        bytes in prop::collection::vec(any::<u8>(), 1..300),
+        in_the_clear: bool,
+        sealed: bool,
+    ) {
+        let (_listener, mut node, mut peer) = acceptor_and_peer(in_the_clear);
+        let bytes = if sealed { peer.seal(&bytes) } else { bytes };
         // The other side may close, and reset, in the middle.
-        let _ = stream.write_all(&bytes);
-        drop(stream);
+        let _ = peer.stream.write_all(&bytes);
+        drop(peer);
         drive(&mut [&mut node], |n| !n[0].lost().is_empty());
     }
 }

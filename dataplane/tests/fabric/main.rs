@@ -3,3 +3,4 @@
 mod bulk_lane;
 mod common;
 mod control_lane;
+mod security;

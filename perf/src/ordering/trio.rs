@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use consensus::{Entry, Event, Index, Payload, ReplicaId};
-use dataplane::fabric::{Listener, NodeIdentity, PeerId, Replica};
+use dataplane::fabric::{Listener, NodeIdentity, PeerId, Replica, Security};
 use dataplane::wait::{EventFd, Interest, now_us};
 
 use super::node::Node;
@@ -51,7 +51,9 @@ impl Trio {
         let mut listeners = Vec::new();
         for id in 0..3 {
             let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            listeners.push(Listener::bind(addr, NodeIdentity::new(&format!("node{id}"))?)?);
+            // As the peers are: etcd and gRPC without TLS, bare TCP.
+            let security = Security::Insecure;
+            listeners.push(Listener::bind(addr, NodeIdentity::new(&format!("node{id}"))?, security)?);
         }
         let replicas: Vec<Replica> = (0..)
             .zip(&listeners)

@@ -10,7 +10,7 @@ mod vm;
 
 use std::path::{Path, PathBuf};
 
-pub use node::{Idle, NodeConfig, Scheduling};
+pub use node::{DEFAULT_FABRIC_KEY, Idle, NodeConfig, Scheduling};
 pub use uplink::{Uplink, UplinkKind};
 pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, VmConfig};
 
@@ -33,6 +33,9 @@ pub enum ConfigError {
         /// The parser's words, with the line.
         message: String,
     },
+    /// The key between the nodes.
+    #[error("fabric_key: {0}")]
+    Key(#[from] dataplane::fabric::KeyError),
     /// A value is understood but makes no sense.
     #[error("{path}: {field}: {message}")]
     Invalid {

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use dataplane::fabric::{FabricKey, Security};
 use serde::Deserialize;
 use storage_log::LegSpec;
 
 use super::{ConfigError, VmConfig, invalid, read_toml};
+
+/// Where the key is looked for, and where `plover keygen` writes it.
+pub const DEFAULT_FABRIC_KEY: &str = "/etc/plover/fabric.key";
 
 /// How the threads on the packet path are scheduled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
@@ -41,6 +45,12 @@ pub struct NodeConfig {
     pub name: String,
     /// Where the other nodes reach this one.
     pub listen: SocketAddr,
+    /// The key that all nodes share; relative to this file.
+    #[serde(default = "default_fabric_key")]
+    pub fabric_key: PathBuf,
+    /// No key: traffic between the nodes is neither encrypted nor authenticated. Alike on all nodes.
+    #[serde(default)]
+    pub insecure: bool,
     /// Folder of the VM files; relative to this file.
     #[serde(default = "default_vms_dir")]
     pub vms_dir: PathBuf,
@@ -95,6 +105,9 @@ pub struct NodeConfig {
 fn default_vms_dir() -> PathBuf {
     "vms".into()
 }
+fn default_fabric_key() -> PathBuf {
+    DEFAULT_FABRIC_KEY.into()
+}
 fn default_run_dir() -> PathBuf {
     "/run/plover".into()
 }
@@ -126,6 +139,7 @@ impl NodeConfig {
         }
         node.check_log(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
+        node.fabric_key = base.join(&node.fabric_key);
         let vms_dir = base.join(&node.vms_dir);
         node.vms = load_vms(&vms_dir, &node.name)?;
         node.check_shared_resources(path)?;
@@ -158,6 +172,17 @@ impl NodeConfig {
             }
         }
         Ok(())
+    }
+
+    /// What protects the traffic between the nodes; reads the key.
+    ///
+    /// # Errors
+    /// The key is missing or others can read it, with the remedy.
+    pub fn security(&self) -> Result<Security, ConfigError> {
+        if self.insecure {
+            return Ok(Security::Insecure);
+        }
+        Ok(Security::Encrypted(FabricKey::load(&self.fabric_key)?))
     }
 
     /// Where the log of `vm` is kept: one place per copy.
