@@ -4,8 +4,11 @@
 //! which port it has. Frames are read straight into the batch that is proposed, and what is sent leaves at the end of a
 //! turn, so that a port may hand over many frames at once.
 
+pub mod af_packet;
 pub mod announce;
 pub mod filter;
+mod interface;
+pub mod offload;
 pub mod tap;
 
 use crate::batch::BatchBuilder;

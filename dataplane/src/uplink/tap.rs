@@ -4,11 +4,12 @@
 //! as long as the [`Tap`]: a daemon that dies leaves nothing behind, and a bridge stops forwarding to a
 //! dead host at once. Rejected: a persistent TAP made by the operator (two daemons could share it).
 
+use super::interface::{self, check};
 use super::{Burst, Intake, OffloadFlags, Uplink, UplinkDrops};
 use crate::frame::{MAX_FRAME_BYTES, VNET_HEADER_BYTES};
 use rustix::io::Errno;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 const TUN_PATH: &str = "/dev/net/tun";
@@ -87,7 +88,8 @@ impl Tap {
     /// # Errors
     /// [`TapError`]; nothing is left behind.
     pub fn open(name: &str, bridge: Option<&str>) -> Result<Tap, TapError> {
-        let mut request = interface_request(name)?;
+        let bad_name = || TapError::BadName { name: name.to_owned() };
+        let plain = interface::request(name).ok_or_else(bad_name)?;
         if !Path::new(TUN_PATH).exists() {
             return Err(TapError::NoTunDevice);
         }
@@ -98,8 +100,9 @@ impl Tap {
             Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
             other => fail("opening /dev/net/tun", other.into()),
         })?;
+        let mut request = plain;
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        ioctl_request(&fd, TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
+        interface::ioctl(&fd, TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
             Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
             Some(libc::EBUSY | libc::EINVAL) => TapError::InUse { name: name.to_owned() },
             _ => fail("TUNSETIFF", source),
@@ -112,11 +115,11 @@ impl Tap {
         check(result).map_err(|source| fail("TUNSETVNETHDRSZ", source))?;
         tap.set_offload(OffloadFlags::default()).map_err(|source| fail("TUNSETOFFLOAD", source))?;
         disable_ipv6(name);
-        let control = control_socket().map_err(|source| fail("opening a control socket", source))?;
+        let control = interface::control_socket().map_err(|source| fail("opening a control socket", source))?;
         if let Some(bridge) = bridge {
-            attach(&control, name, bridge)?;
+            attach(&control, name, plain, bridge)?;
         }
-        bring_up(&control, name).map_err(|source| fail("bringing the link up", source))?;
+        interface::bring_up(&control, plain).map_err(|source| fail("bringing the link up", source))?;
         Ok(tap)
     }
 }
@@ -208,53 +211,17 @@ impl Uplink for Tap {
     }
 }
 
-/// An `ifreq` with only the name set.
-fn interface_request(name: &str) -> Result<libc::ifreq, TapError> {
-    let good = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':' && byte != b'%';
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name == "." || name == ".." || !name.bytes().all(good) {
-        return Err(TapError::BadName { name: name.to_owned() });
-    }
-    // SAFETY: ifreq is a plain C struct (a byte array and a union of integers, addresses and a raw
-    // pointer); all zeroes is a valid value of it.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    Ok(request)
-}
-
-fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: socket(2) takes no pointers.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    check(fd)?;
-    // SAFETY: the fd was opened just now and nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn attach(control: &OwnedFd, name: &str, bridge: &str) -> Result<(), TapError> {
+fn attach(control: &OwnedFd, name: &str, request: libc::ifreq, bridge: &str) -> Result<(), TapError> {
     let fail = |source| TapError::Io { name: name.to_owned(), action: "attaching it to the bridge", source };
     let no_bridge = || TapError::NoBridge { bridge: bridge.to_owned() };
-    let mut request = interface_request(name)?;
-    // Not from /sys, which may show another network namespace than the one we are in.
-    ioctl_request(control, libc::SIOCGIFINDEX as _, &mut request).map_err(fail)?;
-    // SAFETY: SIOCGIFINDEX succeeded, so the kernel stored the index in this field.
-    let index = unsafe { request.ifr_ifru.ifru_ifindex };
-    let mut request = interface_request(bridge).map_err(|_| no_bridge())?;
+    let index = interface::index(control, request).map_err(fail)?;
+    let mut request = interface::request(bridge).ok_or_else(no_bridge)?;
     request.ifr_ifru.ifru_ifindex = index;
-    ioctl_request(control, SIOCBRADDIF, &mut request).map_err(|source| match source.raw_os_error() {
+    interface::ioctl(control, SIOCBRADDIF, &mut request).map_err(|source| match source.raw_os_error() {
         Some(libc::ENODEV | libc::EOPNOTSUPP | libc::EINVAL) => no_bridge(),
         Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
         _ => fail(source),
     })
-}
-
-fn bring_up(control: &OwnedFd, name: &str) -> io::Result<()> {
-    let mut request = interface_request(name).map_err(io::Error::other)?;
-    ioctl_request(control, libc::SIOCGIFFLAGS as _, &mut request)?;
-    // SAFETY: SIOCGIFFLAGS succeeded, so the kernel stored the flags in this field.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    ioctl_request(control, libc::SIOCSIFFLAGS as _, &mut request)
 }
 
 /// Best effort: a host without IPv6 has no such file, and chatter is no reason to refuse service.
@@ -263,14 +230,4 @@ fn disable_ipv6(name: &str) {
     if let Err(error) = std::fs::write(&path, "1") {
         tracing::debug!(%error, path, "IPv6 stays as it is on the TAP");
     }
-}
-
-fn ioctl_request(fd: &OwnedFd, request: libc::c_ulong, argument: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: each request used in this file takes a pointer to an ifreq, reads or writes no more than
-    // that, and keeps no pointer; `argument` is one and is borrowed for the call.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, std::ptr::from_mut(argument)) })
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

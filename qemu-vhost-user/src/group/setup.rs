@@ -11,6 +11,7 @@ use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpF
 use dataplane::idle::Idler;
 use dataplane::stages::StageClock;
 use dataplane::uplink::Uplink;
+use dataplane::uplink::af_packet::AfPacket;
 use dataplane::uplink::tap::Tap;
 use dataplane::wait::{Poller, now_us};
 
@@ -124,17 +125,24 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
 }
 
 fn open_uplink(vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
-    let failed = |name: &str, error: &dyn std::fmt::Display| GroupError::Uplink {
+    let failed = |name: &str, error: &dyn std::error::Error| GroupError::Uplink {
         name: name.to_owned(),
-        reason: error.to_string(),
+        reason: error.source().map_or(error.to_string(), |source| format!("{error}: {source}")),
     };
     match &vm.uplink.kind {
         UplinkKind::Tap { tap, bridge } => match Tap::open(tap, bridge.as_deref()) {
             Ok(port) => Ok(Box::new(port)),
             Err(error) => Err(failed(tap, &error)),
         },
-        UplinkKind::AfPacket { interface: name, .. } | UplinkKind::Dpdk { port: name } => {
-            Err(failed(name, &"this kind of uplink is not built in"))
+        UplinkKind::AfPacket { interface, promiscuous } => {
+            let mac = vm.mac_bytes().map_err(|error| failed(interface, &error))?;
+            match AfPacket::open(interface, (!promiscuous).then_some(mac)) {
+                Ok(port) => Ok(Box::new(port)),
+                Err(error) => Err(failed(interface, &error)),
+            }
+        }
+        UplinkKind::Dpdk { port } => {
+            Err(GroupError::Uplink { name: port.clone(), reason: "this kind of uplink is not built in".into() })
         }
     }
 }

@@ -294,7 +294,7 @@ fn later_fragments_have_a_protocol_and_no_ports() {
 #[test]
 fn padding_is_no_port() {
     // An IP packet of 20 bytes in the shortest Ethernet frame.
-    let mut frame = vec![0u8; VNET_HEADER_BYTES + 60];
+    let mut frame = [0u8; VNET_HEADER_BYTES + 60];
     frame[VNET_HEADER_BYTES + 12..][..12].copy_from_slice(&[8, 0, 0x45, 0, 0, 20, 0, 0, 0, 0, 64, 6]);
     let fields = parse(&frame[VNET_HEADER_BYTES..]).unwrap();
     assert_eq!((fields.protocol, fields.ports), (Some(6), None));

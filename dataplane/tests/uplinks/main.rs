@@ -1,0 +1,6 @@
+//! Real ports of the kernel, each test in a network namespace of its own. Needs root; without it the tests say so and pass.
+
+mod af_packet;
+mod common;
+mod offload;
+mod tap;
