@@ -137,9 +137,7 @@ impl Region {
         node: Option<NumaNode>,
     ) -> Result<(Region, Option<RegionError>), RegionError> {
         match Region::map(bytes, pages, node) {
-            Err(why @ RegionError::NoHugePages { .. }) => {
-                Ok((Region::map(bytes, PageSize::Normal, node)?, Some(why)))
-            }
+            Err(why @ RegionError::NoHugePages { .. }) => Ok((Region::map(bytes, PageSize::Normal, node)?, Some(why))),
             mapped => Ok((mapped?, None)),
         }
     }
@@ -152,9 +150,7 @@ impl Region {
         rustix::fs::ftruncate(&fd, bytes as u64)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice, of a file of that size; hugepages are reserved here.
-        let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, fd.as_raw_fd(), 0)
-        };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
