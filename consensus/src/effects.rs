@@ -1,6 +1,6 @@
 //! What goes into a replica and what comes out of it.
 
-use crate::entry::{Entry, HardState};
+use crate::entry::{Entry, HardState, Payload};
 use crate::ids::{Index, PersistId, ReplicaId, View};
 use crate::message::Message;
 use crate::spare::Spare;
@@ -149,6 +149,14 @@ impl Effects {
     /// As [`Message::decode`].
     pub fn decode(&mut self, bytes: &[u8]) -> Result<Message, WireError> {
         Message::decode_with(bytes, &mut self.spare)
+    }
+
+    /// As [`Effects::decode`], without a copy: inputs are parts of `message`, and keep its memory.
+    ///
+    /// # Errors
+    /// As [`Message::decode`].
+    pub fn decode_shared(&mut self, message: &Payload) -> Result<Message, WireError> {
+        Message::decode_shared(message, &mut self.spare)
     }
 
     /// Gives back the memory of a message that was taken out of `messages` and is not needed any more.

@@ -80,9 +80,17 @@ impl Entry {
     /// # Errors
     /// When the bytes are not an entry of this version.
     pub fn decode(bytes: &[u8]) -> Result<Entry, WireError> {
-        let mut reader = Reader { bytes, what: "entry" };
+        Entry::decode_within(bytes, None)
+    }
+
+    /// `home` is what `bytes` is a part of, if payloads may be parts of that too; otherwise they are copied.
+    fn decode_within(bytes: &[u8], home: Option<&Payload>) -> Result<Entry, WireError> {
+        let mut reader = Reader { bytes, what: "entry", home: None };
         let entry = match reader.u8()? {
-            1 => return Ok(Entry::Input(Payload::from(reader.bytes.to_vec()))),
+            1 => {
+                let bytes = reader.bytes;
+                return Ok(Entry::Input(home.map_or_else(|| Payload::from(bytes.to_vec()), |home| home.part(bytes))));
+            }
             2 => Entry::SyncVm { with: reader.replica()? },
             3 => Entry::Second { replica: reader.maybe_replica()?, base: Index(reader.u64()?) },
             4 => Entry::Noop { leader: reader.replica()? },
@@ -106,7 +114,7 @@ impl HardState {
     /// # Errors
     /// When the bytes are not a state of this version.
     pub fn decode(bytes: &[u8]) -> Result<HardState, WireError> {
-        let mut reader = Reader { bytes, what: "hard state" };
+        let mut reader = Reader { bytes, what: "hard state", home: None };
         let (promised, base, flags) = (View(reader.u64()?), reader.base()?, reader.u8()?);
         if flags > 3 {
             return Err(WireError::OutOfRange { what: "hard state flags", value: u64::from(flags) });
@@ -150,6 +158,14 @@ impl Message {
     }
 
     pub(crate) fn decode_with(bytes: &[u8], spare: &mut Spare) -> Result<Message, WireError> {
+        Message::decode_within(bytes, None, spare)
+    }
+
+    pub(crate) fn decode_shared(bytes: &Payload, spare: &mut Spare) -> Result<Message, WireError> {
+        Message::decode_within(bytes, Some(bytes), spare)
+    }
+
+    fn decode_within(bytes: &[u8], home: Option<&Payload>, spare: &mut Spare) -> Result<Message, WireError> {
         let what = "message";
         let Some((body, checksum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
             return Err(WireError::Truncated { what });
@@ -158,7 +174,7 @@ impl Message {
         if expected != found {
             return Err(WireError::Checksum { expected, found });
         }
-        Message::decode_body(Reader { bytes: body, what }, spare)
+        Message::decode_body(Reader { bytes: body, what, home }, spare)
     }
 
     fn decode_body(mut r: Reader<'_>, spare: &mut Spare) -> Result<Message, WireError> {
@@ -278,6 +294,8 @@ impl Put for Entries {
 struct Reader<'a> {
     bytes: &'a [u8],
     what: &'static str,
+    /// What `bytes` is a part of, if payloads may be parts of that too.
+    home: Option<&'a Payload>,
 }
 
 impl<'a> Reader<'a> {
@@ -345,7 +363,7 @@ impl<'a> Reader<'a> {
             let (view, length) = (View(self.u64()?), self.u32()? as usize);
             let bytes = self.bytes.get(..length).ok_or(WireError::Truncated { what: "entry" })?;
             self.bytes = &self.bytes[length..];
-            entries.push((view, Entry::decode(bytes)?));
+            entries.push((view, Entry::decode_within(bytes, self.home)?));
         }
         Ok(entries)
     }

@@ -5,6 +5,7 @@
 //! here knows the consensus protocol or the rule by which held output is released: this crate moves
 //! bytes and keeps them, policy lives above it.
 
+pub mod arena;
 pub mod batch;
 pub mod counters;
 pub mod cycles;
@@ -13,6 +14,7 @@ pub mod fabric;
 pub mod frame;
 pub mod guard;
 pub mod idle;
+pub mod region;
 pub mod stages;
 mod sync;
 pub mod uplink;

@@ -1,7 +1,4 @@
-//! The atomics of everything that threads share here without a lock: the standard library's, or loom's while a model of it
-//! is checked (`RUSTFLAGS="--cfg loom" cargo test -p dataplane --release --lib loom_`).
+//! The atomics of what threads share here. In a module of their own, so that the loom tests can compile the same source with
+//! loom's.
 
-#[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicBool, Ordering, fence};
-#[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicBool, Ordering, fence};

@@ -3,6 +3,7 @@
 //! `epoll_pwait2` takes nanoseconds; the millisecond resolution of `epoll_wait` would turn each 100 µs
 //! idle threshold into a whole millisecond. On kernels before 5.11 the timeout is rounded up to ms.
 
+use crate::doorbell::{Doorbell, Signal};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use std::io;
@@ -41,6 +42,36 @@ impl EventFd {
     pub fn drain(&self) -> bool {
         let mut count = [0u8; 8];
         rustix::io::read(&self.0, &mut count).is_ok()
+    }
+}
+
+/// Wakes a reactor that sleeps in a [`Poller`], and costs nothing while it does not.
+pub type Bell = Doorbell<EventFd>;
+
+impl Signal for EventFd {
+    fn signal(&self) {
+        EventFd::signal(self);
+    }
+}
+
+impl Doorbell<EventFd> {
+    /// A bell with an eventfd of its own.
+    ///
+    /// # Errors
+    /// Those of [`EventFd::new`].
+    pub fn new() -> io::Result<Bell> {
+        Ok(Doorbell::over(EventFd::new()?))
+    }
+
+    /// Consumer: takes back all signals, after the descriptor was found readable.
+    pub fn drain(&self) {
+        self.signal.drain();
+    }
+}
+
+impl AsFd for Doorbell<EventFd> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.signal.as_fd()
     }
 }
 
@@ -252,5 +283,56 @@ mod tests {
         poller.remove(&event).unwrap();
         poller.wait(Some(0), &mut ready).unwrap();
         assert!(ready.is_empty());
+    }
+
+    #[test]
+    fn only_an_armed_bell_costs_a_signal() {
+        let bell = Bell::new().unwrap();
+        let poller = Poller::new().unwrap();
+        poller.add(&bell, 1, Interest::Read).unwrap();
+        let mut ready = Vec::new();
+        bell.disarm();
+        bell.ring();
+        poller.wait(Some(0), &mut ready).unwrap();
+        assert!(ready.is_empty());
+        bell.arm();
+        bell.ring();
+        poller.wait(Some(1_000_000), &mut ready).unwrap();
+        assert_eq!(ready.len(), 1);
+        bell.drain();
+        poller.wait(Some(0), &mut ready).unwrap();
+        assert!(ready.is_empty());
+    }
+
+    #[test]
+    fn a_sleeper_misses_nothing_that_threads_publish() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicU64, Ordering};
+        const ITEMS: u64 = 20_000;
+        let (bell, published) = (Arc::new(Bell::new().unwrap()), Arc::new(AtomicU64::new(0)));
+        let poller = Poller::new().unwrap();
+        poller.add(&*bell, 1, Interest::Read).unwrap();
+        let producer = std::thread::spawn({
+            let (bell, published) = (bell.clone(), published.clone());
+            move || {
+                for _ in 0..ITEMS {
+                    published.fetch_add(1, Ordering::Relaxed);
+                    bell.ring();
+                }
+            }
+        });
+        let (mut seen, mut ready) = (0, Vec::new());
+        while seen < ITEMS {
+            bell.arm();
+            let now = published.load(Ordering::Relaxed);
+            if now == seen {
+                poller.wait(Some(5_000_000), &mut ready).unwrap();
+                assert!(!ready.is_empty(), "slept for 5 s although something may have been published");
+                bell.drain();
+            }
+            bell.disarm();
+            seen = published.load(Ordering::Relaxed);
+        }
+        producer.join().unwrap();
     }
 }

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dataplane::doorbell::Doorbell;
 use dataplane::fabric::{Listener, NodeIdentity, Security};
+use dataplane::wait::Bell;
 
 use crate::config::{NodeConfig, VmConfig};
 use crate::control::{ControlServer, GroupHandle, GroupHandles};
@@ -98,7 +98,7 @@ pub fn run(config: NodeConfig, security: Security, socket: SocketOverride) -> Re
     let mut threads = Vec::new();
     for (at, vm) in node.config.vms.values().cloned().enumerate() {
         let (node, socket) = (node.clone(), socket.take().unwrap_or_default());
-        let wake = Arc::new(Doorbell::new().map_err(|source| NodeError::System { what: "eventfd", source })?);
+        let wake = Arc::new(Bell::new().map_err(|source| NodeError::System { what: "eventfd", source })?);
         let thread_wake = wake.clone();
         let thread = std::thread::Builder::new()
             .name(format!("plover-{}", vm.name))
@@ -131,7 +131,7 @@ struct Node {
 
 impl Node {
     /// Runs one group until the daemon ends, again after every failure.
-    fn keep_group_running(&self, vm: &VmConfig, at: usize, wake: &Arc<Doorbell>, mut socket: SocketOverride) {
+    fn keep_group_running(&self, vm: &VmConfig, at: usize, wake: &Arc<Bell>, mut socket: SocketOverride) {
         while !self.stopping.load(Ordering::Acquire) {
             let (handle, requests) = GroupHandle::new(wake.clone());
             self.groups.lock().expect("no holder of this lock panics").insert(vm.name.clone(), handle);

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dataplane::doorbell::Doorbell;
+use dataplane::wait::Bell;
 
 use super::{MAX_REQUEST_BYTES, Request, Response};
 
@@ -36,12 +36,12 @@ pub struct GroupHandle {
     /// The reactor's mailbox.
     pub sender: Sender<GroupRequest>,
     /// Wakes the reactor.
-    pub wake: Arc<Doorbell>,
+    pub wake: Arc<Bell>,
 }
 
 impl GroupHandle {
     /// A mailbox and its receiving end.
-    pub fn new(wake: Arc<Doorbell>) -> (Self, Receiver<GroupRequest>) {
+    pub fn new(wake: Arc<Bell>) -> (Self, Receiver<GroupRequest>) {
         let (sender, receiver) = channel();
         (Self { sender, wake }, receiver)
     }

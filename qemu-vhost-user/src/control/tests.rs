@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dataplane::doorbell::Doorbell;
+use dataplane::wait::Bell;
 use proptest::prelude::*;
 
 use super::{ControlServer, GroupHandle, GroupHandles, Request, Response, request};
@@ -25,7 +25,7 @@ fn server(test: &str) -> (ControlServer, PathBuf, GroupHandles) {
 #[test]
 fn a_request_reaches_its_group_and_the_answer_comes_back() {
     let (_server, path, groups) = server("answer");
-    let (handle, receiver) = GroupHandle::new(Arc::new(Doorbell::new().unwrap()));
+    let (handle, receiver) = GroupHandle::new(Arc::new(Bell::new().unwrap()));
     groups.lock().unwrap().insert("redis".into(), handle);
     let group = std::thread::spawn(move || {
         let asked = receiver.recv_timeout(Duration::from_secs(5)).unwrap();

@@ -12,12 +12,11 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::counters::LoopCounter;
-use dataplane::doorbell::Doorbell;
 use dataplane::fabric::Fabric;
 use dataplane::idle::{BREATHER_US, Found, Idler, Rest};
 use dataplane::stages::{Stage, StageClock};
 use dataplane::uplink::{Burst, OffloadFlags};
-use dataplane::wait::{Interest, Poller, Ready, now_us};
+use dataplane::wait::{Bell, Interest, Poller, Ready, now_us};
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -108,7 +107,7 @@ pub struct Reactor<'a> {
     pub(super) loops: LoopCounter,
     pub(super) stages: StageClock,
     pub(super) requests: Receiver<GroupRequest>,
-    pub(super) wake: Arc<Doorbell>,
+    pub(super) wake: Arc<Bell>,
     pub(super) stopping: &'a AtomicBool,
     pub(super) poller: Arc<Poller>,
     pub(super) next_progress_us: u64,

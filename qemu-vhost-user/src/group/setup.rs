@@ -6,14 +6,13 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Config, ReplicaId};
 use dataplane::counters::LoopCounter;
-use dataplane::doorbell::Doorbell;
 use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
 use dataplane::idle::Idler;
 use dataplane::stages::StageClock;
 use dataplane::uplink::Uplink;
 use dataplane::uplink::af_packet::AfPacket;
 use dataplane::uplink::tap::Tap;
-use dataplane::wait::{Poller, now_us};
+use dataplane::wait::{Bell, Poller, now_us};
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -46,7 +45,7 @@ pub struct GroupSetup<'a> {
     /// Requests from the control socket.
     pub requests: Receiver<GroupRequest>,
     /// Wakes the reactor.
-    pub wake: Arc<Doorbell>,
+    pub wake: Arc<Bell>,
     /// Set when the daemon ends.
     pub stopping: &'a AtomicBool,
     /// `--socket-path` or `--fd`.

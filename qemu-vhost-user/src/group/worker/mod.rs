@@ -18,9 +18,8 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 
 use consensus::{Index, ReplicaId, View};
-use dataplane::doorbell::Doorbell;
 use dataplane::fabric::bulk::BulkCancel;
-use dataplane::wait::EventFd;
+use dataplane::wait::{Bell, EventFd};
 use syncvm::exchange::SyncReport;
 
 use crate::qemu::agent::VcpuClocks;
@@ -210,7 +209,7 @@ pub struct Worker {
     command_event: Arc<EventFd>,
     reports: Receiver<Report>,
     /// Rung when reports wait.
-    pub report_bell: Arc<Doorbell>,
+    pub report_bell: Arc<Bell>,
     /// Shared permissions.
     pub standing: Arc<Standing>,
     /// Crash points for tests.
@@ -223,7 +222,7 @@ pub(crate) struct WorkerPort {
     pub commands: Mutex<Receiver<Command>>,
     pub command_event: Arc<EventFd>,
     pub reports: Sender<Report>,
-    pub report_bell: Arc<Doorbell>,
+    pub report_bell: Arc<Bell>,
     pub standing: Arc<Standing>,
     pub crash_points: Arc<CrashPoints>,
 }
@@ -245,7 +244,7 @@ impl WorkerPort {
 pub(crate) fn queues(crash_points: Arc<CrashPoints>) -> std::io::Result<(Worker, WorkerPort)> {
     let (commands, command_receiver) = channel();
     let (report_sender, reports) = channel();
-    let (command_event, report_bell) = (Arc::new(EventFd::new()?), Arc::new(Doorbell::new()?));
+    let (command_event, report_bell) = (Arc::new(EventFd::new()?), Arc::new(Bell::new()?));
     let standing = Arc::new(Standing::default());
     let port = WorkerPort {
         commands: Mutex::new(command_receiver),
