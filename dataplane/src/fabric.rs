@@ -10,6 +10,8 @@
 pub mod bulk;
 mod connection;
 mod frames;
+#[doc(hidden)]
+pub mod fuzz;
 mod hello;
 mod listener;
 mod port;
