@@ -13,6 +13,8 @@ mod frames;
 #[doc(hidden)]
 pub mod fuzz;
 mod hello;
+#[expect(dead_code, reason = "links begin to use lanes with the first one that is not TCP")]
+mod lane;
 mod listener;
 mod port;
 mod secure;
@@ -20,6 +22,7 @@ mod socket;
 mod tcp;
 
 pub use hello::{Refusal, RefusalCode};
+pub use lane::{Transport, UnknownTransport};
 pub use listener::{Listener, RegisterError};
 pub use port::{BulkPort, ControlPort, GroupPort, IncomingBulk};
 pub use secure::{FabricKey, KeyError, Security};
