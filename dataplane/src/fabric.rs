@@ -16,8 +16,10 @@ mod hello;
 #[expect(dead_code, reason = "links begin to use lanes with the first one that is not TCP")]
 mod lane;
 mod listener;
+pub mod middleware;
 mod port;
 mod secure;
+mod shm;
 mod socket;
 mod tcp;
 
@@ -161,6 +163,9 @@ pub enum SendError {
 }
 
 /// The control lane between this replica and its peers. Nonblocking; owned by one thread.
+///
+/// An owner that spins calls [`poll_lanes`](Self::poll_lanes) in its loop and [`poll`](Self::poll) when the poller or the
+/// deadline says so. One that is about to sleep calls [`arm`](Self::arm) first.
 pub trait Fabric: Send {
     /// Sends the concatenation of `parts` as one message, or nothing of it. Success means that it will
     /// arrive unless a `Lost` follows.
@@ -172,6 +177,16 @@ pub trait Fabric: Send {
     /// Makes progress on all connections and reports what happened. Call it when the poller says so,
     /// when [`next_deadline_us`](Self::next_deadline_us) has come, or in a loop.
     fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>));
+
+    /// The part of [`poll`](Self::poll) that needs no system call: takes what came through memory.
+    fn poll_lanes(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>));
+
+    /// Whether something may come through memory, so that [`poll_lanes`](Self::poll_lanes) makes sense without an event.
+    fn has_memory_lanes(&self) -> bool;
+
+    /// Before the owner sleeps in the poller: asks for wake-ups. `true`: there is something already; poll instead of
+    /// sleeping. Without it a message that comes through memory wakes nobody. The next poll takes it back.
+    fn arm(&mut self) -> bool;
 
     /// When [`poll`](Self::poll) must be called at the latest.
     fn next_deadline_us(&self) -> u64;
@@ -191,4 +206,50 @@ pub trait Fabric: Send {
 
     /// Why there is no connection to `peer`, or why the last one ended; for people.
     fn trouble(&self, peer: PeerId) -> Option<&str>;
+}
+
+impl<F: Fabric + ?Sized> Fabric for Box<F> {
+    fn send(&mut self, peer: PeerId, parts: &[&[u8]]) -> Result<(), SendError> {
+        (**self).send(peer, parts)
+    }
+
+    fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        (**self).poll(now_us, sink);
+    }
+
+    fn poll_lanes(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        (**self).poll_lanes(now_us, sink);
+    }
+
+    fn has_memory_lanes(&self) -> bool {
+        (**self).has_memory_lanes()
+    }
+
+    fn arm(&mut self) -> bool {
+        (**self).arm()
+    }
+
+    fn next_deadline_us(&self) -> u64 {
+        (**self).next_deadline_us()
+    }
+
+    fn is_connected(&self, peer: PeerId) -> bool {
+        (**self).is_connected(peer)
+    }
+
+    fn last_heard_us(&self, peer: PeerId) -> Option<u64> {
+        (**self).last_heard_us(peer)
+    }
+
+    fn queued_bytes(&self, peer: PeerId) -> usize {
+        (**self).queued_bytes(peer)
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        (**self).disconnect(peer);
+    }
+
+    fn trouble(&self, peer: PeerId) -> Option<&str> {
+        (**self).trouble(peer)
+    }
 }

@@ -13,6 +13,7 @@ pub mod fabric;
 pub mod frame;
 pub mod guard;
 pub mod idle;
+pub mod ring;
 pub mod stages;
 mod sync;
 pub mod uplink;

@@ -133,6 +133,9 @@ pub(super) trait Lane: Send {
 
     /// Becomes readable after [`arm`](Self::arm) when there is something. `None`: the TCP connection does.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// The other side is up too: what served the set-up only can go.
+    fn peer_is_up(&mut self) {}
 }
 
 /// What both ends of a lane must know.
@@ -188,13 +191,11 @@ pub(super) trait LaneSetup: Send {
 ///
 /// # Panics
 /// For [`Transport::Tcp`], which needs no set-up.
-pub(super) fn begin(
-    transport: Transport,
-    _context: &SetupContext,
-) -> Result<(Box<dyn LaneSetup>, Vec<u8>), SetupError> {
+pub(super) fn begin(transport: Transport, context: &SetupContext) -> Result<(Box<dyn LaneSetup>, Vec<u8>), SetupError> {
     match transport {
         Transport::Tcp => unreachable!("the TCP connection is there already"),
-        Transport::Shm | Transport::Rdma => Err(SetupError { transport, what: "it is not built yet".to_owned() }),
+        Transport::Shm => super::shm::begin(context),
+        Transport::Rdma => Err(SetupError { transport, what: "it is not built yet".to_owned() }),
     }
 }
 

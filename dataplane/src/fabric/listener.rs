@@ -107,6 +107,7 @@ impl Listener {
     /// # Errors
     /// Those of bind(2) and listen(2), with the address and the remedy in the text.
     pub fn bind(addr: SocketAddr, identity: NodeIdentity, security: Security) -> io::Result<Listener> {
+        super::shm::sweep();
         let listener = TcpListener::bind(addr).map_err(|error| {
             let text = format!(
                 "cannot listen on {addr} for the fabric: {error}. Is another plover running here, and \

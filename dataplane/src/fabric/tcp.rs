@@ -218,6 +218,16 @@ impl Fabric for TcpFabric {
         }
     }
 
+    fn poll_lanes(&mut self, _now_us: u64, _sink: &mut dyn FnMut(FabricEvent<'_>)) {}
+
+    fn has_memory_lanes(&self) -> bool {
+        false
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
     fn next_deadline_us(&self) -> u64 {
         self.links.iter().map(|link| link.deadline_us(&self.common.config)).min().unwrap_or(u64::MAX)
     }
