@@ -1,34 +1,37 @@
 //! Messages between the replicas of a group.
 //!
-//! Two lanes. The control lane ([`Fabric`], here over TCP: [`TcpFabric`]) belongs to the reactor and
+//! Two lanes. The control lane ([`Fabric`], to all peers of a group: [`PeerFabric`]) belongs to the reactor and
 //! never blocks. The bulk lane ([`bulk::BulkLink`]) carries syncvm transfers, blocks under deadlines
 //! and belongs to a sync thread. One [`Listener`] per node takes the connections of both for all
 //! groups, so a node has one port to open.
 //!
-//! Code above sees the trait only, so that shared memory and RDMA can take the control lane later.
+//! What carries the messages of a pair, TCP or memory, is chosen per pair ([`Transport`]); code above cannot tell.
 
 pub mod bulk;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod connection;
 mod frames;
 #[doc(hidden)]
 pub mod fuzz;
 mod hello;
-#[expect(dead_code, reason = "links begin to use lanes with the first one that is not TCP")]
 mod lane;
 mod listener;
 pub mod middleware;
+mod negotiation;
+mod peers;
 mod port;
 mod secure;
+mod session;
 mod shm;
 mod socket;
-mod tcp;
 
 pub use hello::{Refusal, RefusalCode};
 pub use lane::{Transport, UnknownTransport};
 pub use listener::{Listener, RegisterError};
+pub use peers::{FabricConfig, PeerFabric};
 pub use port::{BulkPort, ControlPort, GroupPort, IncomingBulk};
 pub use secure::{FabricKey, KeyError, Security};
-pub use tcp::{FabricConfig, TcpFabric};
 
 use std::net::SocketAddr;
 
@@ -76,6 +79,8 @@ pub struct Replica {
     pub node: String,
     /// Where that node's [`Listener`] is.
     pub addr: SocketAddr,
+    /// What may carry its messages, the preferred one first; see [`Transport::between`].
+    pub transports: Vec<Transport>,
 }
 
 /// What [`Fabric::poll`] reports.
@@ -137,6 +142,9 @@ pub enum LostReason {
     /// A record of an encrypted connection did not open.
     #[error("{0}")]
     Forged(String),
+    /// What carries the messages failed, or the peer broke its rules.
+    #[error("{0}")]
+    Lane(String),
     /// A newer connection of the same replica took its place.
     #[error("a newer connection of the same replica took its place")]
     Replaced,

@@ -164,10 +164,9 @@ struct Sleeper {
 impl Sleeper {
     /// Says that this side is about to sleep. What is looked at afterwards is as new as what the other side looks at.
     fn lie_down(&mut self, sign: &AtomicU32) {
-        if self.number.is_multiple_of(2) {
-            self.number = self.number.wrapping_add(1);
-            sign.store(self.number, Ordering::Relaxed);
-        }
+        // Also when it lies already: who was rung for turns over to be rung for again.
+        self.number = self.number.wrapping_add(1) | 1;
+        sign.store(self.number, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
 

@@ -78,31 +78,41 @@ fn records_arrive_whole_and_in_order_around_the_end() {
 
 #[test]
 fn a_consumer_that_goes_to_sleep_misses_no_record() {
-    model(3, || {
-        let (mut producer, mut consumer) = ends();
-        let bell = Arc::new(Notify::new());
-        let ring = Arc::clone(&bell);
-        let writer = thread::spawn(move || {
-            for value in 1..=2 {
-                assert!(push(&mut producer, value));
-                if producer.take_wake() {
-                    ring.notify();
-                }
+    model(3, || sleeping_consumer(true));
+}
+
+/// The same for one that never says that it is awake.
+#[test]
+fn a_consumer_that_lies_down_again_and_again_misses_no_record() {
+    model(3, || sleeping_consumer(false));
+}
+
+fn sleeping_consumer(gets_up: bool) {
+    let (mut producer, mut consumer) = ends();
+    let bell = Arc::new(Notify::new());
+    let ring = Arc::clone(&bell);
+    let writer = thread::spawn(move || {
+        for value in 1..=2 {
+            assert!(push(&mut producer, value));
+            if producer.take_wake() {
+                ring.notify();
             }
-        });
-        let mut received = Vec::new();
-        while received.len() < 2 {
-            match take(&mut consumer) {
-                Some(value) => received.push(value),
-                None if consumer.arm() => {}
-                // If no bell ever rings, loom says «deadlock».
-                None => bell.wait(),
-            }
+        }
+    });
+    let mut received = Vec::new();
+    while received.len() < 2 {
+        match take(&mut consumer) {
+            Some(value) => received.push(value),
+            None if consumer.arm() => {}
+            // If no bell ever rings, loom says «deadlock».
+            None => bell.wait(),
+        }
+        if gets_up {
             consumer.disarm();
         }
-        assert_eq!(received, [1, 2]);
-        writer.join().unwrap();
-    });
+    }
+    assert_eq!(received, [1, 2]);
+    writer.join().unwrap();
 }
 
 #[test]

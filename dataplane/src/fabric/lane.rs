@@ -13,6 +13,11 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
 
+/// Of a control lane, each direction, bytes. Small enough to stay in the second-level cache of the core that polls it.
+pub(super) const CONTROL_RING_BYTES: usize = 256 << 10;
+/// Of a bulk lane, each direction, bytes.
+pub(super) const BULK_RING_BYTES: usize = 4 << 20;
+
 /// The longest offer, bytes; longer ones are refused before they are stored.
 pub(super) const MAX_OFFER_BYTES: usize = 4096;
 

@@ -396,7 +396,7 @@ impl Acceptor {
                         instance: hello.instance,
                         view: hello.view,
                         number: hello.number,
-                        link: BulkLink::from_stream(fd, cipher),
+                        link: BulkLink::from_stream(fd, cipher, hello.transport),
                     });
                 }
             }
@@ -478,6 +478,15 @@ fn check_hello<'g>(
     if hello.lane == Lane::Control && *from > me {
         let text = format!("replica {from} must wait for replica {me} to connect, the lower one dials");
         return refuse(RefusalCode::WrongReplica, text);
+    }
+    let transport = group.membership.transport_to(*from);
+    if hello.transport != transport {
+        let text = format!(
+            "the node {us} uses {transport} between the replicas {from} and {me} of the group {name}, and {node} wants \
+             {}: the replicas' `transports` must be listed alike on all nodes",
+            hello.transport
+        );
+        return refuse(RefusalCode::Transport, text);
     }
     Ok(group)
 }

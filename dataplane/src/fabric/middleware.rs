@@ -12,6 +12,8 @@ mod record;
 
 pub use delay::{DelayConfig, Delayed};
 pub use faults::{FaultConfig, Faulty};
+#[cfg(feature = "conformance")]
+pub(super) use random::Random;
 pub use record::Recorder;
 
 /// `Fabric::poll` or `Fabric::poll_lanes`.

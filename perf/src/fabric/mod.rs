@@ -2,6 +2,7 @@
 
 mod bulk;
 pub(crate) mod rtt;
+mod shm;
 
 use anyhow::Result;
 
@@ -14,5 +15,6 @@ use crate::group::Sink;
 /// The first measurement that fails, or the sink's error.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     rtt::run(effort, sink)?;
+    shm::run(effort, sink)?;
     bulk::run(effort, sink)
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dataplane::fabric::{
-    Fabric, FabricConfig, FabricEvent, FabricKey, Listener, NodeIdentity, PeerId, Replica, Security, TcpFabric,
+    Fabric, FabricConfig, FabricEvent, FabricKey, Listener, NodeIdentity, PeerFabric, PeerId, Replica, Security,
 };
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
@@ -78,18 +78,18 @@ pub(crate) fn p50_us(trips: u64, mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]
 }
 
 /// One end of the fabric and what its last poll brought.
-struct End {
-    fabric: TcpFabric,
+pub(super) struct End {
+    pub fabric: PeerFabric,
     poller: Arc<Poller>,
     ready: Vec<Ready>,
-    peer: PeerId,
+    pub peer: PeerId,
     /// Messages of the last poll, one behind the other.
-    received: Vec<u8>,
+    pub received: Vec<u8>,
     lost: Option<String>,
 }
 
 impl End {
-    fn new(listener: &Listener, replicas: Vec<Replica>, me: u8) -> Result<End> {
+    pub fn new(listener: &Listener, replicas: Vec<Replica>, me: u8) -> Result<End> {
         // While the other side is measured this one is not polled: no silence may end the connection,
         // and no ping may disturb.
         let config = FabricConfig {
@@ -101,7 +101,7 @@ impl End {
         let port = listener.register("perf", replicas, PeerId(me))?;
         let poller = Arc::new(Poller::new()?);
         let shared = Arc::clone(&poller);
-        let fabric = TcpFabric::new(config, port.control, shared, FABRIC_TOKEN, now_us())?;
+        let fabric = PeerFabric::new(config, port.control, shared, FABRIC_TOKEN, now_us())?;
         Ok(End { fabric, poller, ready: Vec::new(), peer: PeerId(1 - me), received: Vec::new(), lost: None })
     }
 
@@ -131,7 +131,7 @@ impl End {
         }
     }
 
-    fn until_connected(&mut self) -> Result<()> {
+    pub fn until_connected(&mut self) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         while !self.fabric.is_connected(self.peer) {
             self.step(deadline)?;
@@ -157,6 +157,7 @@ pub(super) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Repli
         id: PeerId(id),
         node: listener.identity().name.clone(),
         addr: listener.local_addr(),
+        transports: Vec::new(),
     };
     let replicas = (0..).zip(&listeners).map(replica).collect();
     Ok((listeners, replicas))
