@@ -1,27 +1,37 @@
 //! Messages between the replicas of a group.
 //!
-//! Two lanes. The control lane ([`Fabric`], here over TCP: [`TcpFabric`]) belongs to the reactor and
+//! Two lanes. The control lane ([`Fabric`], to all peers of a group: [`PeerFabric`]) belongs to the reactor and
 //! never blocks. The bulk lane ([`bulk::BulkLink`]) carries syncvm transfers, blocks under deadlines
 //! and belongs to a sync thread. One [`Listener`] per node takes the connections of both for all
 //! groups, so a node has one port to open.
 //!
-//! Code above sees the trait only, so that shared memory and RDMA can take the control lane later.
+//! What carries the messages of a pair, TCP or memory, is chosen per pair ([`Transport`]); code above cannot tell.
 
 pub mod bulk;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod connection;
 mod frames;
+#[doc(hidden)]
+pub mod fuzz;
 mod hello;
+mod lane;
 mod listener;
+pub mod middleware;
+mod negotiation;
+mod peers;
 mod port;
 mod secure;
+mod session;
+mod shm;
 mod socket;
-mod tcp;
 
 pub use hello::{Refusal, RefusalCode};
+pub use lane::{Transport, UnknownTransport};
 pub use listener::{Listener, RegisterError};
+pub use peers::{FabricConfig, PeerFabric};
 pub use port::{BulkPort, ControlPort, GroupPort, IncomingBulk};
 pub use secure::{FabricKey, KeyError, Security};
-pub use tcp::{FabricConfig, TcpFabric};
 
 use std::net::SocketAddr;
 
@@ -69,6 +79,8 @@ pub struct Replica {
     pub node: String,
     /// Where that node's [`Listener`] is.
     pub addr: SocketAddr,
+    /// What may carry its messages, the preferred one first; see [`Transport::between`].
+    pub transports: Vec<Transport>,
 }
 
 /// What [`Fabric::poll`] reports.
@@ -130,6 +142,9 @@ pub enum LostReason {
     /// A record of an encrypted connection did not open.
     #[error("{0}")]
     Forged(String),
+    /// What carries the messages failed, or the peer broke its rules.
+    #[error("{0}")]
+    Lane(String),
     /// A newer connection of the same replica took its place.
     #[error("a newer connection of the same replica took its place")]
     Replaced,
@@ -156,6 +171,9 @@ pub enum SendError {
 }
 
 /// The control lane between this replica and its peers. Nonblocking; owned by one thread.
+///
+/// An owner that spins calls [`poll_lanes`](Self::poll_lanes) in its loop and [`poll`](Self::poll) when the poller or the
+/// deadline says so. One that is about to sleep calls [`arm`](Self::arm) first.
 pub trait Fabric: Send {
     /// Sends the concatenation of `parts` as one message, or nothing of it. Success means that it will
     /// arrive unless a `Lost` follows.
@@ -167,6 +185,16 @@ pub trait Fabric: Send {
     /// Makes progress on all connections and reports what happened. Call it when the poller says so,
     /// when [`next_deadline_us`](Self::next_deadline_us) has come, or in a loop.
     fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>));
+
+    /// The part of [`poll`](Self::poll) that needs no system call: takes what came through memory.
+    fn poll_lanes(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>));
+
+    /// Whether something may come through memory, so that [`poll_lanes`](Self::poll_lanes) makes sense without an event.
+    fn has_memory_lanes(&self) -> bool;
+
+    /// Before the owner sleeps in the poller: asks for wake-ups. `true`: there is something already; poll instead of
+    /// sleeping. Without it a message that comes through memory wakes nobody. The next poll takes it back.
+    fn arm(&mut self) -> bool;
 
     /// When [`poll`](Self::poll) must be called at the latest.
     fn next_deadline_us(&self) -> u64;
@@ -186,4 +214,50 @@ pub trait Fabric: Send {
 
     /// Why there is no connection to `peer`, or why the last one ended; for people.
     fn trouble(&self, peer: PeerId) -> Option<&str>;
+}
+
+impl<F: Fabric + ?Sized> Fabric for Box<F> {
+    fn send(&mut self, peer: PeerId, parts: &[&[u8]]) -> Result<(), SendError> {
+        (**self).send(peer, parts)
+    }
+
+    fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        (**self).poll(now_us, sink);
+    }
+
+    fn poll_lanes(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        (**self).poll_lanes(now_us, sink);
+    }
+
+    fn has_memory_lanes(&self) -> bool {
+        (**self).has_memory_lanes()
+    }
+
+    fn arm(&mut self) -> bool {
+        (**self).arm()
+    }
+
+    fn next_deadline_us(&self) -> u64 {
+        (**self).next_deadline_us()
+    }
+
+    fn is_connected(&self, peer: PeerId) -> bool {
+        (**self).is_connected(peer)
+    }
+
+    fn last_heard_us(&self, peer: PeerId) -> Option<u64> {
+        (**self).last_heard_us(peer)
+    }
+
+    fn queued_bytes(&self, peer: PeerId) -> usize {
+        (**self).queued_bytes(peer)
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        (**self).disconnect(peer);
+    }
+
+    fn trouble(&self, peer: PeerId) -> Option<&str> {
+        (**self).trouble(peer)
+    }
 }

@@ -15,6 +15,7 @@ pub mod frame;
 pub mod guard;
 pub mod idle;
 pub mod region;
+pub mod ring;
 pub mod stages;
 mod sync;
 pub mod uplink;

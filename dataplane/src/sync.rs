@@ -2,3 +2,5 @@
 //! loom's.
 
 pub(crate) use std::sync::atomic::{AtomicBool, Ordering, fence};
+// The ring's, always these: it may lie in memory that processes share. Its models (tests/loom.rs) compile it with loom's.
+pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64};

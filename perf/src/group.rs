@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::row::Row;
-use crate::{Effort, fabric_rtt, log, ordering, page_hash, replica_steps, results};
+use crate::{Effort, fabric, log, ordering, page_hash, replica_steps, results};
 
 /// Takes each row as soon as it is measured, so that a later failure loses nothing.
 pub type Sink<'a> = &'a mut dyn FnMut(Row) -> Result<()>;
@@ -19,8 +19,9 @@ pub struct Group {
 }
 
 /// All groups.
-pub const GROUPS: [Group; 3] = [
-    Group { name: "core", about: "parts that need no peer: page hashes, fabric round trip", run: core },
+pub const GROUPS: [Group; 4] = [
+    Group { name: "core", about: "parts that need no peer: page hashes", run: core },
+    Group { name: "fabric", about: "round trips and bulk transfers between replicas, per transport", run: fabric::run },
     Group { name: "log", about: "the durable log, against fio and a bare io_uring loop", run: durable_log },
     Group {
         name: "consensus",
@@ -52,8 +53,7 @@ impl Group {
 }
 
 fn core(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    page_hash::run(effort, sink)?;
-    fabric_rtt::run(effort, sink)
+    page_hash::run(effort, sink)
 }
 
 fn durable_log(effort: Effort, sink: Sink<'_>) -> Result<()> {
@@ -73,6 +73,6 @@ mod tests {
     fn an_unknown_group_is_refused_with_the_names() {
         assert_eq!(Group::find("core").unwrap().name, "core");
         let error = Group::find("cor").unwrap_err().to_string();
-        assert!(error.contains("«cor»") && error.ends_with("there are: core, log, consensus"), "{error}");
+        assert!(error.contains("«cor»") && error.ends_with("there are: core, fabric, log, consensus"), "{error}");
     }
 }

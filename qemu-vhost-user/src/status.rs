@@ -72,6 +72,9 @@ pub struct PeerStatus {
     pub node: String,
     /// Whether the control connection stands.
     pub connected: bool,
+    /// What carries the messages: tcp, shm or rdma.
+    #[serde(default)]
+    pub transport: String,
     /// Time since its last sign of life; absent when there never was one.
     pub silent_ms: Option<u64>,
     /// Log entries of ours that it has not confirmed (leader only).
@@ -216,10 +219,11 @@ impl GroupStatus {
         for peer in &self.peers {
             let state = if peer.connected { "connected" } else { "NOT connected" };
             let refusal = peer.refusal.as_deref().map(|why| format!("; {why}")).unwrap_or_default();
+            let transport = &peer.transport;
             let silent = peer.silent_ms.map_or("never heard of".into(), |ms| format!("silent {ms} ms"));
             let _ = writeln!(
                 text,
-                "  peer      {}: {state}, {silent}, lag {} entries{refusal}",
+                "  peer      {}: {state} ({transport}), {silent}, lag {} entries{refusal}",
                 peer.node, peer.lag_entries
             );
         }

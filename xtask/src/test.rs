@@ -83,7 +83,7 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     }
     if filters.is_empty() {
         loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
-        loud_step("measurements work", || perf::smoke("core"))?;
+        loud_step("measurements work", || perf::smoke("core").and_then(|()| perf::smoke("fabric")))?;
     }
     Ok(())
 }

@@ -5,12 +5,15 @@
 //! zero, and the bytes. Rejected: the control connection for this (a transfer of GiB would delay
 //! heartbeats), and nonblocking state machines (a sync thread has nothing else to do).
 
+mod laned;
 mod sealed;
 mod stream;
 
 use super::hello::{Hello, Lane};
+use super::lane::{MAX_OFFER_BYTES, Transport};
 use super::secure::{Cipher, Dialer, Greeted, Security};
 use super::{NodeIdentity, PeerId, Refusal};
+use laned::{Greeter, Laned, Setup};
 use rustix::fd::OwnedFd;
 use sealed::Sealed;
 use std::io::IoSlice;
@@ -41,6 +44,9 @@ pub enum BulkError {
     /// The peer's node would not take the connection.
     #[error("the peer refused the transfer: {0}")]
     Refused(Refusal),
+    /// There is no way for the messages.
+    #[error("{0}")]
+    Lane(String),
     /// The peer sent what no peer of ours sends.
     #[error("the peer broke the protocol: {0}")]
     Protocol(String),
@@ -74,6 +80,8 @@ pub struct BulkHello {
     pub from: PeerId,
     /// The replica dialed.
     pub to: PeerId,
+    /// What carries messages between the two.
+    pub transport: Transport,
     /// The view of the transfer.
     pub view: u64,
     /// The number of the transfer.
@@ -91,14 +99,31 @@ impl BulkCancel {
     }
 }
 
+/// The kind of a message that sets up a lane. None of the users'.
+const SETUP_KIND: u16 = u16::MAX;
+
 /// A bulk connection.
-#[derive(Debug)]
 pub struct BulkLink {
+    wire: Wire,
+    route: Route,
+    /// A call ended inside a message; the stream has no meaning any more.
+    broken: Option<BulkError>,
+}
+
+/// The connection.
+struct Wire {
     stream: Stream,
     /// Absent in the clear.
     sealed: Option<Box<Sealed>>,
-    /// A call ended inside a message; the stream has no meaning any more.
-    broken: Option<BulkError>,
+}
+
+/// Which way the messages take.
+enum Route {
+    /// The connection.
+    Wire,
+    /// A lane, as soon as both sides come to use it.
+    SettingUp(Setup),
+    Lane(Laned),
 }
 
 impl BulkLink {
@@ -114,16 +139,21 @@ impl BulkLink {
     ) -> Result<BulkLink, BulkError> {
         let stream = Stream::connect(addr, deadline)?;
         let cipher = greet(&stream, hello, security, deadline)?;
-        Ok(BulkLink::new(stream, cipher))
+        Ok(BulkLink::new(stream, cipher, hello.transport, true))
     }
 
     /// Takes over a connected and greeted socket.
-    pub(super) fn from_stream(fd: OwnedFd, cipher: Option<Box<Cipher>>) -> BulkLink {
-        BulkLink::new(Stream::new(fd), cipher)
+    pub(super) fn from_stream(fd: OwnedFd, cipher: Option<Box<Cipher>>, transport: Transport) -> BulkLink {
+        BulkLink::new(Stream::new(fd), cipher, transport, false)
     }
 
-    fn new(stream: Stream, cipher: Option<Box<Cipher>>) -> BulkLink {
-        BulkLink { stream, sealed: cipher.map(|cipher| Box::new(Sealed::new(cipher))), broken: None }
+    fn new(stream: Stream, cipher: Option<Box<Cipher>>, transport: Transport, we_dial: bool) -> BulkLink {
+        let sealed = cipher.map(|cipher| Box::new(Sealed::new(cipher)));
+        let route = match transport {
+            Transport::Tcp => Route::Wire,
+            _ => Route::SettingUp(Setup::Planned { transport, we_dial }),
+        };
+        BulkLink { wire: Wire { stream, sealed }, route, broken: None }
     }
 
     /// Sends one message of `kind`: the concatenation of `parts`.
@@ -133,28 +163,18 @@ impl BulkLink {
     /// fails too.
     ///
     /// # Panics
-    /// If the parts exceed [`MAX_BULK_MESSAGE_BYTES`].
+    /// If the parts exceed [`MAX_BULK_MESSAGE_BYTES`], or the kind is `u16::MAX`.
     pub fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], deadline: Instant) -> Result<(), BulkError> {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         assert!(bytes <= MAX_BULK_MESSAGE_BYTES, "a bulk message of {bytes} bytes");
-        let mut header = [0; HEADER_BYTES];
-        header[0..4].copy_from_slice(&(bytes as u32).to_le_bytes());
-        header[4..6].copy_from_slice(&kind.to_le_bytes());
+        assert_ne!(kind, SETUP_KIND, "this kind is the link's own");
+        let header = header(kind, bytes);
         self.check()?;
         let mut started = false;
-        let result = match &mut self.sealed {
-            // A record that is encrypted must also be sent; so the wait comes before.
-            Some(sealed) => self.stream.wait_writable(deadline).and_then(|()| {
-                started = true;
-                sealed.send(&self.stream, &header, parts, deadline)
-            }),
-            None => {
-                let mut slices = Vec::with_capacity(parts.len() + 1);
-                slices.push(IoSlice::new(&header));
-                slices.extend_from_slice(parts);
-                self.stream.write_all(&mut slices, &mut started, deadline)
-            }
-        };
+        let result = self.find_route(deadline).and_then(|()| match &mut self.route {
+            Route::Lane(lane) => lane.send(&self.wire.stream, &header, parts, &mut started, deadline),
+            Route::Wire | Route::SettingUp(_) => self.wire.send(&header, parts, &mut started, deadline),
+        });
         if let Err(error) = &result
             && (started || !error.is_timeout())
         {
@@ -172,7 +192,8 @@ impl BulkLink {
         buf.clear();
         self.check()?;
         let mut header = Vec::with_capacity(HEADER_BYTES);
-        let result = self.recv_message(&mut header, buf, deadline);
+        let found = self.find_route(deadline);
+        let result = found.and_then(|()| self.recv_message(&mut header, buf, deadline));
         if let Err(error) = &result
             && !(error.is_timeout() && header.is_empty())
         {
@@ -183,12 +204,12 @@ impl BulkLink {
 
     /// A handle that cancels this link's calls.
     pub fn cancel_handle(&self) -> BulkCancel {
-        BulkCancel(Arc::clone(&self.stream.shared))
+        BulkCancel(Arc::clone(&self.wire.stream.shared))
     }
 
     /// Bytes moved so far in both directions, those of the encryption included; grows while the transfer lives.
     pub fn progress(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.stream.progress)
+        Arc::clone(&self.wire.stream.progress)
     }
 
     fn recv_message(&mut self, header: &mut Vec<u8>, buf: &mut Vec<u8>, deadline: Instant) -> Result<u16, BulkError> {
@@ -202,16 +223,114 @@ impl BulkLink {
     }
 
     fn recv_exact(&mut self, buf: &mut Vec<u8>, len: usize, deadline: Instant) -> Result<(), BulkError> {
+        match &mut self.route {
+            Route::Lane(lane) => lane.recv_exact(&self.wire.stream, buf, len, deadline),
+            Route::Wire | Route::SettingUp(_) => self.wire.recv_exact(buf, len, deadline),
+        }
+    }
+
+    /// Sets up the lane, if there is to be one. With the first message, because the other side may come to use the link
+    /// long after its listener took the connection.
+    fn find_route(&mut self, deadline: Instant) -> Result<(), BulkError> {
+        let Route::SettingUp(setup) = &mut self.route else {
+            return Ok(());
+        };
+        let mut greeter = SetupWire { wire: &mut self.wire, broken: false };
+        let result = setup.complete(&mut greeter, deadline);
+        if let Err(error) = &result
+            && (greeter.broken || !error.is_timeout())
+        {
+            self.broken = Some(error.clone());
+        }
+        self.route = Route::Lane(result?);
+        Ok(())
+    }
+
+    /// Fails if the link was cancelled or broken before.
+    fn check(&self) -> Result<(), BulkError> {
+        self.wire.stream.check()?;
+        self.broken.clone().map_or(Ok(()), Err)
+    }
+}
+
+impl Wire {
+    fn send(
+        &mut self,
+        header: &[u8; HEADER_BYTES],
+        parts: &[IoSlice<'_>],
+        started: &mut bool,
+        deadline: Instant,
+    ) -> Result<(), BulkError> {
+        match &mut self.sealed {
+            // A record that is encrypted must also be sent; so the wait comes before.
+            Some(sealed) => self.stream.wait_writable(deadline).and_then(|()| {
+                *started = true;
+                sealed.send(&self.stream, header, parts, deadline)
+            }),
+            None => {
+                let mut slices = Vec::with_capacity(parts.len() + 1);
+                slices.push(IoSlice::new(header));
+                slices.extend_from_slice(parts);
+                self.stream.write_all(&mut slices, started, deadline)
+            }
+        }
+    }
+
+    fn recv_exact(&mut self, buf: &mut Vec<u8>, len: usize, deadline: Instant) -> Result<(), BulkError> {
         match &mut self.sealed {
             Some(sealed) => sealed.recv_exact(&self.stream, buf, len, deadline),
             None => self.stream.read_exact(buf, len, deadline),
         }
     }
+}
 
-    /// Fails if the link was cancelled or broken before.
-    fn check(&self) -> Result<(), BulkError> {
-        self.stream.check()?;
-        self.broken.clone().map_or(Ok(()), Err)
+/// The messages of a lane's set-up: those of the link, of a kind of their own.
+struct SetupWire<'w> {
+    wire: &'w mut Wire,
+    /// A call ended inside a message.
+    broken: bool,
+}
+
+impl Greeter for SetupWire<'_> {
+    fn stream(&self) -> &Stream {
+        &self.wire.stream
+    }
+
+    fn tell(&mut self, message: &[u8], deadline: Instant) -> Result<(), BulkError> {
+        let result = self.wire.send(&header(SETUP_KIND, message.len()), &[IoSlice::new(message)], &mut true, deadline);
+        self.broken |= result.is_err();
+        result
+    }
+
+    fn hear(&mut self, buf: &mut Vec<u8>, deadline: Instant) -> Result<(), BulkError> {
+        buf.clear();
+        let mut header = Vec::with_capacity(HEADER_BYTES);
+        let heard = self.wire.recv_exact(&mut header, HEADER_BYTES, deadline);
+        self.broken |= heard.is_err() && !header.is_empty();
+        heard?;
+        let bytes = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        if bytes > 1 + MAX_OFFER_BYTES || header[4..6] != SETUP_KIND.to_le_bytes() {
+            return Err(BulkError::Protocol("it does not set up the lane".to_owned()));
+        }
+        let heard = self.wire.recv_exact(buf, bytes, deadline);
+        self.broken |= heard.is_err();
+        heard
+    }
+}
+
+fn header(kind: u16, bytes: usize) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[0..4].copy_from_slice(&(bytes as u32).to_le_bytes());
+    header[4..6].copy_from_slice(&kind.to_le_bytes());
+    header
+}
+
+impl std::fmt::Debug for BulkLink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BulkLink")
+            .field("stream", &self.wire.stream)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
     }
 }
 
@@ -226,6 +345,7 @@ fn greet(
         lane: Lane::Bulk,
         from: hello.from,
         to: hello.to,
+        transport: hello.transport,
         instance: hello.identity.instance,
         view: hello.view,
         number: hello.number,

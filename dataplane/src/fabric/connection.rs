@@ -6,6 +6,7 @@ use super::secure::{Cipher, Records, sealed_bytes};
 use super::{LostReason, MAX_CONTROL_MESSAGE_BYTES, SendError, socket};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::io::IoSlice;
+use std::net::SocketAddr;
 
 /// Parts of a message that one system call takes, the length included.
 const MAX_SLICES: usize = 8;
@@ -55,6 +56,12 @@ impl Connection {
             last_heard_us: now_us,
             last_sent_us: now_us,
         }
+    }
+
+    /// Where the peer is, while there is a connection.
+    pub fn peer_addr(&self) -> Option<SocketAddr> {
+        let addr = rustix::net::getpeername(&self.fd).ok().flatten();
+        addr.and_then(|addr| SocketAddr::try_from(addr).ok())
     }
 
     /// Bytes that wait for the socket.

@@ -1,11 +1,12 @@
 //! What the dialer says of itself, and the answer to it. What comes before them, and what encrypts them, is in
 //! [`secure`](super::secure).
 //!
-//! All little-endian. Hello: length u16, lane u8, from u8, to u8, group length u8, node length u8, zero u8,
+//! All little-endian. Hello: length u16, lane u8, from u8, to u8, group length u8, node length u8, transport u8,
 //! instance u64, view u64, number u64, group, node. Answer: magic 8, code u8, zero u8, text length u16, zero u32,
 //! instance u64, text. Both parsers are total.
 
 use super::PeerId;
+use super::lane::Transport;
 
 /// Of everything that crosses the fabric below the messages.
 pub(super) const VERSION: u16 = 2;
@@ -30,6 +31,8 @@ pub(super) struct Hello {
     pub lane: Lane,
     pub from: PeerId,
     pub to: PeerId,
+    /// What the dialer's configuration wants for the pair.
+    pub transport: Transport,
     pub instance: u64,
     /// For the bulk lane's user; 0 on the control lane.
     pub view: u64,
@@ -63,6 +66,10 @@ pub enum RefusalCode {
     WrongKey = 9,
     /// The dialer repeats the start of somebody else's connection.
     Forged = 10,
+    /// The two nodes' configurations want different transports for the pair.
+    Transport = 11,
+    /// The lane over the wanted transport cannot be set up. Never crosses the wire as an answer.
+    Lane = 12,
     /// A code that a newer version made up.
     Other = 255,
 }
@@ -70,10 +77,22 @@ pub enum RefusalCode {
 impl RefusalCode {
     fn from_wire(code: u8) -> RefusalCode {
         use RefusalCode::*;
-        [NotPlover, Version, UnknownGroup, WrongReplica, WrongNode, SameName, Busy, Mode, WrongKey, Forged]
-            .into_iter()
-            .find(|&known| known as u8 == code)
-            .unwrap_or(Other)
+        [
+            NotPlover,
+            Version,
+            UnknownGroup,
+            WrongReplica,
+            WrongNode,
+            SameName,
+            Busy,
+            Mode,
+            WrongKey,
+            Forged,
+            RefusalCode::Transport,
+        ]
+        .into_iter()
+        .find(|&known| known as u8 == code)
+        .unwrap_or(Other)
     }
 }
 
@@ -116,7 +135,7 @@ impl Hello {
             Lane::Bulk => 2,
         };
         out.extend([lane, self.from.0, self.to.0, length_of(&self.group), length_of(&self.node)]);
-        out.push(0);
+        out.push(self.transport as u8);
         out.extend(self.instance.to_le_bytes());
         out.extend(self.view.to_le_bytes());
         out.extend(self.number.to_le_bytes());
@@ -148,6 +167,9 @@ impl Hello {
             2 => Lane::Bulk,
             _ => return Err(malformed("a hello for an unknown lane")),
         };
+        let Some(transport) = Transport::from_wire(bytes[7]) else {
+            return Err(malformed("a hello for an unknown transport"));
+        };
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let text = |range: std::ops::Range<usize>| {
             String::from_utf8(bytes[range].to_vec()).map_err(|_| malformed("a name that is not UTF-8"))
@@ -157,6 +179,7 @@ impl Hello {
             lane,
             from: PeerId(bytes[3]),
             to: PeerId(bytes[4]),
+            transport,
             instance: long(8),
             view: long(16),
             number: long(24),
@@ -247,6 +270,7 @@ mod tests {
     fn hello() -> impl Strategy<Value = Hello> {
         (any::<bool>(), any::<(u8, u8, u64, u64, u64)>(), "[a-zä]{0,40}", "[a-z]{0,100}").prop_map(
             |(bulk, (from, to, instance, view, number), group, node)| Hello {
+                transport: Transport::ALL[number as usize % 3],
                 lane: if bulk { Lane::Bulk } else { Lane::Control },
                 from: PeerId(from),
                 to: PeerId(to),
@@ -273,7 +297,7 @@ mod tests {
         }
 
         #[test]
-        fn an_answer_survives_the_wire(instance: u64, code in 0u8..11, text in "[ -~]{0,1200}", tail in 0usize..9) {
+        fn an_answer_survives_the_wire(instance: u64, code in 0u8..12, text in "[ -~]{0,1200}", tail in 0usize..9) {
             let answer = if code == 0 {
                 Answer::Welcome { instance }
             } else {

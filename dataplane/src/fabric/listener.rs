@@ -107,6 +107,7 @@ impl Listener {
     /// # Errors
     /// Those of bind(2) and listen(2), with the address and the remedy in the text.
     pub fn bind(addr: SocketAddr, identity: NodeIdentity, security: Security) -> io::Result<Listener> {
+        super::shm::sweep();
         let listener = TcpListener::bind(addr).map_err(|error| {
             let text = format!(
                 "cannot listen on {addr} for the fabric: {error}. Is another plover running here, and \
@@ -395,7 +396,7 @@ impl Acceptor {
                         instance: hello.instance,
                         view: hello.view,
                         number: hello.number,
-                        link: BulkLink::from_stream(fd, cipher),
+                        link: BulkLink::from_stream(fd, cipher, hello.transport),
                     });
                 }
             }
@@ -477,6 +478,15 @@ fn check_hello<'g>(
     if hello.lane == Lane::Control && *from > me {
         let text = format!("replica {from} must wait for replica {me} to connect, the lower one dials");
         return refuse(RefusalCode::WrongReplica, text);
+    }
+    let transport = group.membership.transport_to(*from);
+    if hello.transport != transport {
+        let text = format!(
+            "the node {us} uses {transport} between the replicas {from} and {me} of the group {name}, and {node} wants \
+             {}: the replicas' `transports` must be listed alike on all nodes",
+            hello.transport
+        );
+        return refuse(RefusalCode::Transport, text);
     }
     Ok(group)
 }

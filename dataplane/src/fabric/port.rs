@@ -2,6 +2,7 @@
 
 use super::bulk::{BulkError, BulkHello, BulkLink};
 use super::hello::Hello;
+use super::lane::Transport;
 use super::listener::Registration;
 use super::secure::{Cipher, Security};
 use super::{NodeIdentity, PeerId, Replica};
@@ -65,12 +66,18 @@ impl Membership {
     pub fn replica(&self, id: PeerId) -> Option<&Replica> {
         self.replicas.iter().find(|replica| replica.id == id)
     }
+
+    /// What carries messages to and from `peer`, another replica of the group.
+    pub fn transport_to(&self, peer: PeerId) -> Transport {
+        let transports = |id| self.replica(id).map_or(&[][..], |replica| &replica.transports[..]);
+        Transport::between(transports(self.me.min(peer)), transports(self.me.max(peer)))
+    }
 }
 
 /// Both ends of a registered group.
 #[derive(Debug)]
 pub struct GroupPort {
-    /// For [`TcpFabric::new`](super::TcpFabric::new). The group is deregistered when it is dropped.
+    /// For [`PeerFabric::new`](super::PeerFabric::new). The group is deregistered when it is dropped.
     pub control: ControlPort,
     /// For the sync threads.
     pub bulk: BulkPort,
@@ -149,6 +156,7 @@ impl BulkPort {
             identity: self.membership.identity.clone(),
             from: self.membership.me,
             to: peer,
+            transport: self.membership.transport_to(peer),
             view,
             number,
         };

@@ -1,8 +1,8 @@
 //! Nodes on the loopback interface, driven by the test's own thread, and a peer that is written by hand.
 
 use dataplane::fabric::{
-    Fabric, FabricConfig, FabricEvent, FabricKey, Listener, LostReason, NodeIdentity, PeerId, Refusal, Replica,
-    Security, TcpFabric,
+    Fabric, FabricConfig, FabricEvent, FabricKey, Listener, LostReason, NodeIdentity, PeerFabric, PeerId, Refusal,
+    Replica, Security,
 };
 use dataplane::wait::{Poller, now_us};
 use std::io::{Read, Write};
@@ -38,14 +38,18 @@ pub fn listen_with(name: &str, instance: u64, security: Security) -> Listener {
 }
 
 pub fn replicas(addrs: &[SocketAddr]) -> Vec<Replica> {
-    let node =
-        |(id, addr): (usize, &SocketAddr)| Replica { id: PeerId(id as u8), node: format!("node{id}"), addr: *addr };
+    let node = |(id, addr): (usize, &SocketAddr)| Replica {
+        id: PeerId(id as u8),
+        node: format!("node{id}"),
+        addr: *addr,
+        transports: Vec::new(),
+    };
     addrs.iter().enumerate().map(node).collect()
 }
 
 /// One replica: its fabric and what it reported.
 pub struct Node {
-    pub fabric: TcpFabric,
+    pub fabric: PeerFabric,
     pub seen: Vec<Seen>,
     poller: Arc<Poller>,
 }
@@ -54,7 +58,7 @@ impl Node {
     pub fn new(listener: &Listener, addrs: &[SocketAddr], me: u8, config: FabricConfig) -> Node {
         let port = listener.register(GROUP, replicas(addrs), PeerId(me)).unwrap();
         let poller = Arc::new(Poller::new().unwrap());
-        let fabric = TcpFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
+        let fabric = PeerFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
         Node { fabric, seen: Vec::new(), poller }
     }
 

@@ -2,5 +2,6 @@
 
 mod bulk_lane;
 mod common;
+mod conformance;
 mod control_lane;
 mod security;

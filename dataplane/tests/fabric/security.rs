@@ -68,6 +68,41 @@ fn a_wrong_key_is_refused_and_both_sides_say_what_to_do() {
 }
 
 #[test]
+fn a_key_is_changed_node_by_node_without_a_refusal() {
+    let hex = |byte: u8| format!("{byte:02x}").repeat(32);
+    let (old, new) = (hex(1), hex(2));
+    let both = |first: &str, second: &str| format!("{first}\n{second}\n");
+    // Each step of each node, next to the other node one step behind or ahead.
+    let steps = [old.clone(), both(&old, &new), both(&new, &old), new.clone()];
+    for (ours, theirs) in steps.windows(2).flat_map(|pair| [(&pair[0], &pair[1]), (&pair[1], &pair[0])]) {
+        let security = |text: &str| Security::Encrypted(key_file(text));
+        let left = listen_with("node0", 100, security(ours));
+        let right = listen_with("node1", 101, security(theirs));
+        let addrs = [left.local_addr(), right.local_addr()];
+        let mut a = Node::new(&left, &addrs, 0, FabricConfig::default());
+        let mut b = Node::new(&right, &addrs, 1, FabricConfig::default());
+        drive(&mut [&mut a, &mut b], |n| n.iter().all(|node| !node.seen.is_empty()));
+        assert_eq!(a.seen, [Seen::Connected(1, 101)], "{ours} against {theirs}");
+    }
+    // Two steps at once are too many.
+    let (code, ..) = refused(Security::Encrypted(key_file(&old)), Security::Encrypted(key_file(&new)));
+    assert_eq!(code, RefusalCode::WrongKey);
+}
+
+/// A key as a node reads it.
+fn key_file(text: &str) -> FabricKey {
+    use std::os::unix::fs::OpenOptionsExt;
+    static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("plover-keys-{}-{count}", std::process::id()));
+    let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    let key = FabricKey::load(&path);
+    std::fs::remove_file(&path).unwrap();
+    key.unwrap()
+}
+
+#[test]
 fn a_node_that_encrypts_and_one_that_does_not_refuse_each_other() {
     for (ours, theirs) in [(Security::Insecure, encrypted()), (encrypted(), Security::Insecure)] {
         let (code, text, _) = refused(ours, theirs);

@@ -20,7 +20,7 @@ mod trio;
 
 use anyhow::{Result, anyhow};
 
-use crate::fabric_rtt::{BarePair, MESSAGE_BYTES, p50_us};
+use crate::fabric::rtt::{BarePair, MESSAGE_BYTES, p50_us};
 use crate::group::Sink;
 use crate::row::Row;
 use crate::sample::{Better, Figure, compare};

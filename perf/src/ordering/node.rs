@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use consensus::{Config, Effects, Entry, Event, Index, Message, Recovered, Replica, ReplicaId};
-use dataplane::fabric::{self, Fabric, FabricConfig, FabricEvent, Listener, PeerId, TcpFabric};
+use dataplane::fabric::{self, Fabric, FabricConfig, FabricEvent, Listener, PeerFabric, PeerId};
 use dataplane::wait::{Poller, Ready, now_us};
 
 use super::memory::Memory;
@@ -49,7 +49,7 @@ pub struct Node {
     replica: Replica,
     effects: Effects,
     memory: Memory,
-    fabric: TcpFabric,
+    fabric: PeerFabric,
     pub poller: Arc<Poller>,
     ready: Vec<Ready>,
     inbox: Inbox,
@@ -69,7 +69,7 @@ impl Node {
         let port = listener.register("perf", replicas, PeerId(me.0))?;
         let poller = Arc::new(Poller::new()?);
         let now = now_us();
-        let fabric = TcpFabric::new(config, port.control, Arc::clone(&poller), FABRIC_TOKEN, now)?;
+        let fabric = PeerFabric::new(config, port.control, Arc::clone(&poller), FABRIC_TOKEN, now)?;
         let mut config = Config::new(me, ReplicaId(0), now ^ u64::from(me.0));
         config.failure_timeout_us = PATIENCE_US;
         Ok(Node {

@@ -61,6 +61,7 @@ impl Trio {
                 id: PeerId(id),
                 node: listener.identity().name.clone(),
                 addr: listener.local_addr(),
+                transports: Vec::new(),
             })
             .collect();
         let leader = Node::new(&listeners[0], replicas.clone(), ReplicaId(0))?;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use dataplane::fabric::Transport;
+
 use super::uplink::FilterAction;
 use super::{ConfigError, NodeConfig, VmConfig};
 
@@ -80,6 +82,17 @@ fn two_replicas_with_one_name_or_address_are_refused() {
     assert!(text.contains("twice"), "{text}");
     let text = vm_error("address", "127.0.0.2", "127.0.0.1");
     assert!(text.contains("two nodes"), "{text}");
+}
+
+#[test]
+fn transports_are_known_words_in_order() {
+    let files = Files::new("transports");
+    let listed = VM.replace("127.0.0.1:7400\" }", "127.0.0.1:7400\", transports = [\"rdma\", \"shm\"] }");
+    let vm = VmConfig::load(&files.write("redis.toml", &listed)).unwrap();
+    assert_eq!(vm.replicas[0].transports, [Transport::Rdma, Transport::Shm]);
+    assert_eq!(vm.replicas[1].transports, []);
+    let text = vm_error("transport", "127.0.0.3:7400\" }", "127.0.0.3:7400\", transports = [\"smh\"] }");
+    assert!(text.contains("redis.toml") && text.contains("«smh» is no transport") && text.contains("line 6"), "{text}");
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use dataplane::fabric::Transport;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 
 use super::uplink::Uplink;
 use super::{ConfigError, invalid, parse_mac, read_toml};
@@ -76,6 +78,14 @@ pub struct ReplicaConfig {
     pub node: String,
     /// Where its daemon listens.
     pub address: SocketAddr,
+    /// What may carry messages to and from it, the preferred one first.
+    #[serde(default, deserialize_with = "transports")]
+    pub transports: Vec<Transport>,
+}
+
+fn transports<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Transport>, D::Error> {
+    let names = Vec::<String>::deserialize(from)?;
+    names.iter().map(|name| name.parse().map_err(D::Error::custom)).collect()
 }
 
 /// When slots end, what is held, how failures are noticed. Times carry their unit.

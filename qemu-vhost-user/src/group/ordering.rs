@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use consensus::{
     Config, Effects, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View,
 };
-use dataplane::fabric::{Fabric, PeerId, TcpFabric};
+use dataplane::fabric::{Fabric, PeerFabric, PeerId, Transport};
 use storage_log::{LegSpec, LogError, LogStore, Options, Record};
 
 use super::GroupError;
@@ -31,7 +31,7 @@ pub struct Ordering {
     log: Box<dyn LogStore>,
     /// Records that the log had no room for. While there are any, nothing newer is stored or acknowledged.
     unstored: VecDeque<Persist>,
-    fabric: TcpFabric,
+    fabric: PeerFabric,
     persisted: PersistId,
     buffer: Vec<u8>,
     /// Committed entries that the reactor has not taken yet.
@@ -53,7 +53,7 @@ impl Ordering {
         legs: &[LegSpec],
         options: Options,
         config: Config,
-        fabric: TcpFabric,
+        fabric: PeerFabric,
         now_us: u64,
     ) -> Result<Self, GroupError> {
         let (mut log, stored) = storage_log::open(legs, options)?;
@@ -97,7 +97,7 @@ impl Ordering {
     }
 
     /// The connections, for registering and looking at.
-    pub fn fabric(&mut self) -> &mut TcpFabric {
+    pub fn fabric(&mut self) -> &mut PeerFabric {
         &mut self.fabric
     }
 
@@ -173,6 +173,11 @@ impl Ordering {
     /// Absent before the first.
     pub fn peer_silent_us(&self, peer: ReplicaId, now_us: u64) -> Option<u64> {
         self.fabric.last_heard_us(PeerId(peer.0)).map(|heard| now_us.saturating_sub(heard))
+    }
+
+    /// What carries the messages to and from a peer.
+    pub fn transport(&self, peer: ReplicaId) -> Transport {
+        self.fabric.transport(PeerId(peer.0))
     }
 
     /// When the fabric wants to be polled next.

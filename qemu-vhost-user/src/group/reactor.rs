@@ -12,7 +12,7 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::counters::LoopCounter;
-use dataplane::fabric::Fabric;
+use dataplane::fabric::{Fabric, FabricEvent, PeerFabric};
 use dataplane::idle::{BREATHER_US, Found, Idler, Rest};
 use dataplane::stages::{Stage, StageClock};
 use dataplane::uplink::{Burst, OffloadFlags};
@@ -86,6 +86,9 @@ impl Due {
     }
 }
 
+/// All of the fabric, or what costs no system call.
+type PollFabric = fn(&mut PeerFabric, u64, &mut dyn FnMut(FabricEvent<'_>));
+
 /// All of one group on this node.
 pub struct Reactor<'a> {
     pub(super) node: &'a NodeConfig,
@@ -137,6 +140,8 @@ impl Reactor<'_> {
             self.loops.end_loop(after, found.work);
             let rest = self.idler.after_turn(after, found);
             let sleep_us = match rest {
+                // What came through memory since the turn would wake nobody.
+                Rest::Sleep if self.ordering.fabric().arm() => 0,
                 Rest::Sleep => self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US),
                 Rest::Breathe => BREATHER_US,
                 Rest::Again | Rest::Look | Rest::Yield | Rest::Arm => 0,
@@ -208,7 +213,11 @@ impl Reactor<'_> {
         let inputs = if due.uplink { self.take_inputs(now) } else { Burst::default() };
         self.stages.lap(Stage::Uplink, inputs.frames);
         let wants_fabric = due.fabric || now >= self.ordering.fabric_deadline_us();
-        let messages = if wants_fabric { self.poll_fabric(now) } else { 0 };
+        let messages = match wants_fabric {
+            true => self.poll_fabric(now, Fabric::poll),
+            false if self.ordering.fabric().has_memory_lanes() => self.poll_fabric(now, Fabric::poll_lanes),
+            false => 0,
+        };
         self.stages.lap(Stage::Fabric, messages);
         let durable = self.ordering.poll_log(now);
         if now >= self.ordering.replica().next_deadline_us() {
@@ -295,9 +304,9 @@ impl Reactor<'_> {
     }
 
     /// Handles what the peers sent; returns how many messages and events.
-    fn poll_fabric(&mut self, now: u64) -> usize {
+    fn poll_fabric(&mut self, now: u64, poll: PollFabric) -> usize {
         let mut inbox = std::mem::take(&mut self.peers.inbox);
-        self.ordering.fabric().poll(now, &mut |event| inbox.take(event));
+        poll(self.ordering.fabric(), now, &mut |event| inbox.take(event));
         let count = inbox.len();
         inbox.drain(|peer, event| match event {
             PeerEvent::Connected => self.peer_connected(now, peer),

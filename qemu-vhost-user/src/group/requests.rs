@@ -264,6 +264,7 @@ impl Reactor<'_> {
         PeerStatus {
             node: peer.node.clone(),
             connected: peer.connected,
+            transport: self.ordering.transport(id).to_string(),
             silent_ms: self.ordering.peer_silent_us(id, now).map(|silent| silent / 1000),
             lag_entries,
             guest_intact: peer.report.intact,

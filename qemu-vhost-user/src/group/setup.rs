@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 
 use consensus::{Config, ReplicaId};
 use dataplane::counters::LoopCounter;
-use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerId, Replica, TcpFabric};
+use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerFabric, PeerId, Replica};
 use dataplane::idle::Idler;
 use dataplane::stages::StageClock;
 use dataplane::uplink::Uplink;
@@ -67,7 +67,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
     let now = now_us();
-    let fabric = TcpFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
+    let fabric = PeerFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
@@ -149,7 +149,12 @@ fn open_uplink(vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
 fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPort, GroupError> {
     let replicas = (0u8..)
         .zip(&vm.replicas)
-        .map(|(id, replica)| Replica { id: PeerId(id), node: replica.node.clone(), addr: replica.address })
+        .map(|(id, replica)| Replica {
+            id: PeerId(id),
+            node: replica.node.clone(),
+            addr: replica.address,
+            transports: replica.transports.clone(),
+        })
         .collect();
     listener.register(&vm.name, replicas, PeerId(me.0)).map_err(|error| GroupError::Fabric(error.to_string()))
 }

@@ -120,6 +120,42 @@ impl Stream {
         self.wait(PollFlags::OUT, deadline)
     }
 
+    /// Wakes a peer that sleeps in [`wait_bell`](Self::wait_bell).
+    pub fn ring_bell(&self) {
+        // A full socket is bell enough, and a failed one is noticed by whoever waits for it.
+        let _ = socket::send(&self.shared.fd, &[IoSlice::new(&[0])]);
+    }
+
+    /// Waits for the bell, for `event` or for the connection's end.
+    pub fn wait_bell(&self, event: Option<BorrowedFd<'_>>, deadline: Instant) -> Result<(), BulkError> {
+        self.check()?;
+        let ready = wait_for_any(&[Some(self.shared.fd.as_fd()), event], deadline);
+        self.check()?;
+        if ready { Ok(()) } else { Err(BulkError::Timeout) }
+    }
+
+    /// Takes what was rung.
+    pub fn drain_bell(&self) -> Result<(), BulkError> {
+        let mut chunk = [0; 64];
+        match socket::recv(&self.shared.fd, &mut chunk) {
+            Ok(Some(0)) => Err(self.closed()),
+            // What is left wakes once more.
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.lost(error)),
+        }
+    }
+
+    /// This end of the connection.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        rustix::net::getsockname(&self.shared.fd).ok().and_then(|addr| SocketAddr::try_from(addr).ok())
+    }
+
+    /// The other end.
+    pub fn peer_addr(&self) -> Option<SocketAddr> {
+        let addr = rustix::net::getpeername(&self.shared.fd).ok().flatten();
+        addr.and_then(|addr| SocketAddr::try_from(addr).ok())
+    }
+
     fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), BulkError> {
         self.check()?;
         let ready = wait_for(self.shared.fd.as_fd(), flags, deadline);
@@ -144,9 +180,20 @@ pub(in crate::fabric) fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) ->
 }
 
 fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Instant) -> bool {
+    poll_until(&mut [PollFd::from_borrowed_fd(fd, flags)], deadline)
+}
+
+fn wait_for_any(fds: &[Option<BorrowedFd<'_>>], deadline: Instant) -> bool {
+    let fds = fds.iter().flatten();
+    let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    poll_until(&mut fds, deadline)
+}
+
+/// Waits until one of `fds` is ready or has failed; `false` at the deadline.
+fn poll_until(fds: &mut [PollFd<'_>], deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        if poll_once(fd, flags, left) {
+        if poll_once(fds, left) {
             return true;
         }
         if left.is_zero() {
@@ -155,10 +202,9 @@ fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Instant) -> bool {
     }
 }
 
-fn poll_once(fd: BorrowedFd<'_>, flags: PollFlags, left: Duration) -> bool {
+fn poll_once(fds: &mut [PollFd<'_>], left: Duration) -> bool {
     let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-    let mut fds = [PollFd::from_borrowed_fd(fd, flags)];
-    match rustix::event::poll(&mut fds, Some(&timeout)) {
+    match rustix::event::poll(fds, Some(&timeout)) {
         Ok(ready) => ready > 0,
         Err(Errno::INTR) => false,
         // Out of kernel memory; the caller tries the socket and comes back.

@@ -15,8 +15,8 @@
 //! Whoever plays a recording again gets to the second step only, since its keys are new each time: so the hello is
 //! the first thing that may have an effect. In the clear the hello follows the preamble at once.
 
+use super::Security;
 use super::cipher::{Cipher, Forged};
-use super::{FabricKey, Security};
 use crate::fabric::hello::{Answer, Hello, MAX_HELLO_BYTES, NotAnAnswer, VERSION};
 use crate::fabric::{Refusal, RefusalCode};
 use snow::{Builder, HandshakeState};
@@ -73,10 +73,10 @@ fn check_preamble(bytes: &[u8], security: &Security) -> Result<bool, Refusal> {
     Err(Refusal::new(RefusalCode::Mode, text.to_owned()))
 }
 
-fn noise(key: &FabricKey, security: &Security, initiator: bool) -> HandshakeState {
+fn noise(key: &[u8; 32], security: &Security, initiator: bool) -> HandshakeState {
     let prologue = preamble(security);
     let build = || {
-        let builder = Builder::new(NOISE_PATTERN.parse()?).psk(0, key.bytes())?.prologue(&prologue)?;
+        let builder = Builder::new(NOISE_PATTERN.parse()?).psk(0, key)?.prologue(&prologue)?;
         if initiator { builder.build_initiator() } else { builder.build_responder() }
     };
     // Nothing of it depends on input; a pattern that the library lacks would fail every test.
@@ -202,11 +202,14 @@ impl Accept {
     /// Reads the first Noise message and writes the second.
     fn agree(&self, message: &[u8], out: &mut Vec<u8>) -> Result<Cipher, Refusal> {
         let Security::Encrypted(key) = &self.security else { unreachable!("there are keys only when encrypted") };
-        let mut noise = noise(key, &self.security, false);
-        if read_message(&mut noise, message).is_err() {
+        let opened = key.to_accept().iter().find_map(|key| {
+            let mut noise = noise(key, &self.security, false);
+            read_message(&mut noise, message).is_ok().then_some(noise)
+        });
+        let Some(mut noise) = opened else {
             let text = "the fabric key differs; copy the same key file (`fabric_key` in node.toml) to all nodes";
             return Err(Refusal::new(RefusalCode::WrongKey, text.to_owned()));
-        }
+        };
         out.extend_from_slice(&KEYED_MAGIC);
         write_message(&mut noise, out);
         Ok(into_cipher(noise))
@@ -283,6 +286,11 @@ impl Dialer {
     pub fn new(security: &Security, hello: &Hello, out: &mut Vec<u8>) -> Dialer {
         let mut encoded = Vec::new();
         hello.encode(&mut encoded);
+        Dialer::with_encoded(security, encoded, out)
+    }
+
+    /// The same with a hello that is encoded already.
+    pub fn with_encoded(security: &Security, mut encoded: Vec<u8>, out: &mut Vec<u8>) -> Dialer {
         out.extend_from_slice(&preamble(security));
         match security {
             Security::Insecure => {
@@ -290,7 +298,7 @@ impl Dialer {
                 Dialer { hello: encoded, state: Dialing::Greeting(None) }
             }
             Security::Encrypted(key) => {
-                let mut noise = noise(key, security, true);
+                let mut noise = noise(key.to_dial(), security, true);
                 write_message(&mut noise, out);
                 Dialer { hello: encoded, state: Dialing::Keying(Box::new(noise)) }
             }
@@ -370,5 +378,92 @@ fn refusal_in_the_clear(received: &[u8]) -> Result<Option<Greeted>, DialError> {
             Ok(Some(Greeted::Refused(refusal)))
         }
         Some(_) => Err(DialError::InTheClear),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::PeerId;
+    use crate::fabric::hello::Lane;
+    use crate::fabric::secure::FabricKey;
+    use proptest::prelude::*;
+
+    fn hello() -> Hello {
+        let (group, node) = ("vm1".to_owned(), "node0".to_owned());
+        Hello { lane: Lane::Control, from: PeerId(0), to: PeerId(1), instance: 7, view: 0, number: 0, group, node }
+    }
+
+    fn keyed() -> Security {
+        Security::Encrypted(FabricKey::from_bytes([5; 32]))
+    }
+
+    /// Both sides in step, each byte on its own in both directions if `bytewise`.
+    fn greet(security: &Security, answer: &Answer, bytewise: bool) -> (Greeted, Option<Box<Cipher>>) {
+        let (mut at_dialer, mut at_listener, mut to_listener, mut to_dialer) = (vec![], vec![], vec![], vec![]);
+        let mut dialer = Dialer::new(security, &hello(), &mut to_listener);
+        let mut accept = Accept::new(security.clone());
+        let mut answered = false;
+        for _ in 0..2000 {
+            let step = |bytes: &Vec<u8>| if bytewise { 1.min(bytes.len()) } else { bytes.len() };
+            at_listener.extend(to_listener.drain(..step(&to_listener)));
+            if !answered && let Some(got) = accept.advance(&mut at_listener, &mut to_dialer).unwrap() {
+                assert_eq!(got, hello());
+                to_dialer.extend(accept.answer(answer));
+                answered = true;
+            }
+            // Never more than is needed, as on the bulk lane.
+            let wanted = step(&to_dialer).min(dialer.missing_bytes(&at_dialer));
+            at_dialer.extend(to_dialer.drain(..wanted));
+            if let Some(greeted) = dialer.advance(&mut at_dialer, &mut to_listener).unwrap() {
+                assert!(at_dialer.is_empty() && to_dialer.is_empty());
+                return (greeted, accept.into_cipher());
+            }
+        }
+        panic!("the handshake does not end");
+    }
+
+    #[test]
+    fn both_sides_agree_however_the_bytes_arrive() {
+        for security in [keyed(), Security::Insecure] {
+            for bytewise in [false, true] {
+                let (greeted, far) = greet(&security, &Answer::Welcome { instance: 9 }, bytewise);
+                let Greeted::Welcome { instance: 9, cipher: near } = greeted else { panic!("{greeted:?}") };
+                assert_eq!(near.is_some(), matches!(security, Security::Encrypted(_)));
+                assert_eq!(near.is_some(), far.is_some());
+                let refusal = Refusal::new(RefusalCode::UnknownGroup, "no".repeat(400));
+                let (greeted, _) = greet(&security, &Answer::Refused(refusal.clone()), bytewise);
+                assert!(matches!(greeted, Greeted::Refused(same) if same == refusal));
+            }
+        }
+    }
+
+    #[test]
+    fn a_preamble_changed_on_the_way_breaks_the_handshake() {
+        // A listener of another build, which would take any preamble: the dialer said something else.
+        let mut sent = Vec::new();
+        let _dialer = Dialer::new(&keyed(), &hello(), &mut sent);
+        let Security::Encrypted(key) = keyed() else { unreachable!() };
+        let mut listener = noise(key.to_dial(), &Security::Insecure, false);
+        assert!(read_message(&mut listener, &sent[PREAMBLE_BYTES..]).is_err(), "the mode is part of the handshake");
+        let mut listener = noise(key.to_dial(), &keyed(), false);
+        assert!(read_message(&mut listener, &sent[PREAMBLE_BYTES..]).is_ok());
+    }
+
+    #[test]
+    fn every_connection_has_keys_of_its_own() {
+        let mut sent = [Vec::new(), Vec::new()];
+        for out in &mut sent {
+            Dialer::new(&keyed(), &hello(), out);
+        }
+        assert_eq!(sent[0][..PREAMBLE_BYTES], sent[1][..PREAMBLE_BYTES]);
+        assert_ne!(sent[0][PREAMBLE_BYTES..], sent[1][PREAMBLE_BYTES..]);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            crate::fabric::fuzz::hello(&bytes);
+        }
     }
 }

@@ -1,4 +1,7 @@
 //! The key that all nodes share, and its file.
+//!
+//! The file may hold more keys, one per line: a node dials with the first and takes them all. So a key is changed node by
+//! node, and at no time does one refuse another.
 
 use rustix::fs::{FileType, Mode, OFlags};
 use std::fs::File;
@@ -10,10 +13,12 @@ use std::sync::Arc;
 const KEY_BYTES: usize = 32;
 /// A longer file is something else.
 const MAX_FILE_BYTES: u64 = 4096;
+/// A change of keys needs two.
+const MAX_KEYS: usize = 4;
 
-/// A secret that is common to all nodes. Clones share the memory.
+/// A secret that is common to all nodes, and others that are taken from peers as well. Clones share the memory.
 #[derive(Clone, PartialEq, Eq)]
-pub struct FabricKey(Arc<[u8; KEY_BYTES]>);
+pub struct FabricKey(Arc<[[u8; KEY_BYTES]]>);
 
 /// Why a key file cannot be used or written.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +55,10 @@ pub enum KeyError {
         us: u32,
     },
     /// Not what a key looks like.
-    #[error("the fabric key {path} is not 64 hexadecimal digits; write a new one with `plover keygen`")]
+    #[error(
+        "the fabric key {path} is not 64 hexadecimal digits, or up to {MAX_KEYS} lines of them; write a new one with \
+         `plover keygen`"
+    )]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -76,7 +84,7 @@ pub enum KeyError {
 impl FabricKey {
     /// A key of these bytes, which must be random.
     pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> FabricKey {
-        FabricKey(Arc::new(bytes))
+        FabricKey(Arc::new([bytes]))
     }
 
     /// A fresh random key.
@@ -146,10 +154,16 @@ impl FabricKey {
 
     /// The key as its file has it.
     fn hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        self.to_dial().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    pub(super) fn bytes(&self) -> &[u8; KEY_BYTES] {
+    /// The key to dial with.
+    pub(super) fn to_dial(&self) -> &[u8; KEY_BYTES] {
+        &self.0[0]
+    }
+
+    /// The keys that a peer may have; the first is the likeliest.
+    pub(super) fn to_accept(&self) -> &[[u8; KEY_BYTES]] {
         &self.0
     }
 }
@@ -161,9 +175,15 @@ impl std::fmt::Debug for FabricKey {
     }
 }
 
-/// 64 hexadecimal digits, white space around them.
+/// Lines of 64 hexadecimal digits, at least one; white space around them.
 fn parse(text: &[u8]) -> Option<FabricKey> {
-    let digits = text.trim_ascii();
+    let lines = text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+    let keys: Option<Vec<_>> = lines.map(parse_line).collect();
+    let keys = keys.filter(|keys| (1..=MAX_KEYS).contains(&keys.len()))?;
+    Some(FabricKey(keys.into()))
+}
+
+fn parse_line(digits: &[u8]) -> Option<[u8; KEY_BYTES]> {
     if digits.len() != 2 * KEY_BYTES {
         return None;
     }
@@ -172,7 +192,7 @@ fn parse(text: &[u8]) -> Option<FabricKey> {
         let digit = |at: usize| char::from(pair[at]).to_digit(16);
         *byte = (digit(0)? << 4 | digit(1)?) as u8;
     }
-    Some(FabricKey::from_bytes(bytes))
+    Some(bytes)
 }
 
 #[cfg(test)]
@@ -246,7 +266,9 @@ mod tests {
         let good = "0123456789abcdefABCDEF9876543210".repeat(2);
         let cases = [("", false), (&good[1..], false), (&format!("{good}0"), false), (&good, true)];
         let more = [(&*format!("  {good}\n"), true), (&*good.replace('a', "g"), false), (&*"x".repeat(9000), false)];
-        for (text, fine) in cases.into_iter().chain(more) {
+        let lines = |count| [format!("{good}\n").repeat(count), "\n\n".to_owned()].concat();
+        let several = [(&*lines(4), true), (&*lines(5), false), (&*format!("{good}\nold"), false), ("\n", false)];
+        for (text, fine) in cases.into_iter().chain(more).chain(several) {
             std::fs::write(&path, text).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
             assert_eq!(FabricKey::load(&path).is_ok(), fine, "{text:?}");

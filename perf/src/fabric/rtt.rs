@@ -1,4 +1,5 @@
-//! `fabric.tcp.rtt`: a message there and back over the loopback interface, against bare TCP.
+//! `fabric.tcp.rtt` and `fabric.tcp_secure.rtt`: a message there and back over the loopback interface, in the clear and
+//! encrypted, against bare TCP.
 //!
 //! Each side has a thread that answers; the measuring thread waits as it would in service, the fabric in its
 //! poller, bare TCP in a blocking read. The difference is the price of one thread for all sockets. The
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dataplane::fabric::{
-    Fabric, FabricConfig, FabricEvent, Listener, NodeIdentity, PeerId, Replica, Security, TcpFabric,
+    Fabric, FabricConfig, FabricEvent, FabricKey, Listener, NodeIdentity, PeerFabric, PeerId, Replica, Security,
 };
 use dataplane::wait::{EventFd, Interest, Poller, Ready, now_us};
 
@@ -34,28 +35,33 @@ const STOP_TOKEN: u64 = 1;
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // In a thread of its own, because it is pinned.
     let measuring = std::thread::spawn(move || measure(effort));
-    let row = measuring.join();
-    sink(row.map_err(|_| anyhow!("the measuring thread panicked"))??)
+    let rows = measuring.join();
+    rows.map_err(|_| anyhow!("the measuring thread panicked"))??.into_iter().try_for_each(sink)
 }
 
-fn measure(effort: Effort) -> Result<Row> {
+fn measure(effort: Effort) -> Result<[Row; 2]> {
     let trips = effort.pick(2_000, 100);
     let [here, there] = pin::two_cpus()?;
-    let mut fabric = FabricPair::connect(there)?;
+    let mut clear = FabricPair::connect(Security::Insecure, there)?;
+    let mut secure = FabricPair::connect(Security::Encrypted(FabricKey::generate()?), there)?;
     let mut bare = BarePair::connect(there)?;
     // Now, so that the threads made above did not inherit it.
     pin::pin(here)?;
-    let figure = Figure { id: "fabric.tcp.rtt", unit: "us", better: Better::Lower };
-    let row = compare(
-        figure,
-        effort,
-        "bare TCP ping-pong",
-        || p50_us(trips, |message| fabric.round_trip(message)),
-        || p50_us(trips, |message| bare.round_trip(message)),
-    )?;
-    fabric.close()?;
+    let mut compared = |id, fabric: &mut FabricPair| {
+        let figure = Figure { id, unit: "us", better: Better::Lower };
+        compare(
+            figure,
+            effort,
+            "bare TCP ping-pong",
+            || p50_us(trips, |message| fabric.round_trip(message)),
+            || p50_us(trips, |message| bare.round_trip(message)),
+        )
+    };
+    let rows = [compared("fabric.tcp.rtt", &mut clear)?, compared("fabric.tcp_secure.rtt", &mut secure)?];
+    clear.close()?;
+    secure.close()?;
     bare.close()?;
-    Ok(row)
+    Ok(rows)
 }
 
 /// The median of `trips` round trips of distinct messages.
@@ -72,18 +78,18 @@ pub(crate) fn p50_us(trips: u64, mut round_trip: impl FnMut(&[u8; MESSAGE_BYTES]
 }
 
 /// One end of the fabric and what its last poll brought.
-struct End {
-    fabric: TcpFabric,
+pub(super) struct End {
+    pub fabric: PeerFabric,
     poller: Arc<Poller>,
     ready: Vec<Ready>,
-    peer: PeerId,
+    pub peer: PeerId,
     /// Messages of the last poll, one behind the other.
-    received: Vec<u8>,
+    pub received: Vec<u8>,
     lost: Option<String>,
 }
 
 impl End {
-    fn new(listener: &Listener, replicas: Vec<Replica>, me: u8) -> Result<End> {
+    pub fn new(listener: &Listener, replicas: Vec<Replica>, me: u8) -> Result<End> {
         // While the other side is measured this one is not polled: no silence may end the connection,
         // and no ping may disturb.
         let config = FabricConfig {
@@ -95,7 +101,7 @@ impl End {
         let port = listener.register("perf", replicas, PeerId(me))?;
         let poller = Arc::new(Poller::new()?);
         let shared = Arc::clone(&poller);
-        let fabric = TcpFabric::new(config, port.control, shared, FABRIC_TOKEN, now_us())?;
+        let fabric = PeerFabric::new(config, port.control, shared, FABRIC_TOKEN, now_us())?;
         Ok(End { fabric, poller, ready: Vec::new(), peer: PeerId(1 - me), received: Vec::new(), lost: None })
     }
 
@@ -125,7 +131,7 @@ impl End {
         }
     }
 
-    fn until_connected(&mut self) -> Result<()> {
+    pub fn until_connected(&mut self) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         while !self.fabric.is_connected(self.peer) {
             self.step(deadline)?;
@@ -140,6 +146,23 @@ struct Stop {
     wake: EventFd,
 }
 
+/// Two nodes on the loopback interface, and what each needs to know of both.
+pub(super) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Replica>)> {
+    let bind = |name: &str| -> Result<Listener> {
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        Ok(Listener::bind(addr, NodeIdentity::new(name)?, security.clone())?)
+    };
+    let listeners = [bind("node0")?, bind("node1")?];
+    let replica = |(id, listener): (u8, &Listener)| Replica {
+        id: PeerId(id),
+        node: listener.identity().name.clone(),
+        addr: listener.local_addr(),
+        transports: Vec::new(),
+    };
+    let replicas = (0..).zip(&listeners).map(replica).collect();
+    Ok((listeners, replicas))
+}
+
 /// This end, and a thread that answers on the other.
 struct FabricPair {
     end: End,
@@ -150,20 +173,8 @@ struct FabricPair {
 }
 
 impl FabricPair {
-    fn connect(echo_cpu: usize) -> Result<FabricPair> {
-        let bind = |name: &str| -> Result<Listener> {
-            let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            Ok(Listener::bind(addr, NodeIdentity::new(name)?, Security::Insecure)?)
-        };
-        let listeners = [bind("node0")?, bind("node1")?];
-        let replicas: Vec<Replica> = (0..)
-            .zip(&listeners)
-            .map(|(id, listener)| Replica {
-                id: PeerId(id),
-                node: listener.identity().name.clone(),
-                addr: listener.local_addr(),
-            })
-            .collect();
+    fn connect(security: Security, echo_cpu: usize) -> Result<FabricPair> {
+        let (listeners, replicas) = two_nodes(&security)?;
         let end = End::new(&listeners[0], replicas.clone(), 0)?;
         let other = End::new(&listeners[1], replicas, 1)?;
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), wake: EventFd::new()? });
@@ -274,8 +285,9 @@ mod tests {
 
     #[test]
     fn messages_come_back_on_both_sides_and_threads_end() {
-        let mut fabric = FabricPair::connect(pin::two_cpus().unwrap()[1]).unwrap();
-        let mut bare = BarePair::connect(pin::two_cpus().unwrap()[1]).unwrap();
+        let cpu = pin::two_cpus().unwrap()[1];
+        let mut fabric = FabricPair::connect(Security::Encrypted(FabricKey::generate().unwrap()), cpu).unwrap();
+        let mut bare = BarePair::connect(cpu).unwrap();
         for value in 0..20 {
             let message = [value; MESSAGE_BYTES];
             fabric.round_trip(&message).unwrap();
@@ -287,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_connection_that_breaks_is_an_error_and_not_a_figure() {
-        let mut fabric = FabricPair::connect(pin::two_cpus().unwrap()[1]).unwrap();
+        let mut fabric = FabricPair::connect(Security::Insecure, pin::two_cpus().unwrap()[1]).unwrap();
         fabric.end.fabric.disconnect(PeerId(1));
         let error = p50_us(1, |message| fabric.round_trip(message)).unwrap_err();
         let text = format!("{error:#}");

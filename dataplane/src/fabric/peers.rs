@@ -1,4 +1,4 @@
-//! The control lane over TCP.
+//! The control lane to all peers.
 //!
 //! Per peer one connection; the lower replica id dials, so there is never a race between two. A connected
 //! fabric pings when it has nothing to say: that makes silence mean something on links that carry no
@@ -8,11 +8,13 @@
 
 use super::connection::Connection;
 use super::hello::{Answer, Hello, Lane, Refusal, RefusalCode};
+use super::lane::Transport;
 use super::port::{ControlPort, IncomingControl, Membership};
-use super::secure::{Cipher, Dialer, Greeted, encode_answer};
+use super::secure::{Dialer, Greeted, encode_answer};
+use super::session::{Plan, Session};
 use super::{Fabric, FabricEvent, LostReason, PeerId, SendError, socket};
 use crate::wait::{Interest, Poller};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,7 +25,7 @@ const REFUSAL_REPEAT_US: u64 = 10_000_000;
 /// More than any answer has.
 const READ_BYTES: usize = 2048;
 
-/// Times and bounds of a [`TcpFabric`].
+/// Times and bounds of a [`PeerFabric`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FabricConfig {
     /// Between the end of one attempt to connect and the next, give or take a quarter.
@@ -62,8 +64,8 @@ enum State {
     Idle { retry_us: u64 },
     /// Connecting or greeting.
     Dialing(Attempt),
-    /// Messages flow.
-    Up(Connection),
+    /// Greeted. Messages flow as soon as the session is up.
+    Up(Session),
 }
 
 /// A connection before the welcome.
@@ -100,15 +102,15 @@ struct Common {
     random: u64,
 }
 
-/// The control lane of one group over TCP; see the module.
+/// The control lane of one group; see the module.
 #[derive(Debug)]
-pub struct TcpFabric {
+pub struct PeerFabric {
     common: Common,
     port: ControlPort,
     links: Vec<Link>,
 }
 
-impl TcpFabric {
+impl PeerFabric {
     /// Starts to connect with all other replicas of the port's group. Sockets come and go in `poller` by
     /// themselves, under the tokens `first_token ..= first_token + 255`: whenever one of these is
     /// ready, call [`poll`](Fabric::poll).
@@ -124,7 +126,7 @@ impl TcpFabric {
         poller: Arc<Poller>,
         first_token: u64,
         now_us: u64,
-    ) -> io::Result<TcpFabric> {
+    ) -> io::Result<PeerFabric> {
         assert!(config.max_queued_bytes > super::MAX_CONTROL_MESSAGE_BYTES, "a message must fit the queue");
         poller.add(&port, first_token, Interest::ReadEdge)?;
         let membership = Arc::clone(&port.membership);
@@ -145,7 +147,15 @@ impl TcpFabric {
             })
             .collect();
         let random = membership.identity.instance | 1;
-        Ok(TcpFabric { common: Common { config, membership, poller, random }, port, links })
+        Ok(PeerFabric { common: Common { config, membership, poller, random }, port, links })
+    }
+
+    /// What carries the messages to and from `peer`, by the group's configuration.
+    ///
+    /// # Panics
+    /// If the group has no other replica `peer`.
+    pub fn transport(&self, peer: PeerId) -> Transport {
+        self.common.membership.transport_to(self.link(peer).peer)
     }
 
     fn link(&self, peer: PeerId) -> &Link {
@@ -166,7 +176,7 @@ impl TcpFabric {
         let common = &mut self.common;
         let replace_after_us = common.config.replace_after_us;
         let link = self.links.iter_mut().find(|link| link.peer == hello.from).expect("checked by the listener");
-        if let State::Up(old) = &link.state {
+        if let State::Up(Session { connection: old, .. }) = &link.state {
             let silent_us = now_us.saturating_sub(old.last_heard_us);
             if old.instance != hello.instance && silent_us <= replace_after_us {
                 let text = format!(
@@ -174,7 +184,7 @@ impl TcpFabric {
                      one name: correct `name` in one node.toml",
                     hello.node,
                     old.instance,
-                    peer_addr(old)
+                    old.peer_addr().map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string())
                 );
                 tracing::warn!(%addr, "refused a fabric connection: {text}");
                 let refused = Answer::Refused(Refusal::new(RefusalCode::SameName, text));
@@ -191,16 +201,16 @@ impl TcpFabric {
         }
         if common.poller.add(&fd, link.token, Interest::Read).is_ok() {
             link.interest = Interest::Read;
-            link.up(fd, cipher, hello.instance, &[], now_us, sink);
+            link.up(Connection::new(fd, cipher, hello.instance, &[], now_us), common, now_us, sink);
         }
     }
 }
 
-impl Fabric for TcpFabric {
+impl Fabric for PeerFabric {
     fn send(&mut self, peer: PeerId, parts: &[&[u8]]) -> Result<(), SendError> {
         let max_queued_bytes = self.common.config.max_queued_bytes;
         match &mut self.link_mut(peer).state {
-            State::Up(connection) => connection.send(parts, max_queued_bytes),
+            State::Up(session) => session.send(parts, max_queued_bytes),
             State::Idle { .. } | State::Dialing(_) => Err(SendError::NotConnected),
         }
     }
@@ -218,12 +228,33 @@ impl Fabric for TcpFabric {
         }
     }
 
+    fn poll_lanes(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        for link in &mut self.links {
+            link.pump_lane(&mut self.common, now_us, sink);
+        }
+    }
+
+    fn has_memory_lanes(&self) -> bool {
+        self.links.iter().any(|link| matches!(&link.state, State::Up(session) if session.has_lane()))
+    }
+
+    fn arm(&mut self) -> bool {
+        let mut something = false;
+        for link in &mut self.links {
+            // All of them, whatever the first says: one that is not armed would wake nobody.
+            if let State::Up(session) = &mut link.state {
+                something |= session.arm();
+            }
+        }
+        something
+    }
+
     fn next_deadline_us(&self) -> u64 {
         self.links.iter().map(|link| link.deadline_us(&self.common.config)).min().unwrap_or(u64::MAX)
     }
 
     fn is_connected(&self, peer: PeerId) -> bool {
-        matches!(&self.link(peer).state, State::Up(connection) if !connection.is_broken())
+        matches!(&self.link(peer).state, State::Up(session) if session.is_up() && !session.connection.is_broken())
     }
 
     fn last_heard_us(&self, peer: PeerId) -> Option<u64> {
@@ -232,14 +263,16 @@ impl Fabric for TcpFabric {
 
     fn queued_bytes(&self, peer: PeerId) -> usize {
         match &self.link(peer).state {
-            State::Up(connection) => connection.queued_bytes(),
+            State::Up(session) => session.queued_bytes(),
             State::Idle { .. } | State::Dialing(_) => 0,
         }
     }
 
     fn disconnect(&mut self, peer: PeerId) {
-        if let State::Up(connection) = &mut self.link_mut(peer).state {
-            connection.break_off(LostReason::Disconnected);
+        if let State::Up(session) = &mut self.link_mut(peer).state
+            && session.is_up()
+        {
+            session.connection.break_off(LostReason::Disconnected);
         }
     }
 
@@ -296,7 +329,12 @@ impl Link {
         match std::mem::replace(&mut self.state, State::Idle { retry_us }) {
             State::Idle { .. } => {}
             State::Dialing(attempt) => drop(common.poller.remove(&attempt.fd)),
-            State::Up(connection) => drop(common.poller.remove(&connection)),
+            State::Up(session) => {
+                let _ = common.poller.remove(&session);
+                if let Some(event) = session.event_fd() {
+                    let _ = common.poller.remove(event);
+                }
+            }
         }
     }
 
@@ -309,7 +347,8 @@ impl Link {
                 let State::Dialing(attempt) = std::mem::replace(&mut self.state, State::Idle { retry_us: 0 }) else {
                     unreachable!("the state was just looked at")
                 };
-                self.up(attempt.fd, cipher, instance, &attempt.received, now_us, sink);
+                let connection = Connection::new(attempt.fd, cipher, instance, &attempt.received, now_us);
+                self.up(connection, common, now_us, sink);
                 self.pump(common, now_us, sink);
             }
             Ok(Some(Greeted::Refused(refusal))) => {
@@ -331,48 +370,89 @@ impl Link {
         }
     }
 
-    fn up(
-        &mut self,
-        fd: OwnedFd,
-        cipher: Option<Box<Cipher>>,
-        instance: u64,
-        early: &[u8],
-        now_us: u64,
-        sink: &mut dyn FnMut(FabricEvent<'_>),
-    ) {
-        self.state = State::Up(Connection::new(fd, cipher, instance, early, now_us));
+    fn up(&mut self, connection: Connection, common: &Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let instance = connection.instance;
+        let plan = Plan {
+            transport: common.membership.transport_to(self.peer),
+            we_dial: self.we_dial,
+            max_queued_bytes: common.config.max_queued_bytes,
+            deadline_us: now_us + common.config.connect_timeout_us,
+        };
+        let session = Session::new(connection, plan);
         self.last_heard_us = Some(now_us);
+        if session.is_up() {
+            self.connected(instance, sink);
+        }
+        self.state = State::Up(session);
+    }
+
+    fn connected(&mut self, instance: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
         self.refusal = None;
         self.trouble = None;
         sink(FabricEvent::Connected { peer: self.peer, instance });
     }
 
     fn pump(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let State::Up(connection) = &mut self.state else {
+        let State::Up(session) = &mut self.state else {
             return;
         };
         let peer = self.peer;
-        let mut result = connection.pump(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
-        self.last_heard_us = Some(connection.last_heard_us);
-        let silent_us = now_us.saturating_sub(connection.last_heard_us);
+        let mut deliver = |bytes: &[u8]| sink(FabricEvent::Message { peer, bytes });
+        let mut result = session.pump(now_us, &mut deliver);
+        self.last_heard_us = Some(session.connection.last_heard_us);
+        let silent_us = now_us.saturating_sub(session.connection.last_heard_us);
         if result.is_ok() && silent_us >= common.config.silence_timeout_us {
             result = Err(LostReason::Silent { silent_us });
         }
         match result {
-            Ok(()) if now_us.saturating_sub(connection.last_sent_us) >= common.config.ping_us => {
-                connection.ping();
-                connection.last_sent_us = now_us;
+            Ok(true) => self.lane_up(common, now_us, sink),
+            Ok(false) if now_us.saturating_sub(session.connection.last_sent_us) >= common.config.ping_us => {
+                session.connection.ping();
+                session.connection.last_sent_us = now_us;
             }
-            Ok(()) => {}
+            Ok(false) => {}
             Err(reason) => self.lose(&reason, common, now_us, sink),
         }
     }
 
+    fn lane_up(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let State::Up(session) = &self.state else { unreachable!("its lane is up") };
+        if let Some(event) = session.event_fd()
+            && let Err(error) = common.poller.add(event, self.token, Interest::Read)
+        {
+            let text = format!("the poller does not take the lane's events: {error}");
+            return self.lose(&LostReason::Lane(text), common, now_us, sink);
+        }
+        let instance = session.connection.instance;
+        self.connected(instance, sink);
+        self.pump(common, now_us, sink);
+    }
+
+    fn pump_lane(&mut self, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let State::Up(session) = &mut self.state else {
+            return;
+        };
+        let peer = self.peer;
+        let result = session.pump_lane(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
+        self.last_heard_us = Some(session.connection.last_heard_us);
+        if let Err(reason) = result {
+            self.lose(&reason, common, now_us, sink);
+        }
+    }
+
+    /// Ends a session. Nobody is told of one that never was up, except of what keeps its lane from coming up.
     fn lose(&mut self, reason: &LostReason, common: &mut Common, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
-        let retry_us = now_us + common.jittered(common.config.retry_us);
-        self.close(common, retry_us);
-        self.trouble = Some(reason.to_string());
-        sink(FabricEvent::Lost { peer: self.peer, reason });
+        let was_up = matches!(&self.state, State::Up(session) if session.is_up());
+        match reason {
+            LostReason::Lane(text) if !was_up => {
+                self.fail(text.clone(), common.config.refused_retry_us, common, now_us);
+                self.report(Refusal::new(RefusalCode::Lane, text.clone()), now_us, sink);
+            }
+            _ => self.fail(reason.to_string(), common.config.retry_us, common, now_us),
+        }
+        if was_up {
+            sink(FabricEvent::Lost { peer: self.peer, reason });
+        }
     }
 
     /// Tells the poller what this link waits for: room only while something needs it.
@@ -381,7 +461,7 @@ impl Link {
             State::Idle { .. } => return,
             State::Dialing(attempt) if !attempt.unsent.is_empty() => Interest::Write,
             State::Dialing(_) => Interest::Read,
-            State::Up(connection) if connection.queued_bytes() > 0 => Interest::ReadWrite,
+            State::Up(session) if session.connection.queued_bytes() > 0 => Interest::ReadWrite,
             State::Up(_) => Interest::Read,
         };
         if wanted == self.interest {
@@ -390,7 +470,7 @@ impl Link {
         let changed = match &self.state {
             State::Idle { .. } => return,
             State::Dialing(attempt) => poller.modify(&attempt.fd, self.token, wanted),
-            State::Up(connection) => poller.modify(connection, self.token, wanted),
+            State::Up(session) => poller.modify(session, self.token, wanted),
         };
         changed.expect("the socket is in the poller");
         self.interest = wanted;
@@ -400,12 +480,15 @@ impl Link {
         match &self.state {
             State::Idle { retry_us } => *retry_us,
             State::Dialing(attempt) => attempt.deadline_us,
-            // Broken, or a partial write that the poller does not know of yet: poll at once.
-            State::Up(connection) if connection.is_broken() => 0,
-            State::Up(connection) if connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite => 0,
-            State::Up(connection) => {
+            State::Up(session) => {
+                let connection = &session.connection;
+                // Broken, or a partial write that the poller does not know of yet: poll at once.
+                if connection.is_broken() || (connection.queued_bytes() > 0 && self.interest != Interest::ReadWrite) {
+                    return 0;
+                }
                 let ping_us = connection.last_sent_us + config.ping_us;
-                ping_us.min(connection.last_heard_us + config.silence_timeout_us)
+                let silence_us = connection.last_heard_us + config.silence_timeout_us;
+                ping_us.min(silence_us).min(session.setup_deadline_us())
             }
         }
     }
@@ -453,16 +536,11 @@ fn hello(membership: &Membership, to: PeerId) -> Hello {
         lane: Lane::Control,
         from: membership.me,
         to,
+        transport: membership.transport_to(to),
         instance: membership.identity.instance,
         view: 0,
         number: 0,
         group: membership.group.clone(),
         node: membership.identity.name.clone(),
     }
-}
-
-fn peer_addr(connection: &Connection) -> String {
-    let addr = rustix::net::getpeername(connection.as_fd()).ok().flatten();
-    let addr = addr.and_then(|addr| SocketAddr::try_from(addr).ok());
-    addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string())
 }

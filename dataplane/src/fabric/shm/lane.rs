@@ -1,0 +1,206 @@
+//! The lane over two shared rings. Messages longer than a record are cut; what finds no room waits in a queue.
+
+use super::file::NamedFile;
+use super::mapping::{Direction, Mapping, SharedRing};
+use crate::fabric::lane::{Lane, LaneError, LaneFull, SetupContext, Transport};
+use crate::ring::{Assembly, Consumer, Kind, Producer, Violation};
+use rustix::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// Messages handed out per pump, so that one flooding peer cannot keep the reactor.
+const MAX_MESSAGES: usize = 256;
+const LENGTH_BYTES: usize = 4;
+/// In a queued record's length: more of the message follows.
+const MORE: u32 = 1 << 31;
+
+/// Records that wait for room: `u32` length with [`MORE`], and the bytes.
+#[derive(Debug, Default)]
+struct Queue {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+impl Queue {
+    fn queued_bytes(&self) -> usize {
+        self.bytes.len() - self.sent
+    }
+
+    /// Appends a message of `left` bytes in records of up to `max_record` bytes.
+    fn add(&mut self, parts: &[&[u8]], mut left: usize, max_record: usize) {
+        let mut room = 0;
+        for &part in parts {
+            let mut rest = part;
+            while !rest.is_empty() {
+                if room == 0 {
+                    room = left.min(max_record);
+                    left -= room;
+                    let more = if left > 0 { MORE } else { 0 };
+                    self.bytes.extend((room as u32 | more).to_le_bytes());
+                }
+                let (now, later) = rest.split_at(rest.len().min(room));
+                self.bytes.extend(now);
+                room -= now.len();
+                rest = later;
+            }
+        }
+    }
+
+    /// The first record.
+    fn first(&self) -> Option<(Kind, &[u8])> {
+        let (length, rest) = self.bytes[self.sent..].split_first_chunk::<LENGTH_BYTES>()?;
+        let length = u32::from_le_bytes(*length);
+        let kind = if length & MORE == 0 { Kind::Last } else { Kind::More };
+        Some((kind, &rest[..(length & !MORE) as usize]))
+    }
+
+    fn remove_first(&mut self) {
+        let (_, record) = self.first().expect("it was just written");
+        self.sent += LENGTH_BYTES + record.len();
+        if self.sent == self.bytes.len() {
+            self.bytes.clear();
+            self.sent = 0;
+        } else if self.sent > self.bytes.len() / 2 {
+            self.bytes.drain(..self.sent);
+            self.sent = 0;
+        }
+    }
+}
+
+/// See the module.
+pub(super) struct ShmLane {
+    out: Producer<SharedRing>,
+    queue: Queue,
+    input: Consumer<SharedRing>,
+    assembly: Assembly,
+    max_message_bytes: usize,
+    max_queued_bytes: usize,
+    /// Found while sending; the next pump reports it.
+    broken: Option<LaneError>,
+    /// Until the peer has opened it.
+    file: Option<NamedFile>,
+}
+
+impl ShmLane {
+    /// `ways`: out and in.
+    pub fn new(
+        mapping: &Arc<Mapping>,
+        ways: [Direction; 2],
+        context: &SetupContext,
+        file: Option<NamedFile>,
+    ) -> ShmLane {
+        let [out, input] = ways.map(|way| SharedRing::new(mapping, way));
+        ShmLane {
+            out: Producer::new(out),
+            queue: Queue::default(),
+            input: Consumer::new(input),
+            assembly: Assembly::default(),
+            max_message_bytes: context.max_message_bytes,
+            max_queued_bytes: context.max_queued_bytes,
+            broken: None,
+            file,
+        }
+    }
+
+    fn flush(&mut self) {
+        while let Some((kind, record)) = self.queue.first() {
+            match self.out.push(kind, &[record]) {
+                Ok(true) => self.queue.remove_first(),
+                Ok(false) => break,
+                Err(violation) => return self.break_off(violation),
+            }
+        }
+    }
+
+    fn break_off(&mut self, violation: Violation) {
+        self.broken.get_or_insert(violated(violation));
+        self.queue = Queue::default();
+    }
+}
+
+fn violated(what: impl ToString) -> LaneError {
+    LaneError::Violation { transport: Transport::Shm, what: what.to_string() }
+}
+
+impl Lane for ShmLane {
+    fn send(&mut self, parts: &[&[u8]]) -> Result<(), LaneFull> {
+        if self.broken.is_some() {
+            return Ok(());
+        }
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let queued = self.queue.queued_bytes();
+        let max_record = self.out.max_record_bytes();
+        if queued == 0 && bytes <= max_record {
+            match self.out.push(Kind::Last, parts) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(violation) => {
+                    self.break_off(violation);
+                    return Ok(());
+                }
+            }
+        }
+        if queued > 0 && queued + bytes > self.max_queued_bytes {
+            return Err(LaneFull);
+        }
+        self.queue.add(parts, bytes, max_record);
+        self.flush();
+        Ok(())
+    }
+
+    fn pump(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        self.flush();
+        let mut messages = 0;
+        while messages < MAX_MESSAGES
+            && let Some(kind) = self.input.take(&mut self.assembly).map_err(violated)?
+        {
+            let bytes = self.assembly.bytes();
+            if bytes.is_empty() || bytes.len() > self.max_message_bytes {
+                return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
+            }
+            if kind == Kind::Last {
+                deliver(bytes);
+                self.assembly.clear();
+                messages += 1;
+            }
+        }
+        self.broken.clone().map_or(Ok(messages), Err)
+    }
+
+    fn queued_bytes(&self) -> usize {
+        self.queue.queued_bytes()
+    }
+
+    fn arm(&mut self) -> bool {
+        let has_room = match self.queue.first().map(|(_, record)| record.len()) {
+            None => Ok(false),
+            Some(length) => self.out.arm(length),
+        };
+        let has_room = has_room.unwrap_or_else(|violation| {
+            self.break_off(violation);
+            true
+        });
+        // Both, whatever the first says: the owner disarms both.
+        self.input.arm() || has_room || self.broken.is_some()
+    }
+
+    fn disarm(&mut self) {
+        self.input.disarm();
+        self.out.disarm();
+    }
+
+    fn take_doorbell(&mut self) -> bool {
+        // Not lazily: both forget what they have looked at.
+        self.out.take_wake() | self.input.take_wake()
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn peer_is_up(&mut self) {
+        self.file = None;
+    }
+}

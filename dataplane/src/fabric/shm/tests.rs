@@ -1,0 +1,279 @@
+use super::*;
+use crate::fabric::lane::{Lane, LaneError, LaneFull};
+use crate::ring::{Assembly, Consumer, Control, Heap, Kind, Memory, Producer};
+use mapping::SharedRing;
+use proptest::prelude::*;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const RING_BYTES: usize = 4096;
+
+fn context(we_dial: bool) -> SetupContext {
+    let addr = "127.0.0.1:1".parse().unwrap();
+    SetupContext {
+        we_dial,
+        local: addr,
+        peer: addr,
+        ring_bytes: RING_BYTES,
+        max_message_bytes: 20_000,
+        max_queued_bytes: 30_000,
+        deadline_us: u64::MAX,
+    }
+}
+
+fn up(setup: &mut dyn LaneSetup, offer: &[u8]) -> Box<dyn Lane> {
+    match setup.complete(offer, 0) {
+        Ok(SetupProgress::Up(lane)) => lane,
+        Ok(SetupProgress::Pending) => panic!("nothing to wait for"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn failed(setup: &mut dyn LaneSetup, offer: &[u8]) -> String {
+    match setup.complete(offer, 0) {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("a lane came up"),
+    }
+}
+
+fn path_of(offer: &[u8]) -> String {
+    format!("/dev/shm/{}", std::str::from_utf8(&offer[FIXED_BYTES..]).unwrap())
+}
+
+fn pair() -> (Box<dyn Lane>, Box<dyn Lane>) {
+    let (mut dialer, offer) = begin(&context(true)).unwrap();
+    let (mut acceptor, answer) = begin(&context(false)).unwrap();
+    (up(&mut *dialer, &answer), up(&mut *acceptor, &offer))
+}
+
+fn pump(lane: &mut dyn Lane) -> Vec<Vec<u8>> {
+    let mut messages = Vec::new();
+    lane.pump(&mut |bytes| messages.push(bytes.to_vec())).unwrap();
+    messages
+}
+
+#[test]
+fn the_name_is_there_for_the_time_of_the_set_up_only() {
+    let (mut dialer, offer) = begin(&context(true)).unwrap();
+    let path = path_of(&offer);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let (mut acceptor, answer) = begin(&context(false)).unwrap();
+    let mut near = up(&mut *dialer, &answer);
+    // The other side comes later.
+    assert!(std::fs::exists(&path).unwrap());
+    let mut far = up(&mut *acceptor, &offer);
+    near.peer_is_up();
+    assert!(!std::fs::exists(&path).unwrap());
+    near.send(&[b"to ", b"you"]).unwrap();
+    far.send(&[b"to me"]).unwrap();
+    assert_eq!((pump(&mut *far), pump(&mut *near)), (vec![b"to you".to_vec()], vec![b"to me".to_vec()]));
+}
+
+#[test]
+fn an_abandoned_set_up_leaves_no_file() {
+    let (setup, offer) = begin(&context(true)).unwrap();
+    drop(setup);
+    assert!(!std::fs::exists(path_of(&offer)).unwrap());
+    let (mut setup, offer) = begin(&context(true)).unwrap();
+    let (_, answer) = begin(&context(false)).unwrap();
+    drop(up(&mut *setup, &answer));
+    assert!(!std::fs::exists(path_of(&offer)).unwrap());
+}
+
+#[test]
+fn the_sweep_takes_what_the_dead_left_and_nothing_else() {
+    let (_setup, offer) = begin(&context(true)).unwrap();
+    let dead = format!("/dev/shm/plover-lane-{:032x}", std::process::id());
+    let foreign = format!("/dev/shm/plover-lane-{:031x}", std::process::id());
+    std::fs::write(&dead, b"").unwrap();
+    std::fs::write(&foreign, b"").unwrap();
+    sweep();
+    let left = [std::fs::exists(&dead), std::fs::exists(&foreign), std::fs::exists(path_of(&offer))];
+    std::fs::remove_file(&foreign).unwrap();
+    assert_eq!(left.map(Result::unwrap), [false, true, true]);
+}
+
+#[test]
+fn only_a_file_as_we_make_it_is_opened() {
+    let (_setup, offer) = begin(&context(true)).unwrap();
+    let (mut acceptor, _) = begin(&context(false)).unwrap();
+    let path = path_of(&offer);
+    let moved = format!("{path}.moved");
+    // A link, even to a good file.
+    std::fs::rename(&path, &moved).unwrap();
+    std::os::unix::fs::symlink(&moved, &path).unwrap();
+    let link = failed(&mut *acceptor, &offer);
+    std::fs::rename(&moved, &path).unwrap();
+    assert!(link.contains("cannot open"), "{link}");
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+    assert!(failed(&mut *acceptor, &offer).contains("100 bytes instead of 12288"));
+    std::fs::remove_file(&path).unwrap();
+    let absent = failed(&mut *acceptor, &offer);
+    assert!(absent.contains("share one host") && absent.contains(&path), "{absent}");
+    for name in ["../../etc/passwd", "plover-lane-0123456789abcdef0123456789abcdeF", "plover-lane-", ""] {
+        let offer = [&offer[..FIXED_BYTES], name.as_bytes()].concat();
+        assert!(failed(&mut *acceptor, &offer).contains("none of ours"), "{name}");
+    }
+    let mut other_size = offer.clone();
+    other_size[4] ^= 1;
+    assert!(failed(&mut *acceptor, &other_size).contains("one version"));
+}
+
+#[test]
+fn messages_beyond_the_ring_wait_and_then_there_is_no_more_room() {
+    let (mut near, mut far) = pair();
+    let message = |number: usize| vec![number as u8; 1 + number * 1777 % 20_000];
+    let mut accepted = 0;
+    while near.send(&[&message(accepted)]) == Ok(()) {
+        accepted += 1;
+    }
+    assert_eq!(near.send(&[&message(accepted)]), Err(LaneFull));
+    assert!(near.queued_bytes() > 10_000 && near.queued_bytes() <= 30_000 + 200);
+    let mut received = Vec::new();
+    while received.len() < accepted {
+        let messages = pump(&mut *far);
+        assert!(!messages.is_empty() || near.queued_bytes() > 0);
+        received.extend(messages);
+        pump(&mut *near);
+    }
+    assert!(received.iter().enumerate().all(|(number, bytes)| *bytes == message(number)));
+    assert_eq!(near.queued_bytes(), 0);
+}
+
+#[test]
+fn a_sleeper_is_rung_for_once() {
+    let (mut near, mut far) = pair();
+    near.send(&[b"1"]).unwrap();
+    assert!(!near.take_doorbell(), "nobody sleeps");
+    assert!(far.arm(), "there is something already");
+    assert_eq!(pump(&mut *far).len(), 1);
+    far.disarm();
+    assert!(!far.arm());
+    near.send(&[b"2"]).unwrap();
+    assert!(near.take_doorbell() && !near.take_doorbell());
+    near.send(&[b"3"]).unwrap();
+    assert!(!near.take_doorbell(), "the bell has rung");
+    far.disarm();
+    assert_eq!(pump(&mut *far).len(), 2);
+    // A sender without room sleeps too.
+    while near.queued_bytes() == 0 {
+        near.send(&[&[0; 500]]).unwrap();
+    }
+    assert!(!near.arm());
+    pump(&mut *far);
+    assert!(far.take_doorbell());
+}
+
+/// What a late writer of a dead pair writes stays in that pair's memory.
+#[test]
+fn a_new_pair_never_gets_the_memory_of_a_dead_one() {
+    let (near, mut late) = pair();
+    drop(near);
+    let (mut near, mut far) = pair();
+    for _ in 0..100 {
+        late.send(&[&[0xee; 900]]).unwrap();
+        if late.queued_bytes() > 0 {
+            break;
+        }
+    }
+    near.send(&[b"good"]).unwrap();
+    assert_eq!(pump(&mut *far), [b"good"]);
+    assert!(pump(&mut *near).is_empty());
+}
+
+/// A mapping whose dialing side is the test itself.
+fn hostile() -> (Box<dyn Lane>, SharedRing, SharedRing) {
+    let file = NamedFile::create(mapping::file_bytes(RING_BYTES)).unwrap();
+    let mapping = Arc::new(Mapping::new(file.fd(), RING_BYTES).unwrap());
+    let (mut acceptor, offer) = begin(&context(false)).unwrap();
+    let lane = up(&mut *acceptor, &[&offer, file.name().as_str().as_bytes()].concat());
+    (lane, SharedRing::new(&mapping, Direction::FromDialer), SharedRing::new(&mapping, Direction::ToDialer))
+}
+
+/// The peer's control words, with records of one's own.
+#[derive(Clone)]
+struct Rogue {
+    control: Arc<SharedRing>,
+    words: Arc<Heap>,
+}
+
+impl Memory for Rogue {
+    fn control(&self) -> &Control {
+        self.control.control()
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        self.words.words()
+    }
+}
+
+#[test]
+fn a_peer_without_manners_ends_the_lane() {
+    let violation = |lane: &mut dyn Lane| match lane.pump(&mut |_| panic!("nothing good was sent")) {
+        Err(LaneError::Violation { what, .. }) => what,
+        other => panic!("{other:?}"),
+    };
+    // An endless message.
+    let (mut lane, out, _in) = hostile();
+    let mut producer = Producer::new(out);
+    let mut pumped = 0;
+    let what = loop {
+        while producer.push(Kind::More, &[&[1; 800]]) == Ok(true) {}
+        match lane.pump(&mut |_| panic!("it has no end")) {
+            Ok(_) => pumped += 1,
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(pumped < 20 && what.contains("message of"), "{what}");
+    // An empty one.
+    let (mut lane, out, _in) = hostile();
+    Producer::new(out).push(Kind::Last, &[]).unwrap();
+    assert!(violation(&mut *lane).contains("message of 0 bytes"));
+    // A header that is none.
+    let (mut lane, out, _in) = hostile();
+    out.words()[0].store(u64::MAX, Ordering::Relaxed);
+    assert!(violation(&mut *lane).contains("0xffffffffffffffff"));
+    // A position beyond what was written.
+    let (mut lane, _out, input) = hostile();
+    let rogue = Rogue { control: Arc::new(input), words: Arc::new(Heap::new(RING_BYTES)) };
+    let (mut producer, mut consumer) = (Producer::new(rogue.clone()), Consumer::new(rogue));
+    for _ in 0..100 {
+        assert_eq!(producer.push(Kind::Last, &[&[0; 900]]), Ok(true));
+        consumer.take(&mut Assembly::default()).unwrap();
+    }
+    while lane.pump(&mut |_| ()).is_ok() {
+        let _ = lane.send(&[&[0; 1000]]);
+    }
+    assert!(violation(&mut *lane).contains("has read up to word"));
+    assert!(lane.arm(), "an end is something");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn arbitrary_memory_never_panics(
+        words in prop::collection::vec((0usize..RING_BYTES / 8, prop_oneof![any::<u64>(), (0u64..5, 0u64..2000).prop_map(|(kind, length)| kind << 32 | length)]), 1..100),
+    ) {
+        let (mut lane, out, _in) = hostile();
+        out.words()[0].store(1 << 32 | 8, Ordering::Relaxed);
+        for (at, word) in words {
+            out.words()[at].store(word, Ordering::Relaxed);
+            let _ = lane.send(&[b"x"]);
+            if lane.pump(&mut |bytes| assert!(bytes.len() <= 20_000)).is_err() {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn arbitrary_offers_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..80), keep in 0usize..21) {
+        let (mut dialer, offer) = begin(&context(true)).unwrap();
+        let (mut acceptor, _) = begin(&context(false)).unwrap();
+        let offer = [&offer[..keep], &bytes].concat();
+        prop_assert!(acceptor.complete(&offer, 0).is_err());
+        if offer.len() != FIXED_BYTES {
+            prop_assert!(dialer.complete(&offer, 0).is_err());
+        }
+    }
+}
