@@ -291,9 +291,14 @@ impl NetDevice {
         self.counters
     }
 
+    /// Whether `handle_commands` has something to do: the same as a readable `event_fd`, without a system call.
+    pub fn has_commands(&self) -> bool {
+        self.link.has_news()
+    }
+
     /// Carries out what the session asks for and reports what happened, in order. Never blocks.
     pub fn handle_commands(&mut self, sink: &mut impl FnMut(DeviceEvent)) {
-        drain(self.link.wake());
+        self.link.acknowledge();
         while let Some((command, responder)) = self.link.next() {
             let answer = self.execute(command);
             // The poll set must have let go of a kick before its descriptor goes back to the session and is closed.
@@ -417,7 +422,7 @@ impl NetDevice {
         self.note_running();
         self.pending.push_back(DeviceEvent::Broken(DeviceError::Ring { ring: index, position, fault }));
         // Has the reactor call handle_commands, which reports this.
-        signal(self.link.wake());
+        self.link.call_back();
     }
 
     /// Interrupts the guest for what was put into its rings since the last call, where it wants that: at most one system call
