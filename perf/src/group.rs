@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::row::Row;
-use crate::{Effort, fabric, log, ordering, page_hash, replica_steps, results};
+use crate::{Effort, dataplane, fabric, log, ordering, page_hash, replica_steps, results};
 
 /// Takes each row as soon as it is measured, so that a later failure loses nothing.
 pub type Sink<'a> = &'a mut dyn FnMut(Row) -> Result<()>;
@@ -19,7 +19,7 @@ pub struct Group {
 }
 
 /// All groups.
-pub const GROUPS: [Group; 4] = [
+pub const GROUPS: [Group; 5] = [
     Group { name: "core", about: "parts that need no peer: page hashes", run: core },
     Group { name: "fabric", about: "round trips and bulk transfers between replicas, per transport", run: fabric::run },
     Group { name: "log", about: "the durable log, against fio and a bare io_uring loop", run: durable_log },
@@ -27,6 +27,11 @@ pub const GROUPS: [Group; 4] = [
         name: "consensus",
         about: "steps per second; three replicas against a TCP ping-pong, etcd and the raft crate",
         run: consensus,
+    },
+    Group {
+        name: "dataplane",
+        about: "our vhost-user-net device against DPDK's, DPDK being the guest",
+        run: dataplane::run,
     },
 ];
 
@@ -73,6 +78,9 @@ mod tests {
     fn an_unknown_group_is_refused_with_the_names() {
         assert_eq!(Group::find("core").unwrap().name, "core");
         let error = Group::find("cor").unwrap_err().to_string();
-        assert!(error.contains("«cor»") && error.ends_with("there are: core, fabric, log, consensus"), "{error}");
+        assert!(
+            error.contains("«cor»") && error.ends_with("there are: core, fabric, log, consensus, dataplane"),
+            "{error}"
+        );
     }
 }

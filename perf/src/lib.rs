@@ -9,6 +9,7 @@
 //! Rejected: criterion. It runs one side to the end before it starts the other, so whatever else the machine
 //! does in between lands in the ratio, and the ratio is what we publish.
 
+pub mod dataplane;
 pub mod fabric;
 pub mod group;
 pub mod log;

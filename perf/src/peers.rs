@@ -5,7 +5,7 @@
 //! no `Drop` runs after a Ctrl-C or a kill -9.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +21,26 @@ const LIBRARIES: [&str; 3] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"
 /// It was not unpacked.
 pub fn command(program: &str) -> Result<Command> {
     let root = workspace().join("target").join("rig").join("peers");
+    let mut command = unpacked(&root, program)?;
+    command.stdin(Stdio::null());
+    Ok(command)
+}
+
+/// A command for a program that is installed, or else was unpacked below `root`.
+///
+/// # Errors
+/// It is neither.
+pub fn installed_or_unpacked(root: &Path, program: &str) -> Result<Command> {
+    let installed = Path::new("/usr/bin").join(program);
+    if !installed.exists() {
+        return unpacked(root, program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(installed);
+    Ok(command)
+}
+
+fn unpacked(root: &Path, program: &str) -> Result<Command> {
     let path = root.join("usr/bin").join(program);
     ensure!(
         path.exists(),
@@ -29,7 +49,7 @@ pub fn command(program: &str) -> Result<Command> {
     );
     let search = LIBRARIES.map(|directory| root.join(directory).display().to_string());
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL"]).arg(path).env("LD_LIBRARY_PATH", search.join(":")).stdin(Stdio::null());
+    command.args(["--pdeathsig", "KILL"]).arg(path).env("LD_LIBRARY_PATH", search.join(":"));
     Ok(command)
 }
 
@@ -72,6 +92,18 @@ impl Running {
         Ok(Running(child))
     }
 
+    /// The pipe to its input, once, if it was started with one.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.0.stdin.take()
+    }
+
+    /// Ends it now.
+    pub fn kill(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
     /// Fails if it has ended.
     ///
     /// # Errors
@@ -86,9 +118,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // An error means that it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        self.kill();
     }
 }
 

@@ -28,11 +28,13 @@ pub trait FrameSink {
     fn commit(&mut self) -> bool;
 }
 
-/// How a burst from the guest ended.
+/// Why a burst ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Drained {
-    /// As many as wanted or offered.
+pub(super) enum End {
+    /// As many as wanted.
     All,
+    /// The guest had offered no more when the ring was looked at.
+    Exhausted,
     /// The next chain is for `Ring::walk`.
     Unusual,
     /// The sink refused one.
@@ -47,16 +49,17 @@ struct Chains {
 }
 
 impl Ring {
-    /// The next chains, up to `wanted`, as long as each is one descriptor with these flags and `fits` takes its length.
+    /// The next chains, up to `offered` of those that are, as long as each is one descriptor with these flags and `fits` takes
+    /// its length.
     #[inline]
     fn simple_chains(
         &mut self,
-        wanted: usize,
+        offered: usize,
         flags: u16,
         fits: impl Fn(usize, u32) -> bool,
         prefetch: impl Fn(&Self, usize, Piece),
-    ) -> Result<Chains, RingFault> {
-        let count = self.offered(wanted)?.min(wanted).min(BURST_FRAMES);
+    ) -> Chains {
+        let count = offered.min(BURST_FRAMES);
         let mut chains = Chains { heads: [0; BURST_FRAMES], pieces: [Piece::default(); BURST_FRAMES], count: 0 };
         let mask = self.size() - 1;
         for (ahead, head) in chains.heads.iter_mut().enumerate().take(count) {
@@ -81,17 +84,19 @@ impl Ring {
             chains.count = at + 1;
         }
         self.region = region;
-        Ok(chains)
+        self.prefetch_ahead(chains.count);
+        chains
     }
 
-    /// Gives frames to the guest, header of 12 bytes included, until one has no simple chain that holds it. Returns how many.
-    pub(super) fn fill_burst(&mut self, frames: &[&[u8]]) -> Result<usize, RingFault> {
+    /// Gives frames to the guest, header of 12 bytes included. Returns how many, and why it ended.
+    pub(super) fn fill_burst(&mut self, frames: &[&[u8]]) -> Result<(usize, End), RingFault> {
+        let offered = self.offered(frames.len())?.min(frames.len());
         let chains = self.simple_chains(
-            frames.len(),
+            offered,
             VRING_DESC_F_WRITE as u16,
             |at, len| len as usize >= frames[at].len(),
             |ring, at, piece| ring.ram.prefetch::<true>(piece, frames[at].len()),
-        )?;
+        );
         let count = chains.count;
         let taken = || chains.pieces[..count].iter().zip(frames);
         for (&piece, frame) in taken() {
@@ -101,38 +106,38 @@ impl Ring {
         for (&head, frame) in chains.heads[..count].iter().zip(frames) {
             self.complete(head, frame.len() as u32);
         }
-        // Bytes, then the index, then the fence in `publish`, then the marks.
+        // Bytes, then the index, then the fence in `settle`, then the marks.
         self.publish();
+        self.settle();
         for (&piece, frame) in taken() {
             self.ram.mark(piece, frame.len() as u32);
         }
-        Ok(count)
+        Ok((count, end_of(count, offered, frames.len())))
     }
 
     /// Passes up to `wanted` frames of 12 bytes of header and the rest to the sink, and completes those that it took. Returns
     /// how many those are, and why it ended.
-    pub(super) fn drain_burst(
-        &mut self,
-        wanted: usize,
-        sink: &mut impl FrameSink,
-    ) -> Result<(usize, Drained), RingFault> {
+    pub(super) fn drain_burst(&mut self, wanted: usize, sink: &mut impl FrameSink) -> Result<(usize, End), RingFault> {
         let wanted = wanted.min(BURST_FRAMES);
         let offered = self.offered(wanted)?.min(wanted);
+        if offered == 0 {
+            return Ok((0, End::Exhausted));
+        }
         let sensible = |_, len: u32| (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&(len as usize));
         let chains = self.simple_chains(offered, 0, sensible, |ring, _, piece| {
             ring.ram.prefetch::<false>(piece, piece.len as usize);
-        })?;
-        let mut end = if chains.count == offered { Drained::All } else { Drained::Unusual };
+        });
+        let mut end = end_of(chains.count, offered, wanted);
         let mut count = 0;
         for (&head, &piece) in chains.heads.iter().zip(&chains.pieces).take(chains.count) {
             let Some(room) = sink.room(piece.len as usize) else {
-                end = Drained::Refused;
+                end = End::Refused;
                 break;
             };
             assert_eq!(room.len(), piece.len as usize, "a sink gives the memory that it was asked for");
             self.ram.take(piece, room);
             if !sink.commit() {
-                end = Drained::Refused;
+                end = End::Refused;
                 break;
             }
             self.complete(head, 0);
@@ -140,5 +145,15 @@ impl Ring {
         }
         self.publish();
         Ok((count, end))
+    }
+}
+
+fn end_of(simple: usize, offered: usize, wanted: usize) -> End {
+    if simple < offered {
+        End::Unusual
+    } else if offered < wanted {
+        End::Exhausted
+    } else {
+        End::All
     }
 }

@@ -87,10 +87,24 @@ struct Request {
     answer: SyncSender<Answer>,
 }
 
+/// The bell at the reactor's door: an eventfd for one that sleeps, a flag for one that looks all the time.
+struct Bell {
+    fd: OwnedFd,
+    rung: AtomicBool,
+}
+
+impl Bell {
+    fn ring(&self) {
+        // What it rings for is in its place already: whoever sees the flag finds it.
+        self.rung.store(true, Ordering::Release);
+        signal(&self.fd);
+    }
+}
+
 /// The session's end.
 pub(crate) struct SessionEnd {
     requests: SyncSender<Request>,
-    wake: Arc<OwnedFd>,
+    bell: Arc<Bell>,
     stop: Arc<AtomicBool>,
     deadline: Duration,
 }
@@ -98,15 +112,16 @@ pub(crate) struct SessionEnd {
 /// The reactor's end.
 pub(crate) struct ReactorEnd {
     requests: Receiver<Request>,
-    wake: Arc<OwnedFd>,
+    bell: Arc<Bell>,
 }
 
 /// Makes both ends. `stop` ends every wait of the session when it becomes true; no wait is longer than `deadline`.
 pub(crate) fn pair(stop: Arc<AtomicBool>, deadline: Duration) -> std::io::Result<(SessionEnd, ReactorEnd)> {
-    let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let bell = Arc::new(Bell { fd, rung: AtomicBool::new(false) });
     let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
-    let session = SessionEnd { requests: sender, wake: Arc::clone(&wake), stop, deadline };
-    Ok((session, ReactorEnd { requests: receiver, wake }))
+    let session = SessionEnd { requests: sender, bell: Arc::clone(&bell), stop, deadline };
+    Ok((session, ReactorEnd { requests: receiver, bell }))
 }
 
 /// Adds one to an eventfd. A full or closed one changes nothing for us: the other side has been told, or is gone.
@@ -132,7 +147,7 @@ impl SessionEnd {
             Err(TrySendError::Full(_)) => return Err(self.stuck()),
             Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),
         }
-        signal(&self.wake);
+        self.bell.ring();
         let deadline = Instant::now() + self.deadline;
         loop {
             match receiver.recv_timeout(STOP_CHECK) {
@@ -153,7 +168,24 @@ impl SessionEnd {
 impl ReactorEnd {
     /// Readable when there may be commands.
     pub fn wake(&self) -> &OwnedFd {
-        &self.wake
+        &self.bell.fd
+    }
+
+    /// Whether `wake` is readable, without a system call.
+    #[inline]
+    pub fn has_news(&self) -> bool {
+        self.bell.rung.load(Ordering::Relaxed)
+    }
+
+    /// Falls silent. To be called before `next`: what comes afterwards rings again.
+    pub fn acknowledge(&self) {
+        drain(&self.bell.fd);
+        self.bell.rung.swap(false, Ordering::AcqRel);
+    }
+
+    /// Has the reactor look at the device again.
+    pub fn call_back(&self) {
+        self.bell.ring();
     }
 
     /// The next command, and where its answer goes. None when there is none; never blocks.

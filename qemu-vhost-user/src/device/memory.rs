@@ -263,7 +263,7 @@ struct Known {
 /// The pages of guest RAM that this process wrote, for the syncvm thread. Clones share one record.
 ///
 /// Drain it while the rings are stopped: a page that is written during the drain stays recorded, but the reader may then see
-/// either content.
+/// either content. While rings run, the record is complete after each `NetDevice::flush_signals`.
 #[derive(Debug, Clone, Default)]
 pub struct BackendDirty {
     known: Arc<Mutex<Known>>,
@@ -479,11 +479,7 @@ impl GuestRam {
     /// Begins to fetch the first `bytes` of a piece, for writing or for reading.
     #[inline]
     pub fn prefetch<const WRITE: bool>(&self, piece: Piece, bytes: usize) {
-        let lines = bytes.min(piece.len as usize).div_ceil(CACHE_LINE_BYTES).min(MAX_PREFETCH_LINES);
-        let host = self.host(piece, 0, 0).as_ptr();
-        for line in 0..=lines {
-            prefetch::<WRITE>(host.wrapping_add(line * CACHE_LINE_BYTES));
-        }
+        prefetch_lines::<WRITE>(self.host(piece, 0, 0).as_ptr(), bytes.min(piece.len as usize));
     }
 
     /// Marks the first `len` bytes of a piece as written; only after [`fence_before_marks`].
@@ -511,7 +507,16 @@ pub(crate) struct Piece {
 
 const CACHE_LINE_BYTES: usize = 64;
 /// The processor's own prefetcher follows a longer copy by itself.
-const MAX_PREFETCH_LINES: usize = 4;
+const MAX_PREFETCH_LINES: usize = 5;
+
+/// The lines of `bytes` from `place` on, no other: a line too many is one more that the guest has to fetch back.
+#[inline]
+fn prefetch_lines<const WRITE: bool>(place: *const u8, bytes: usize) {
+    let lines = (place as usize % CACHE_LINE_BYTES + bytes).div_ceil(CACHE_LINE_BYTES).min(MAX_PREFETCH_LINES);
+    for line in 0..lines {
+        prefetch::<WRITE>(place.wrapping_add(line * CACHE_LINE_BYTES));
+    }
+}
 
 #[inline]
 fn prefetch<const WRITE: bool>(place: *const u8) {
@@ -612,6 +617,12 @@ impl Area {
     pub fn store_u32(&self, offset: usize, value: u32) {
         // SAFETY: as in `load_u16`.
         unsafe { AtomicU32::from_ptr(self.at(offset)) }.store(value.to_le(), Ordering::Relaxed);
+    }
+
+    /// Begins to fetch `bytes` from an offset on, for writing or for reading. Only a hint, so nothing is checked.
+    #[inline]
+    pub fn prefetch<const WRITE: bool>(&self, offset: usize, bytes: usize) {
+        prefetch_lines::<WRITE>(self.file.base.as_ptr().wrapping_add(self.offset + offset), bytes);
     }
 
     /// Marks bytes as written; only after [`fence_before_marks`].

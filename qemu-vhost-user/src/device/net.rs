@@ -191,6 +191,8 @@ pub struct NetDevice {
     /// The pair whose turn to transmit it is.
     pub(super) next_transmit: usize,
     pub(super) polling: bool,
+    /// A ring is broken, so all stand still.
+    pub(super) broken: bool,
     pending: VecDeque<DeviceEvent>,
     pub(super) counters: Counters,
     pub(super) scratch: Scratch,
@@ -207,6 +209,7 @@ impl NetDevice {
             pairs_in_use: 0,
             next_transmit: 0,
             polling: false,
+            broken: false,
             pending: VecDeque::new(),
             counters: Counters::default(),
             scratch: Scratch::new(),
@@ -291,9 +294,14 @@ impl NetDevice {
         self.counters
     }
 
+    /// Whether `handle_commands` has something to do: the same as a readable `event_fd`, without a system call.
+    pub fn has_commands(&self) -> bool {
+        self.link.has_news()
+    }
+
     /// Carries out what the session asks for and reports what happened, in order. Never blocks.
     pub fn handle_commands(&mut self, sink: &mut impl FnMut(DeviceEvent)) {
-        drain(self.link.wake());
+        self.link.acknowledge();
         while let Some((command, responder)) = self.link.next() {
             let answer = self.execute(command);
             // The poll set must have let go of a kick before its descriptor goes back to the session and is closed.
@@ -393,9 +401,9 @@ impl NetDevice {
     /// Counts the pairs and reports a change between running and not running.
     fn note_running(&mut self) {
         let was_running = self.is_running();
-        let broken = self.slots.iter().any(|slot| slot.broken);
+        self.broken = self.slots.iter().any(|slot| slot.broken);
         let pairs = self.slots.chunks(2);
-        self.active_pairs = if broken { 0 } else { pairs.take_while(|pair| pair.iter().all(Slot::works)).count() };
+        self.active_pairs = if self.broken { 0 } else { pairs.take_while(|pair| pair.iter().all(Slot::works)).count() };
         self.pairs_in_use = self.slots.iter().rposition(|slot| slot.ring.is_some()).map_or(0, |last| last / 2 + 1);
         if self.is_running() != was_running {
             self.pending.push_back(if was_running {
@@ -417,23 +425,29 @@ impl NetDevice {
         self.note_running();
         self.pending.push_back(DeviceEvent::Broken(DeviceError::Ring { ring: index, position, fault }));
         // Has the reactor call handle_commands, which reports this.
-        signal(self.link.wake());
+        self.link.call_back();
     }
 
-    /// Interrupts the guest for what was put into its rings since the last call, where it wants that: at most one system call
-    /// per ring.
+    /// Ends a round: records the pages that were written (see [`BackendDirty`]), and interrupts the guest for what was put into
+    /// its rings since the last call where it wants that, with at most one system call per ring.
+    #[inline]
     pub fn flush_signals(&mut self) {
-        for index in RingIndex::all() {
-            self.signal_ring(index);
+        for ring in 0..2 * self.pairs_in_use as u8 {
+            self.signal_ring(RingIndex(ring));
         }
     }
 
+    #[inline]
     fn signal_ring(&mut self, index: RingIndex) {
         let Some(slot) = self.slots.get_mut(usize::from(index.0)) else {
             return;
         };
+        let Some(ring) = slot.ring.as_deref_mut() else {
+            return;
+        };
+        ring.settle();
         // Without a call descriptor the wish is kept, not answered: QEMU may send one later.
-        if let (Some(ring), Some(call)) = (slot.ring.as_deref_mut(), &slot.call)
+        if let Some(call) = &slot.call
             && ring.wants_signal()
         {
             signal(call);

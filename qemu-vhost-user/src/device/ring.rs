@@ -10,7 +10,7 @@
 //! INFLIGHT protocol feature is not needed.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{
@@ -182,6 +182,8 @@ pub(crate) struct Ring {
     next_used: u16,
     /// The used index as the guest can see it.
     published: u16,
+    /// The used index up to which the used ring's pages are marked as written.
+    settled: u16,
     /// The used index when the guest was last interrupted, or found to want no interrupt. None: it may have missed one.
     signalled: Option<u16>,
     /// The available index at which the guest was last asked to kick. None: kicks are off.
@@ -229,6 +231,7 @@ impl Ring {
             seen_avail: place.base,
             next_used,
             published: next_used,
+            settled: next_used,
             signalled: None,
             armed: None,
             polling: false,
@@ -395,6 +398,22 @@ impl Ring {
         Ok(usize::from(offered))
     }
 
+    /// Begins to fetch what comes next: the place of this burst's `count` used elements, and the descriptors of the burst after
+    /// it as far as they are offered. Nothing that the driver is still writing: that would take the line from under its hands.
+    #[inline]
+    pub(super) fn prefetch_ahead(&self, count: usize) {
+        let mask = self.size - 1;
+        let used = usize::from(self.next_used & mask);
+        self.used.prefetch::<true>(RING_HEADER_BYTES + USED_ELEMENT_BYTES * used, USED_ELEMENT_BYTES * count);
+        let next = self.next_avail.wrapping_add(count as u16);
+        let known = usize::from(self.seen_avail.wrapping_sub(next)).min(count);
+        for ahead in 0..known {
+            let entry = usize::from(next.wrapping_add(ahead as u16) & mask);
+            let head = self.available.load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed) & mask;
+            self.descriptors.prefetch::<false>(usize::from(head) * DESCRIPTOR_BYTES, 1);
+        }
+    }
+
     /// Takes the next chain off the available ring and puts it on the used ring, where the guest sees it after `publish`.
     #[inline]
     pub fn complete(&mut self, head: u16, written: u32) {
@@ -406,21 +425,28 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Shows the guest everything completed so far (virtio 1.2 §2.7.8.2), and then records what was written to the used ring.
-    /// Behind it, the caller may mark what else it wrote before.
+    /// Shows the guest everything completed so far (virtio 1.2 §2.7.8.2). The record of it waits for `settle`.
     #[inline]
     pub fn publish(&mut self) {
-        let (start, end) = (self.published, self.next_used);
+        if self.published != self.next_used {
+            self.used.store_u16(2, self.next_used, Ordering::Release);
+            self.published = self.next_used;
+            self.starving = false;
+        }
+    }
+
+    /// Records what `publish` has written to the used ring. Behind it, the caller may mark what else it wrote before.
+    #[inline]
+    pub fn settle(&mut self) {
+        let (start, end) = (self.settled, self.published);
         if start == end {
             return;
         }
-        self.used.store_u16(2, end, Ordering::Release);
-        self.published = end;
-        self.starving = false;
+        self.settled = end;
         fence_before_marks();
         let entry = |index: u16| RING_HEADER_BYTES + USED_ELEMENT_BYTES * usize::from(index & (self.size - 1));
         let (first, last) = (entry(start), entry(end.wrapping_sub(1)));
-        if first <= last {
+        if first <= last && end.wrapping_sub(start) <= self.size {
             self.used.mark(first, last + USED_ELEMENT_BYTES - first);
         } else {
             // Around the ring's end: all of it, which is rarely more than its two or three pages.
@@ -433,9 +459,14 @@ impl Ring {
     }
 
     /// Asks the guest to kick when it offers more than has been seen. Returns true when it already has: then the kick may never
-    /// come, and the caller must look again (virtio 1.2 §2.7.10). While polling it only looks.
+    /// come, and the caller must look again (virtio 1.2 §2.7.10). While polling it does nothing, not even look: each look takes
+    /// the line with the index from the driver, which needs it for what it is about to offer.
+    #[inline]
     pub fn arm(&mut self) -> Result<bool, RingFault> {
-        if !self.polling && self.armed != Some(self.seen_avail) {
+        if self.polling {
+            return Ok(false);
+        }
+        if self.armed != Some(self.seen_avail) {
             if self.event_idx {
                 self.store_event(self.seen_avail);
             } else if self.armed.is_none() {
@@ -492,8 +523,10 @@ impl Ring {
         self.used.mark(offset, 2);
     }
 
-    /// Whether the guest wants an interrupt for what was published since the last call (virtio 1.2 §2.7.7).
+    /// Whether the guest wants an interrupt for what was published since the last call (virtio 1.2 §2.7.7). Settles.
+    #[inline]
     pub fn wants_signal(&mut self) -> bool {
+        self.settle();
         let Some(old) = self.signalled.replace(self.published) else {
             // First call after a start: an interrupt may have been lost with the device's previous life.
             return true;
@@ -501,8 +534,8 @@ impl Ring {
         if old == self.published {
             return false;
         }
-        // The used index must be visible before the driver's wish is read; pairs with the driver's barrier.
-        fence(Ordering::SeqCst);
+        // The used index must be visible before the driver's wish is read; pairs with the driver's barrier. The fence between the
+        // two is the one in `settle`.
         if !self.event_idx {
             return u32::from(self.available.load_u16(0, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }

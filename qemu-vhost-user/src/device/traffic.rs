@@ -1,7 +1,7 @@
 //! Frames in and out of the rings: the usual ones in bursts (`burst`), the unusual ones one by one. No lock, no allocation and
 //! no system call.
 
-use super::burst::{BURST_FRAMES, Drained, FrameSink};
+use super::burst::{BURST_FRAMES, End, FrameSink};
 use super::features::Features;
 use super::link::signal;
 use super::memory::Piece;
@@ -129,8 +129,12 @@ impl NetDevice {
             return Ok((1, Inject::Done));
         }
         if features.header_bytes() == VNET_HEADER_BYTES {
-            let placed = ring.fill_burst(&frames[..usable])?;
+            let (placed, end) = ring.fill_burst(&frames[..usable])?;
             counters.rx_frames += placed as u64;
+            if end == End::Exhausted && self.polling {
+                ring.starving = true;
+                return Ok((placed, Inject::NoBuffers));
+            }
             if placed > 0 {
                 return Ok((placed, Inject::Done));
             }
@@ -160,7 +164,7 @@ impl NetDevice {
     /// As [`Self::collect_tx`], into memory that the sink gives: one copy, the one that takes the frame out of the guest's
     /// reach.
     pub fn collect(&mut self, budget_frames: usize, sink: &mut impl FrameSink) -> usize {
-        if self.slots.iter().any(|slot| slot.broken) {
+        if self.broken {
             return 0;
         }
         let mut accepted = 0;
@@ -217,11 +221,12 @@ impl NetDevice {
                 counters.tx_frames += taken as u64;
                 left -= taken;
                 match end {
-                    Drained::Refused => return Ok(TxEnd::Refused),
-                    Drained::All if left == 0 => return Ok(TxEnd::Turn),
-                    Drained::All if next_or_arm(ring)?.is_none() => return Ok(TxEnd::Empty),
-                    Drained::All => continue,
-                    Drained::Unusual => {}
+                    End::All => return Ok(TxEnd::Turn),
+                    End::Refused => return Ok(TxEnd::Refused),
+                    End::Exhausted if self.polling => return Ok(TxEnd::Empty),
+                    End::Exhausted if next_or_arm(ring)?.is_none() => return Ok(TxEnd::Empty),
+                    End::Exhausted => continue,
+                    End::Unusual => {}
                 }
             }
             let Some(head) = next_or_arm(ring)? else {
@@ -298,6 +303,7 @@ fn inject_unusual(
     }
     // All buffers of a frame become visible together (virtio 1.2 §5.1.6.4.1).
     ring.publish();
+    ring.settle();
     mark_pieces(ring, pieces, need);
     Ok(Unusual::Placed)
 }
@@ -415,7 +421,7 @@ fn scatter(ring: &Ring, pieces: &[Piece], parts: [&[u8]; 2]) {
     }
 }
 
-/// Marks the first `written` bytes of the pieces; after the fence in `publish`.
+/// Marks the first `written` bytes of the pieces; after the fence in `settle`.
 fn mark_pieces(ring: &Ring, pieces: &[Piece], mut written: u64) {
     for &piece in pieces {
         let len = written.min(u64::from(piece.len));

@@ -137,6 +137,7 @@ fn everything_that_the_device_writes_is_recorded() {
     assert_eq!(bed.device.inject(&frame(11, 12_000)), Inject::Done);
     assert_eq!(bed.device.collect_tx(8, &mut |_| true), 1);
     assert_eq!(bed.device.inject(&frame(12, 60)), Inject::NoBuffers);
+    bed.device.flush_signals();
     let mut after = vec![0; before.len()];
     bed.memory.read(0, &mut after);
     let pages = bed.dirty_pages();
