@@ -6,6 +6,8 @@
 
 pub mod af_packet;
 pub mod announce;
+#[cfg(feature = "dpdk")]
+pub mod dpdk;
 pub mod filter;
 mod interface;
 pub mod offload;

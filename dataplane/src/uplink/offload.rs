@@ -213,6 +213,57 @@ impl Transport {
     }
 }
 
+/// What a port must know to compute the checksum of a packet. Lengths in bytes.
+#[cfg(feature = "dpdk")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PortChecksum {
+    pub l2_bytes: u16,
+    pub l3_bytes: u16,
+    pub is_v6: bool,
+    pub is_tcp: bool,
+}
+
+/// Whether the checksum that is left to do on `frame` (vnet header included, not large) is one that ports know how to do.
+#[cfg(feature = "dpdk")]
+pub(super) fn port_checksum(frame: &[u8]) -> Option<PortChecksum> {
+    let header = VnetHeader::of(frame)?;
+    let packet = &frame[VNET_HEADER_BYTES..];
+    let (ip, is_v6) = network_header(packet)?;
+    let (start, protocol) = transport_header(packet, ip, is_v6)?;
+    let is_tcp = protocol == Transport::Tcp;
+    let known = usize::from(header.csum_start.get()) == start
+        && header.csum_offset.get() == if is_tcp { 16 } else { 6 }
+        && packet.len() >= start + if is_tcp { 20 } else { 8 };
+    let (l2_bytes, l3_bytes) = (u16::try_from(ip).ok()?, u16::try_from(start - ip).ok()?);
+    known.then_some(PortChecksum { l2_bytes, l3_bytes, is_v6, is_tcp })
+}
+
+/// Computes the checksum of a TCP or UDP packet whose data are known to be right. Other packets stay as they are.
+#[cfg(feature = "dpdk")]
+pub(super) fn repair_checksum(packet: &mut [u8]) {
+    let Some((ip, is_v6)) = network_header(packet) else { return };
+    let Some((start, transport)) = transport_header(packet, ip, is_v6) else { return };
+    let (field, base) = if is_v6 { (ip + 4, ip + 40) } else { (ip + 2, ip) };
+    // Bytes behind the packet are padding.
+    let end = base + usize::from(u16::from_be_bytes([packet[field], packet[field + 1]]));
+    let least = start + if transport == Transport::Tcp { 20 } else { 8 };
+    if (least..=packet.len()).contains(&end) {
+        set_checksum(&mut packet[..end], ip, is_v6, start, transport);
+    }
+}
+
+/// Where the TCP or UDP header starts, directly behind the IP header, of a packet that is no fragment.
+#[cfg(feature = "dpdk")]
+fn transport_header(packet: &[u8], ip: usize, is_v6: bool) -> Option<(usize, Transport)> {
+    let (start, protocol) = match is_v6 {
+        true => (ip + 40, packet[ip + 6]),
+        false => (ip + usize::from(packet[ip] & 0x0f) * 4, packet[ip + 9]),
+    };
+    let is_fragment = !is_v6 && u16::from_be_bytes([packet[ip + 6], packet[ip + 7]]) & 0x3fff != 0;
+    let transport = [Transport::Tcp, Transport::Udp].into_iter().find(|known| known.protocol() == protocol)?;
+    (start >= ip + 20 && !is_fragment).then_some((start, transport))
+}
+
 /// Where the IP header is, and whether it is version 6. It is whole.
 fn network_header(packet: &[u8]) -> Option<(usize, bool)> {
     let mut at = 12;
