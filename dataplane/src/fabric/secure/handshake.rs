@@ -391,7 +391,8 @@ mod tests {
 
     fn hello() -> Hello {
         let (group, node) = ("vm1".to_owned(), "node0".to_owned());
-        Hello { lane: Lane::Control, from: PeerId(0), to: PeerId(1), instance: 7, view: 0, number: 0, group, node }
+        let (lane, from, to, transport) = (Lane::Control, PeerId(0), PeerId(1), crate::fabric::Transport::Tcp);
+        Hello { lane, from, to, transport, instance: 7, view: 0, number: 0, group, node }
     }
 
     fn keyed() -> Security {
