@@ -24,6 +24,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "rings", run: rings::run },
     Target { name: "consensus-message", run: consensus_message },
     Target { name: "batch", run: batch },
+    Target { name: "fabric-hello", run: dataplane::fabric::fuzz::hello },
+    Target { name: "fabric-frames", run: dataplane::fabric::fuzz::frames },
 ];
 
 /// A consensus message from a peer: what decodes must encode to something that decodes to the same.
