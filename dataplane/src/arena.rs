@@ -117,13 +117,10 @@ impl Arena {
     /// If `least` is more than `most`, or than a chunk has.
     pub fn room(&mut self, least: usize, most: usize) -> Option<&mut [u8]> {
         assert!(least <= most && least <= CHUNK_BYTES, "room for {least} to {most} bytes in chunks of {CHUNK_BYTES}");
-        self.offered = 0;
-        if !self.make_room(least) {
-            self.exhausted = true;
+        if !self.has_room(least) {
             self.refusals += 1;
             return None;
         }
-        self.exhausted = false;
         self.offered = most.min(CHUNK_BYTES - self.filled);
         // SAFETY: within the current chunk and at or above its `frozen` mark, so no handle reads there; only the arena
         // writes, and it is borrowed for as long as this slice lives. The memory is initialised from the start.
@@ -151,6 +148,17 @@ impl Arena {
         }
         self.room(bytes.len(), bytes.len())?.copy_from_slice(bytes);
         Some(self.freeze(bytes.len()))
+    }
+
+    /// Whether there is room for `bytes` now; makes it, if that can be done. What was handed out and not frozen is void.
+    ///
+    /// # Panics
+    /// If a chunk does not have so many bytes.
+    pub fn has_room(&mut self, bytes: usize) -> bool {
+        self.offered = 0;
+        assert!(bytes <= CHUNK_BYTES, "room for {bytes} bytes in chunks of {CHUNK_BYTES}");
+        self.exhausted = !self.make_room(bytes);
+        !self.exhausted
     }
 
     /// Whether there was no room when it was last asked for.

@@ -1,26 +1,77 @@
 //! A batch of frames: the payload of one `Input` entry of the log.
 //!
-//! Layout: `u32` count, then per frame `u32` length and the bytes, all little-endian. The builder
-//! writes straight into the buffer that becomes the payload, so a TAP read lands there without
+//! Layout: `u32` count, then per frame `u32` length and the bytes, all little-endian. The builder writes straight into the
+//! memory that becomes the payload, as a rule room in an [`Arena`](crate::arena::Arena), so that a TAP read lands there without
 //! another copy. Rejected: an index of offsets in front (it forces a second pass or a copy).
+
+use std::ops::DerefMut;
 
 use crate::frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, check_length};
 
 const COUNT_BYTES: usize = 4;
 const LENGTH_BYTES: usize = 4;
 
-/// The smallest `max_bytes` of a [`BatchBuilder`]: the largest frame must fit into an empty batch.
+/// The least memory for a [`BatchBuilder`]: the largest frame must fit into an empty batch.
 pub const MIN_BATCH_BYTES: usize = COUNT_BYTES + LENGTH_BYTES + MAX_FRAME_BYTES;
 
-/// Collects frames into one payload.
+/// How far a batch is.
 #[derive(Debug)]
-pub struct BatchBuilder {
-    /// Always `max_bytes` long; `used` bytes of it are the batch so far.
-    buffer: Vec<u8>,
+struct Filling {
+    /// Bytes of the batch so far.
     used: usize,
     count: u32,
     /// Frame bytes handed out by `spare`, not yet committed.
     offered: usize,
+}
+
+impl Filling {
+    const EMPTY: Filling = Filling { used: COUNT_BYTES, count: 0, offered: 0 };
+}
+
+fn spare<'m>(memory: &'m mut [u8], filling: &mut Filling, max: usize) -> Option<&'m mut [u8]> {
+    let start = filling.used + LENGTH_BYTES;
+    let end = start.checked_add(max).filter(|&end| end <= memory.len())?;
+    filling.offered = max;
+    Some(&mut memory[start..end])
+}
+
+/// A builder whose kind of memory does not matter.
+#[derive(Debug)]
+pub(crate) struct Building<'a> {
+    memory: &'a mut [u8],
+    filling: &'a mut Filling,
+}
+
+impl Building<'_> {
+    pub(crate) fn spare(&mut self, max: usize) -> Option<&mut [u8]> {
+        spare(self.memory, self.filling, max)
+    }
+
+    pub(crate) fn offered(&self, len: usize) -> &[u8] {
+        let offered = self.filling.offered;
+        assert!(len <= offered, "{len} bytes asked for, but only {offered} were handed out");
+        let start = self.filling.used + LENGTH_BYTES;
+        &self.memory[start..start + len]
+    }
+
+    pub(crate) fn commit(&mut self, len: usize) -> Result<(), PushError> {
+        let Filling { used, count, offered } = self.filling;
+        assert!(len <= *offered, "commit of {len} bytes, but only {offered} were handed out");
+        *offered = 0;
+        check_length(len)?;
+        let length = u32::try_from(len).expect("MAX_FRAME_BYTES fits u32");
+        self.memory[*used..*used + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+        *used += LENGTH_BYTES + len;
+        *count += 1;
+        Ok(())
+    }
+}
+
+/// Collects frames into one payload, in memory that is lent to it, or of its own (a vector, for tools and tests).
+#[derive(Debug)]
+pub struct BatchBuilder<M = Vec<u8>> {
+    memory: M,
+    filling: Filling,
 }
 
 impl BatchBuilder {
@@ -29,27 +80,36 @@ impl BatchBuilder {
     /// # Panics
     /// If `max_bytes` is below [`MIN_BATCH_BYTES`] or above 1 GiB.
     pub fn new(max_bytes: usize) -> BatchBuilder {
-        assert!(max_bytes >= MIN_BATCH_BYTES, "a batch of {max_bytes} bytes cannot hold every frame");
-        assert!(max_bytes <= 1 << 30, "a batch of {max_bytes} bytes is no batch");
-        BatchBuilder { buffer: vec![0; max_bytes], used: COUNT_BYTES, count: 0, offered: 0 }
+        BatchBuilder::within(vec![0; max_bytes])
+    }
+
+    /// The payload, copied; the builder is empty afterwards.
+    pub fn finish(&mut self) -> Vec<u8> {
+        let len = self.seal();
+        self.memory[..len].to_vec()
+    }
+}
+
+impl<M: DerefMut<Target = [u8]>> BatchBuilder<M> {
+    /// A builder of one payload after the other, at the start of `memory`.
+    ///
+    /// # Panics
+    /// If `memory` is smaller than [`MIN_BATCH_BYTES`] or larger than 1 GiB.
+    pub fn within(memory: M) -> BatchBuilder<M> {
+        let bytes = memory.len();
+        assert!(bytes >= MIN_BATCH_BYTES, "a batch of {bytes} bytes cannot hold every frame");
+        assert!(bytes <= 1 << 30, "a batch of {bytes} bytes is no batch");
+        BatchBuilder { memory, filling: Filling::EMPTY }
+    }
+
+    pub(crate) fn building(&mut self) -> Building<'_> {
+        Building { memory: &mut self.memory, filling: &mut self.filling }
     }
 
     /// Room for one frame of up to `max` bytes inside the batch, or `None` if the batch is too full.
     /// [`commit`](Self::commit) makes what was written there the next frame.
     pub fn spare(&mut self, max: usize) -> Option<&mut [u8]> {
-        let start = self.used + LENGTH_BYTES;
-        let end = start.checked_add(max).filter(|&end| end <= self.buffer.len())?;
-        self.offered = max;
-        Some(&mut self.buffer[start..end])
-    }
-
-    /// The first `len` bytes of what [`spare`](Self::spare) returned, to look at before [`commit`](Self::commit).
-    ///
-    /// # Panics
-    /// If no spare room of at least `len` bytes was handed out since the last commit.
-    pub fn offered(&self, len: usize) -> &[u8] {
-        assert!(len <= self.offered, "{len} bytes, but only {} were handed out", self.offered);
-        &self.buffer[self.used + LENGTH_BYTES..][..len]
+        spare(&mut self.memory, &mut self.filling, max)
     }
 
     /// Appends the first `len` bytes of what [`spare`](Self::spare) returned as a frame.
@@ -60,14 +120,7 @@ impl BatchBuilder {
     /// # Panics
     /// If no spare room of at least `len` bytes was handed out since the last commit.
     pub fn commit(&mut self, len: usize) -> Result<(), PushError> {
-        assert!(len <= self.offered, "commit of {len} bytes, but only {} were handed out", self.offered);
-        self.offered = 0;
-        check_length(len)?;
-        let length = u32::try_from(len).expect("MAX_FRAME_BYTES fits u32");
-        self.buffer[self.used..self.used + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
-        self.used += LENGTH_BYTES + len;
-        self.count += 1;
-        Ok(())
+        self.building().commit(len)
     }
 
     /// Copies `frame` into the batch.
@@ -82,35 +135,24 @@ impl BatchBuilder {
 
     /// Frames in the batch.
     pub fn len(&self) -> usize {
-        self.count as usize
+        self.filling.count as usize
     }
 
     /// Whether the batch has no frame.
     pub fn is_empty(&self) -> bool {
-        self.count == 0
+        self.filling.count == 0
     }
 
     /// Bytes that the payload would have now.
     pub fn bytes(&self) -> usize {
-        self.used
+        self.filling.used
     }
 
-    /// The payload; the builder is empty afterwards.
-    ///
-    /// A batch that fills less than half of the buffer is copied to its exact size, so that a log full
-    /// of small batches does not retain full buffers; a larger one is moved out as it is.
-    pub fn finish(&mut self) -> Vec<u8> {
-        self.buffer[..COUNT_BYTES].copy_from_slice(&self.count.to_le_bytes());
-        let used = std::mem::replace(&mut self.used, COUNT_BYTES);
-        self.count = 0;
-        self.offered = 0;
-        if used < self.buffer.len() / 2 {
-            return self.buffer[..used].to_vec();
-        }
-        let fresh = vec![0; self.buffer.len()];
-        let mut payload = std::mem::replace(&mut self.buffer, fresh);
-        payload.truncate(used);
-        payload
+    /// Completes the payload where it lies: the first so many bytes of the memory. The builder is empty afterwards.
+    pub fn seal(&mut self) -> usize {
+        let Filling { used, count, .. } = std::mem::replace(&mut self.filling, Filling::EMPTY);
+        self.memory[..COUNT_BYTES].copy_from_slice(&count.to_le_bytes());
+        used
     }
 }
 
@@ -169,10 +211,17 @@ fn read_u32(bytes: &[u8], at: usize) -> Result<u32, BatchError> {
 }
 
 /// Iterator over the frames of a payload; see [`frames`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Frames<'a> {
     /// Whole, checked frames with their lengths.
     rest: &'a [u8],
+}
+
+impl Frames<'_> {
+    /// Whether none is left.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
 }
 
 impl<'a> Iterator for Frames<'a> {
@@ -261,6 +310,26 @@ mod tests {
         assert_eq!(builder.push(&[0; 12]), Err(PushError::Full));
         assert_eq!(frames(&builder.finish()).unwrap().count(), 1);
         assert!(matches!(builder.push(&vec![1; MAX_FRAME_BYTES + 1]), Err(PushError::BadLength { .. })));
+    }
+
+    #[test]
+    fn a_batch_in_an_arena_is_never_copied() {
+        use crate::arena::{Arena, CHUNK_BYTES};
+        use crate::region::{PageSize, Region};
+        let mut arena = Arena::new(Region::map(2 * CHUNK_BYTES, PageSize::Normal, None).unwrap());
+        let mut payloads = Vec::new();
+        for round in 0..20u8 {
+            let mut batch = BatchBuilder::within(arena.room(MIN_BATCH_BYTES, 1 << 18).unwrap());
+            let place = batch.memory.as_ptr();
+            batch.push(&[round; 100]).unwrap();
+            let len = batch.seal();
+            let payload = arena.freeze(len);
+            assert_eq!(payload.as_ptr(), place);
+            payloads.push(payload);
+        }
+        for (round, payload) in payloads.iter().enumerate() {
+            assert_eq!(frames(payload).unwrap().collect::<Vec<_>>(), [[round as u8; 100]]);
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The guard: output of the guest, held until somebody says that it may go (PLOVER §4.4).
 //!
-//! One ring of bytes, allocated once; each frame is a record (header and bytes, contiguous) in it,
-//! so holding a frame is one copy and no allocation. Frames belong to slots; [`Guard::seal`] ends a
+//! One ring of bytes in a [`Region`]; each frame is a record (header and bytes, contiguous) in it, written there by whoever
+//! takes it from the guest, so holding a frame is one copy and no allocation. Frames belong to slots; [`Guard::seal`] ends a
 //! slot and gives the mark by which it is released or thrown away. Which of the two and when is the
 //! caller's policy. Rejected: a queue of `Vec`s (an allocation per frame on the packet path).
 
 use crate::frame::{MAX_FRAME_BYTES, PushError, check_length};
+use crate::region::Region;
 
 /// Record header: length u32, position u32, slot u64, arrival u64.
 const HEADER_BYTES: usize = 24;
@@ -34,11 +35,13 @@ pub struct SlotMark(u64);
 /// Holds frames in arrival order; see the module.
 #[derive(Debug)]
 pub struct Guard {
-    ring: Box<[u8]>,
+    ring: Region,
     /// Offset of the oldest record.
     head: usize,
     /// Offset where the next record goes.
     tail: usize,
+    /// Length of the frame that room was given for.
+    offered: usize,
     /// Bytes between head and tail, gaps included; tells full from empty.
     occupied: usize,
     frames: usize,
@@ -57,19 +60,68 @@ struct Record {
 }
 
 impl Guard {
-    /// A guard with a ring of `capacity_bytes`, allocated and touched now.
+    /// A guard whose ring is `region`.
     ///
     /// # Panics
-    /// If the capacity is below [`MIN_GUARD_BYTES`].
-    pub fn new(capacity_bytes: usize) -> Guard {
+    /// If the region is smaller than [`MIN_GUARD_BYTES`].
+    pub fn new(region: Region) -> Guard {
+        let capacity_bytes = region.len();
         assert!(
             capacity_bytes >= MIN_GUARD_BYTES,
             "a guard of {capacity_bytes} bytes is smaller than two frames ({MIN_GUARD_BYTES})"
         );
-        let mut ring = vec![0u8; capacity_bytes.next_multiple_of(ALIGN_BYTES)].into_boxed_slice();
-        // Touch each page: the first frames of a VM must not pay for page faults.
-        ring.fill(1);
-        Guard { ring, head: 0, tail: 0, occupied: 0, frames: 0, bytes: 0, slot: 1, position: 0 }
+        assert!(capacity_bytes.is_multiple_of(ALIGN_BYTES), "regions consist of pages");
+        Guard { ring: region, head: 0, tail: 0, offered: 0, occupied: 0, frames: 0, bytes: 0, slot: 1, position: 0 }
+    }
+
+    /// Memory for a frame of exactly `len` bytes; [`commit`](Self::commit) holds what was written there.
+    ///
+    /// # Errors
+    /// [`PushError`]; nothing has changed.
+    pub fn room(&mut self, len: usize) -> Result<&mut [u8], PushError> {
+        self.offered = 0;
+        check_length(len)?;
+        let need = record_bytes(len);
+        if self.occupied == 0 {
+            // An empty ring can start anywhere; the start leaves the most contiguous room.
+            self.head = 0;
+            self.tail = 0;
+        }
+        if self.occupied + self.gap_before(need) + need > self.ring.len() {
+            return Err(PushError::Full);
+        }
+        self.offered = len;
+        let at = if self.gap_before(need) > 0 { 0 } else { self.tail };
+        Ok(&mut self.ring[at + HEADER_BYTES..at + HEADER_BYTES + len])
+    }
+
+    /// Holds the frame that was written to the memory that [`room`](Self::room) gave last, as one that arrived at `now_us`, in
+    /// the present slot.
+    ///
+    /// # Panics
+    /// If no room was given since the last call.
+    pub fn commit(&mut self, now_us: u64) -> FrameNumber {
+        let frame_len = std::mem::take(&mut self.offered);
+        assert!(frame_len > 0, "a frame is committed for which no room was given");
+        let need = record_bytes(frame_len);
+        let gap = self.gap_before(need);
+        if gap > 0 {
+            self.ring[self.tail..self.tail + 4].copy_from_slice(&WRAP.to_le_bytes());
+            self.tail = 0;
+        }
+        let number = FrameNumber { slot: self.slot, position: self.position };
+        let len = u32::try_from(frame_len).expect("checked against MAX_FRAME_BYTES");
+        let header = &mut self.ring[self.tail..self.tail + HEADER_BYTES];
+        header[0..4].copy_from_slice(&len.to_le_bytes());
+        header[4..8].copy_from_slice(&number.position.to_le_bytes());
+        header[8..16].copy_from_slice(&number.slot.to_le_bytes());
+        header[16..24].copy_from_slice(&now_us.to_le_bytes());
+        self.tail = (self.tail + need) % self.ring.len();
+        self.occupied += gap + need;
+        self.frames += 1;
+        self.bytes += frame_len;
+        self.position += 1;
+        number
     }
 
     /// Holds a copy of `frame`, which arrived at `now_us`, in the present slot.
@@ -77,36 +129,14 @@ impl Guard {
     /// # Errors
     /// [`PushError`]; nothing was held.
     pub fn push(&mut self, now_us: u64, frame: &[u8]) -> Result<FrameNumber, PushError> {
-        check_length(frame.len())?;
-        let need = record_bytes(frame.len());
-        if self.occupied == 0 {
-            // An empty ring can start anywhere; the start leaves the most contiguous room.
-            self.head = 0;
-            self.tail = 0;
-        }
+        self.room(frame.len())?.copy_from_slice(frame);
+        Ok(self.commit(now_us))
+    }
+
+    /// Bytes that stay unused before a record of `need` bytes, because it does not fit before the ring's end.
+    fn gap_before(&self, need: usize) -> usize {
         let to_end = self.ring.len() - self.tail;
-        let gap = if need > to_end { to_end } else { 0 };
-        if self.occupied + gap + need > self.ring.len() {
-            return Err(PushError::Full);
-        }
-        if gap > 0 {
-            self.ring[self.tail..self.tail + 4].copy_from_slice(&WRAP.to_le_bytes());
-            self.tail = 0;
-        }
-        let number = FrameNumber { slot: self.slot, position: self.position };
-        let len = u32::try_from(frame.len()).expect("checked against MAX_FRAME_BYTES");
-        let record = &mut self.ring[self.tail..self.tail + need];
-        record[0..4].copy_from_slice(&len.to_le_bytes());
-        record[4..8].copy_from_slice(&number.position.to_le_bytes());
-        record[8..16].copy_from_slice(&number.slot.to_le_bytes());
-        record[16..24].copy_from_slice(&now_us.to_le_bytes());
-        record[HEADER_BYTES..HEADER_BYTES + frame.len()].copy_from_slice(frame);
-        self.tail = (self.tail + need) % self.ring.len();
-        self.occupied += gap + need;
-        self.frames += 1;
-        self.bytes += frame.len();
-        self.position += 1;
-        Ok(number)
+        if need > to_end { to_end } else { 0 }
     }
 
     /// Ends the present slot (it may be empty) and starts the next one.
@@ -219,8 +249,13 @@ fn record_bytes(frame_len: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::region::PageSize;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+
+    fn small() -> Guard {
+        Guard::new(Region::map(MIN_GUARD_BYTES, PageSize::Normal, None).unwrap())
+    }
 
     #[derive(Debug, Clone)]
     enum Op {
@@ -267,7 +302,7 @@ mod tests {
     proptest! {
         #[test]
         fn agrees_with_a_queue_of_vectors(ops in prop::collection::vec(op(), 1..300)) {
-            let mut guard = Guard::new(MIN_GUARD_BYTES);
+            let mut guard = small();
             let mut model = Model::default();
             let mut marks: Vec<SlotMark> = Vec::new();
             let mut position = 0;
@@ -329,7 +364,7 @@ mod tests {
 
     #[test]
     fn an_empty_guard_takes_the_largest_frame_wherever_it_stood() {
-        let mut guard = Guard::new(MIN_GUARD_BYTES);
+        let mut guard = small();
         for _ in 0..10 {
             guard.push(0, &vec![3; 50_000]).unwrap();
             guard.push(0, &vec![4; MAX_FRAME_BYTES]).unwrap();
@@ -340,16 +375,37 @@ mod tests {
 
     #[test]
     fn refuses_frames_that_are_none() {
-        let mut guard = Guard::new(MIN_GUARD_BYTES);
+        let mut guard = small();
         assert_eq!(guard.push(0, &[0; 11]), Err(PushError::BadLength { len: 11 }));
         assert!(guard.push(0, &vec![0; MAX_FRAME_BYTES + 1]).is_err_and(|e| !e.is_full()));
     }
 
     #[test]
+    fn room_that_is_not_committed_changes_nothing() {
+        let mut guard = small();
+        guard.push(0, &[1; 100]).unwrap();
+        guard.room(50_000).unwrap().fill(9);
+        guard.push(0, &[2; 60]).unwrap();
+        let mark = guard.seal();
+        let mut out = Vec::new();
+        guard.release(mark, |frame| out.push(frame.to_vec()));
+        assert_eq!(out, [vec![1; 100], vec![2; 60]]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no room was given")]
+    fn committing_what_was_not_offered_is_a_bug() {
+        let mut guard = small();
+        let _ = guard.room(100);
+        guard.commit(0);
+        guard.commit(0);
+    }
+
+    #[test]
     #[should_panic(expected = "was not sealed")]
     fn releasing_the_present_slot_is_a_bug() {
-        let mut other = Guard::new(MIN_GUARD_BYTES);
+        let mut other = small();
         let mark = other.seal();
-        Guard::new(MIN_GUARD_BYTES).release(mark, |_| {});
+        small().release(mark, |_| {});
     }
 }

@@ -13,9 +13,10 @@ mod interface;
 pub mod offload;
 pub mod tap;
 
-use crate::batch::BatchBuilder;
+use crate::batch::{BatchBuilder, Building};
 use filter::{Action, Filter};
 use std::io;
+use std::ops::DerefMut;
 use std::os::fd::BorrowedFd;
 
 /// Offloads that the guest accepted, so that frames may arrive with checksums left to compute and
@@ -64,14 +65,17 @@ impl UplinkDrops {
 /// Where the frames of a burst land: straight in the batch that will be proposed, if the filter lets them pass.
 #[derive(Debug)]
 pub struct Intake<'a> {
-    batch: &'a mut BatchBuilder,
+    batch: Building<'a>,
     filter: &'a mut Filter,
 }
 
 impl<'a> Intake<'a> {
     /// Frames that `filter` lets pass go into `batch`.
-    pub fn new(batch: &'a mut BatchBuilder, filter: &'a mut Filter) -> Intake<'a> {
-        Intake { batch, filter }
+    pub fn new<M>(batch: &'a mut BatchBuilder<M>, filter: &'a mut Filter) -> Intake<'a>
+    where
+        M: DerefMut<Target = [u8]>,
+    {
+        Intake { batch: batch.building(), filter }
     }
 
     /// Room for one frame of up to `max` bytes, or `None` when the batch must be proposed first.

@@ -116,6 +116,19 @@ pub struct ReactorStatus {
     pub proposal_bytes: Vec<u64>,
 }
 
+/// Where the group's frames lie.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// Size of the arena for ordered input.
+    pub arena_bytes: u64,
+    /// How much of it is in use, in whole chunks.
+    pub arena_used_bytes: u64,
+    /// How often it had no room: the uplink had to wait, or a message was kept elsewhere.
+    pub arena_refusals: u64,
+    /// The pages of arena and guard.
+    pub pages: String,
+}
+
 /// One group on this node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GroupStatus {
@@ -178,6 +191,9 @@ pub struct GroupStatus {
     pub busy_us: u64,
     /// See `busy_us`.
     pub idle_us: u64,
+    /// Where its frames lie.
+    #[serde(default)]
+    pub memory: MemoryStatus,
     /// Where the reactor's time goes.
     #[serde(default)]
     pub reactor: ReactorStatus,
@@ -214,6 +230,13 @@ impl GroupStatus {
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");
         }
+        let MemoryStatus { arena_bytes, arena_used_bytes, arena_refusals, pages } = &self.memory;
+        let _ = writeln!(
+            text,
+            "  memory    {} of {} MiB of the arena in use on {pages}, full {arena_refusals} times",
+            arena_used_bytes >> 20,
+            arena_bytes >> 20
+        );
         self.render_reactor(&mut text);
         self.render_sync(&mut text);
         for peer in &self.peers {

@@ -65,10 +65,10 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
         let NodeConfig {
             vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, ..
         } = node;
-        let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, fabric_key, insecure, .. } = node;
+        let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, fabric_key, insecure, hugepages, .. } = node;
         format!(
             "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks} \
-             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure}"
+             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure} {hugepages:?}"
         )
     };
     assert_eq!(node_part(&shipped), node_part(&written_out));
@@ -80,6 +80,7 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
     assert_eq!(vm.qmp_socket, Some(dir.join("qmp.sock")));
     assert_eq!(vm.agent_socket, Some(dir.join("agent.sock")));
     assert!(written_out.agent_library.is_some() && written_out.hash_workers.is_some() && written_out.spin_us.is_some());
+    assert!(written_out.numa_node.is_some());
 }
 
 /// Names of all fields of a value, from its pretty debug form: `    name: value,`.

@@ -10,7 +10,7 @@ mod vm;
 
 use std::path::{Path, PathBuf};
 
-pub use node::{DEFAULT_FABRIC_KEY, Idle, NodeConfig, Scheduling};
+pub use node::{DEFAULT_FABRIC_KEY, HugePages, Idle, NodeConfig, Scheduling};
 pub use uplink::{Uplink, UplinkKind};
 pub use vm::{Degraded, HashKind, MemoryBackend, Policy, ReplicaConfig, SocketSide, TrackerChoice, VmConfig};
 

@@ -37,6 +37,24 @@ pub enum Idle {
     Adaptive,
 }
 
+/// On which pages held and ordered frames lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+pub enum HugePages {
+    /// 2 MiB pages if the host has enough of them.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// 2 MiB pages; a warning if there are not enough.
+    #[serde(rename = "2M")]
+    Size2M,
+    /// 1 GiB pages; a warning if there are not enough.
+    #[serde(rename = "1G")]
+    Size1G,
+    /// Normal pages.
+    #[serde(rename = "off")]
+    Off,
+}
+
 /// This host.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,6 +93,12 @@ pub struct NodeConfig {
     /// How long a reactor that sleeps polls after the last work; absent: chosen by the number of cores.
     #[serde(default)]
     pub spin_us: Option<u64>,
+    /// On which pages held and ordered frames lie.
+    #[serde(default)]
+    pub hugepages: HugePages,
+    /// The NUMA node whose memory these are; absent: that of the reactor's core.
+    #[serde(default)]
+    pub numa_node: Option<u32>,
     /// Threads that hash pages beside the one that coordinates; absent: one per core but two.
     #[serde(default)]
     pub hash_workers: Option<usize>,

@@ -112,6 +112,8 @@ pub struct Policy {
     pub sync_timeout_ms: u64,
     /// MiB of guest output that can be held.
     pub guard_mib: usize,
+    /// MiB for input from its arrival until a syncvm has made it needless.
+    pub arena_mib: usize,
     /// Which page hash the replicas compare.
     pub hash: HashKind,
     /// Which dirty tracker to use.
@@ -131,6 +133,7 @@ impl Default for Policy {
             max_idle_wait_ms: 2,
             sync_timeout_ms: 2000,
             guard_mib: 32,
+            arena_mib: 64,
             hash: HashKind::City128,
             tracker: TrackerChoice::Auto,
         }
@@ -219,6 +222,7 @@ impl VmConfig {
             ("policy.max_idle_wait_ms", self.policy.max_idle_wait_ms, 0, 60_000),
             ("policy.sync_timeout_ms", self.policy.sync_timeout_ms, 50, 600_000),
             ("policy.guard_mib", self.policy.guard_mib as u64, 1, 4096),
+            ("policy.arena_mib", self.policy.arena_mib as u64, 16, 65_536),
         ];
         for (field, value, least, most) in ranges {
             if !(least..=most).contains(&value) {

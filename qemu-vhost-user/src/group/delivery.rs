@@ -183,23 +183,38 @@ impl Reactor<'_> {
             self.delivery.frames_dropped += 1;
             return Step::Done;
         };
-        for frame in frames.skip(self.delivery.frames_done) {
+        let mut rest = frames;
+        if let Some(last_done) = self.delivery.frames_done.checked_sub(1) {
+            rest.nth(last_done);
+        }
+        while !rest.is_empty() {
             if *left == 0 {
                 return Step::Enough;
             }
-            match self.device.inject(frame) {
-                Inject::Done => {
-                    self.delivery.stalled_since_us = None;
-                    self.delivery.dropping = false;
-                    self.delivery.last_injected_us = now;
-                    self.delivery.consumed_since_sync = true;
-                }
-                Inject::NoBuffers if !self.stalled_too_long(now, RX_STALL_LIMIT_US) => return Step::Blocked,
-                Inject::NotRunning if !self.stalled_too_long(now, RING_START_LIMIT_US) => return Step::Blocked,
-                Inject::NoBuffers | Inject::NotRunning => self.drop_frame(),
+            let (mut dealt_with, outcome) = self.device.inject_batch(rest.clone().take(*left));
+            if dealt_with > 0 {
+                self.delivery.stalled_since_us = None;
+                self.delivery.dropping = false;
+                self.delivery.last_injected_us = now;
+                self.delivery.consumed_since_sync = true;
             }
-            self.delivery.frames_done += 1;
-            *left -= 1;
+            let blocked = match outcome {
+                Inject::Done => false,
+                Inject::NoBuffers => !self.stalled_too_long(now, RX_STALL_LIMIT_US),
+                Inject::NotRunning => !self.stalled_too_long(now, RING_START_LIMIT_US),
+            };
+            if outcome != Inject::Done && !blocked {
+                self.drop_frame();
+                dealt_with += 1;
+            }
+            self.delivery.frames_done += dealt_with;
+            *left -= dealt_with;
+            if blocked {
+                return Step::Blocked;
+            }
+            if let Some(last) = dealt_with.checked_sub(1) {
+                rest.nth(last);
+            }
         }
         Step::Done
     }

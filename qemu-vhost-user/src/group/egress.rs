@@ -7,7 +7,7 @@ use consensus::{Release, Replica, View};
 use dataplane::guard::{Guard, SlotMark};
 use dataplane::uplink::Uplink;
 
-use crate::device::NetDevice;
+use crate::device::{FrameSink, NetDevice};
 
 /// Frames taken from the guest in one turn of the reactor.
 const TX_BUDGET_FRAMES: usize = 256;
@@ -32,6 +32,25 @@ pub struct Egress {
     port: Port,
     direct: bool,
     releasing: Option<Releasing>,
+}
+
+/// The guard as the place where the guest's frames go: copied once, from the ring into it.
+struct Hold<'a> {
+    guard: &'a mut Guard,
+    now_us: u64,
+}
+
+impl FrameSink for Hold<'_> {
+    #[inline]
+    fn room(&mut self, len_bytes: usize) -> Option<&mut [u8]> {
+        self.guard.room(len_bytes).ok()
+    }
+
+    #[inline]
+    fn commit(&mut self) -> bool {
+        self.guard.commit(self.now_us);
+        true
+    }
 }
 
 /// What [`Egress::collect`] took.
@@ -70,13 +89,8 @@ impl Port {
 
 impl Egress {
     /// Holds everything until told otherwise.
-    pub fn new(guard_bytes: usize, uplink: Box<dyn Uplink>) -> Self {
-        Self {
-            guard: Guard::new(guard_bytes),
-            port: Port { uplink, handed: 0, failure: None },
-            direct: false,
-            releasing: None,
-        }
+    pub fn new(guard: Guard, uplink: Box<dyn Uplink>) -> Self {
+        Self { guard, port: Port { uplink, handed: 0, failure: None }, direct: false, releasing: None }
     }
 
     /// Takes what the guest has sent. It leaves at once if that is the mode and there is proof; without proof the mode
@@ -91,7 +105,7 @@ impl Egress {
                 true
             })
         } else {
-            device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| guard.push(now_us, frame).is_ok())
+            device.collect(TX_BUDGET_FRAMES, &mut Hold { guard, now_us })
         };
         Collected { frames, more: frames == TX_BUDGET_FRAMES }
     }

@@ -5,11 +5,12 @@
 //! throws away what the bridge floods to its TAP.
 
 use consensus::Entry;
-use dataplane::batch::BatchBuilder;
+use dataplane::batch::{BatchBuilder, MIN_BATCH_BYTES};
 use dataplane::stages::Sizes;
 use dataplane::uplink::filter::{Filter, Rule};
 use dataplane::uplink::{Burst, Intake};
 
+use super::memory::shared;
 use super::reactor::Reactor;
 use crate::config::Uplink;
 
@@ -22,9 +23,8 @@ const BACKLOG_BYTES: usize = 8 << 20;
 /// Frames that are taken or thrown away in one turn.
 const RX_BUDGET_FRAMES: usize = 256;
 
-/// The batch being built, and counters.
+/// The filter, and counters.
 pub struct Ingress {
-    batch: BatchBuilder,
     filter: Filter,
     watched: bool,
     last_proposed: u64,
@@ -41,16 +41,7 @@ impl Ingress {
     pub fn new(uplink: &Uplink) -> Self {
         let rules: Vec<Rule> = uplink.filter.iter().map(|rule| rule.rule.clone()).collect();
         let filter = Filter::new(&rules, uplink.filter_default.into());
-        let batch = BatchBuilder::new(BATCH_BYTES);
-        Self {
-            batch,
-            filter,
-            watched: true,
-            last_proposed: 0,
-            failure: None,
-            frames_in: 0,
-            proposal_bytes: Sizes::default(),
-        }
+        Self { filter, watched: true, last_proposed: 0, failure: None, frames_in: 0, proposal_bytes: Sizes::default() }
     }
 
     /// Notes whether the uplink should be watched; says whether that is a change.
@@ -78,12 +69,13 @@ impl Ingress {
 
 impl Reactor<'_> {
     /// Whether there is room for more input on its way to the guest.
-    pub(super) fn may_take_inputs(&self, now: u64) -> bool {
+    pub(super) fn may_take_inputs(&mut self, now: u64) -> bool {
         let replica = self.ordering.replica();
         replica.last_index().0.saturating_sub(replica.commit_index().0) < PROPOSALS_IN_FLIGHT
             && self.delivery.backlog_bytes() < BACKLOG_BYTES
             && !self.ordering.log().is_filling_up()
             && !replica.second_lags(now)
+            && self.arena.has_room(MIN_BATCH_BYTES)
     }
 
     /// Takes frames from the uplink: proposes them as a serving leader, throws them away otherwise.
@@ -95,16 +87,18 @@ impl Reactor<'_> {
         if !self.may_take_inputs(now) {
             return Burst::default();
         }
-        let mut intake = Intake::new(&mut self.ingress.batch, &mut self.ingress.filter);
+        let Some(room) = self.arena.room(MIN_BATCH_BYTES, BATCH_BYTES) else { return Burst::default() };
+        let mut batch = BatchBuilder::within(room);
+        let mut intake = Intake::new(&mut batch, &mut self.ingress.filter);
         let burst = self.egress.uplink().recv_burst(&mut intake, RX_BUDGET_FRAMES);
+        let (frames, bytes) = (batch.len(), batch.seal());
         let burst = self.note_burst(burst);
-        if !self.ingress.batch.is_empty() {
-            let frames = self.ingress.batch.len() as u64;
-            self.ingress.proposal_bytes.add(self.ingress.batch.bytes());
-            let payload = self.ingress.batch.finish();
-            if let Some(index) = self.ordering.propose(now, Entry::Input(payload.into())) {
+        if frames > 0 {
+            self.ingress.proposal_bytes.add(bytes);
+            let payload = shared(self.arena.freeze(bytes));
+            if let Some(index) = self.ordering.propose(now, Entry::Input(payload)) {
                 self.ingress.last_proposed = index.0;
-                self.ingress.frames_in += frames;
+                self.ingress.frames_in += frames as u64;
             }
             // Not proposed (the lead was just lost): the frames are dropped, and the clients' TCP sends them again.
         }

@@ -335,7 +335,8 @@ impl Reactor<'_> {
     /// Nobody needs inputs that this guest, the only one, has consumed: the log must not grow while it serves alone.
     fn truncate_alone(&mut self, now: u64) {
         let applied = self.delivery.applied();
-        if applied.0.saturating_sub(self.ordering.replica().base().index.0) > ALONE_LOG_ENTRIES {
+        let entries = applied.0.saturating_sub(self.ordering.replica().base().index.0);
+        if entries > ALONE_LOG_ENTRIES || (entries > 0 && self.arena.is_exhausted()) {
             self.ordering.step(now, Event::Truncate(applied));
         }
     }

@@ -9,6 +9,7 @@ mod follow;
 mod guest;
 mod ingress;
 mod lead;
+mod memory;
 mod messages;
 mod ordering;
 mod peers;
@@ -51,6 +52,9 @@ pub enum GroupError {
     /// The vhost-user socket cannot be had.
     #[error("vhost-user socket: {0}")]
     Device(String),
+    /// There is no memory for the frames.
+    #[error("memory for frames: {0}; lower guard_mib or arena_mib, or give the host more")]
+    Memory(String),
     /// The peers' port cannot be used for this group.
     #[error("fabric: {0}")]
     Fabric(String),

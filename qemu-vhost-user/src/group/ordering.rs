@@ -12,6 +12,7 @@ use storage_log::{LegSpec, LogError, LogStore, Options, Record};
 
 use super::GroupError;
 use super::messages::KIND_CONSENSUS;
+use super::peers::Received;
 
 /// One committed entry on its way to the guest.
 #[derive(Debug, Clone)]
@@ -125,8 +126,12 @@ impl Ordering {
     }
 
     /// A consensus message, without its kind byte.
-    pub fn receive(&mut self, now_us: u64, from: ReplicaId, bytes: &[u8]) {
-        match self.effects.decode(bytes) {
+    pub fn receive(&mut self, now_us: u64, from: ReplicaId, message: &Received<'_>) {
+        let decoded = match message {
+            Received::Passing(bytes) => self.effects.decode(bytes),
+            Received::Kept(message) => self.effects.decode_shared(message),
+        };
+        match decoded {
             Ok(message) => self.step(now_us, Event::Message { from, message }),
             Err(error) => {
                 tracing::warn!(from = from.0, %error, "a peer's message is not understood; its connection is closed");

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use consensus::ReplicaId;
+use consensus::{Payload, ReplicaId};
+use dataplane::arena::Arena;
 use dataplane::fabric::FabricEvent;
 
-use super::messages::GuestReport;
+use super::memory::shared;
+use super::messages::{GuestReport, KIND_CONSENSUS};
 use crate::config::ReplicaConfig;
 use crate::qemu::fingerprint::{self, Fingerprint};
 
@@ -41,12 +43,24 @@ pub enum PeerEvent<'a> {
     /// The control connection is up.
     Connected,
     /// It is down.
-    Lost(String),
+    Lost(&'a str),
     /// The peer's node will not talk to us, or we not to it.
-    Refused(String),
+    Refused(&'a str),
     /// One message.
-    Message(&'a [u8]),
+    Message(Received<'a>),
 }
+
+/// A message.
+#[derive(Debug)]
+pub enum Received<'a> {
+    /// A small one, or one that the arena had no room for.
+    Passing(&'a [u8]),
+    /// One whose parts may be kept as they are.
+    Kept(&'a Payload),
+}
+
+/// Shorter messages carry no input that is worth a place in the arena.
+const KEPT_BYTES: usize = 128;
 
 /// Fabric events between polling and handling, in buffers that are used again: handling one may send, which needs the
 /// fabric that is being polled.
@@ -59,19 +73,28 @@ pub struct Inbox {
 #[derive(Debug)]
 enum Queued {
     Message(Range<usize>),
+    Kept(Payload),
     Connected,
     Lost(String),
     Refused(String),
 }
 
 impl Inbox {
-    /// Keeps an event.
-    pub fn take(&mut self, event: FabricEvent<'_>) {
+    /// Keeps an event; the bytes of a message in `arena`, as a rule, so that its inputs need not be copied again.
+    pub fn take(&mut self, event: FabricEvent<'_>, arena: &mut Arena) {
         let (peer, queued) = match event {
             FabricEvent::Message { peer, bytes } => {
-                let from = self.bytes.len();
-                self.bytes.extend_from_slice(bytes);
-                (peer, Queued::Message(from..self.bytes.len()))
+                // The kind byte is left out, so that what is kept is what consensus decodes.
+                let kept = match bytes.split_first() {
+                    Some((&KIND_CONSENSUS, rest)) if rest.len() >= KEPT_BYTES => arena.put(rest),
+                    _ => None,
+                };
+                let queued = kept.map(|kept| Queued::Kept(shared(kept))).unwrap_or_else(|| {
+                    let from = self.bytes.len();
+                    self.bytes.extend_from_slice(bytes);
+                    Queued::Message(from..self.bytes.len())
+                });
+                (peer, queued)
             }
             FabricEvent::Connected { peer, .. } => (peer, Queued::Connected),
             FabricEvent::Lost { peer, reason } => (peer, Queued::Lost(reason.to_string())),
@@ -90,8 +113,9 @@ impl Inbox {
         for (peer, queued) in self.events.drain(..) {
             handle(
                 peer,
-                match queued {
-                    Queued::Message(range) => PeerEvent::Message(&self.bytes[range]),
+                match &queued {
+                    Queued::Message(range) => PeerEvent::Message(Received::Passing(&self.bytes[range.clone()])),
+                    Queued::Kept(message) => PeerEvent::Message(Received::Kept(message)),
                     Queued::Connected => PeerEvent::Connected,
                     Queued::Lost(reason) => PeerEvent::Lost(reason),
                     Queued::Refused(reason) => PeerEvent::Refused(reason),
@@ -185,11 +209,11 @@ impl Peers {
     }
 
     /// It was refused or refuses us.
-    pub fn note_refusal(&mut self, id: ReplicaId, reason: String) {
+    pub fn note_refusal(&mut self, id: ReplicaId, reason: &str) {
         let peer = self.get_mut(id);
-        if peer.refusal.as_deref() != Some(&reason) {
-            tracing::warn!(peer = %peer.node, %reason, "refused");
-            peer.refusal = Some(reason);
+        if peer.refusal.as_deref() != Some(reason) {
+            tracing::warn!(peer = %peer.node, reason, "refused");
+            peer.refusal = Some(reason.to_owned());
         }
     }
 

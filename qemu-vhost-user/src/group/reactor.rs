@@ -11,9 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
+use dataplane::arena::Arena;
 use dataplane::counters::LoopCounter;
 use dataplane::fabric::{Fabric, FabricEvent, PeerFabric};
 use dataplane::idle::{BREATHER_US, Found, Idler, Rest};
+use dataplane::region::PageSize;
 use dataplane::stages::{Stage, StageClock};
 use dataplane::uplink::{Burst, OffloadFlags};
 use dataplane::wait::{Bell, Interest, Poller, Ready, now_us};
@@ -27,7 +29,7 @@ use super::ingress::Ingress;
 use super::lead::Lead;
 use super::messages::{GuestReport, KIND_CONSENSUS, KIND_REPORT};
 use super::ordering::Ordering;
-use super::peers::{PeerEvent, Peers};
+use super::peers::{PeerEvent, Peers, Received};
 use super::requests::SyncWaiters;
 use super::totals::Totals;
 use super::worker::{Report, Worker};
@@ -98,6 +100,8 @@ pub struct Reactor<'a> {
     pub(super) device: NetDevice,
     pub(super) ingress: Ingress,
     pub(super) egress: Egress,
+    pub(super) arena: Arena,
+    pub(super) pages: PageSize,
     pub(super) delivery: Delivery,
     pub(super) worker: Worker,
     pub(super) guest: LocalGuest,
@@ -181,9 +185,12 @@ impl Reactor<'_> {
     }
 
     /// Asks every source for notifications; the next turn looks at each once more. What is announced by a descriptor of its
-    /// own (uplink, sockets, the log) needs no asking, and the device's rings are asked when they are found empty.
-    fn arm(&self) {
+    /// own (uplink, sockets, the log) needs no asking.
+    fn arm(&mut self) {
         self.wake.arm();
+        self.device.set_polling(false);
+        // Whatever it finds, the next turn finds too.
+        self.device.arm();
         self.worker.report_bell.arm();
     }
 
@@ -209,6 +216,7 @@ impl Reactor<'_> {
         if !self.idler.armed() {
             self.wake.disarm();
             self.worker.report_bell.disarm();
+            self.device.set_polling(true);
         }
         let inputs = if due.uplink { self.take_inputs(now) } else { Burst::default() };
         self.stages.lap(Stage::Uplink, inputs.frames);
@@ -306,13 +314,14 @@ impl Reactor<'_> {
     /// Handles what the peers sent; returns how many messages and events.
     fn poll_fabric(&mut self, now: u64, poll: PollFabric) -> usize {
         let mut inbox = std::mem::take(&mut self.peers.inbox);
-        poll(self.ordering.fabric(), now, &mut |event| inbox.take(event));
+        let arena = &mut self.arena;
+        poll(self.ordering.fabric(), now, &mut |event| inbox.take(event, arena));
         let count = inbox.len();
         inbox.drain(|peer, event| match event {
             PeerEvent::Connected => self.peer_connected(now, peer),
-            PeerEvent::Lost(reason) => self.peer_lost(now, peer, &reason),
+            PeerEvent::Lost(reason) => self.peer_lost(now, peer, reason),
             PeerEvent::Refused(reason) => self.peers.note_refusal(peer, reason),
-            PeerEvent::Message(bytes) => self.peer_message(now, peer, bytes),
+            PeerEvent::Message(message) => self.peer_message(now, peer, message),
         });
         self.peers.inbox = inbox;
         count
@@ -333,9 +342,12 @@ impl Reactor<'_> {
         self.ordering.step(now, Event::PeerLost(peer));
     }
 
-    fn peer_message(&mut self, now: u64, peer: ReplicaId, bytes: &[u8]) {
+    fn peer_message(&mut self, now: u64, peer: ReplicaId, message: Received<'_>) {
+        let Received::Passing(bytes) = message else {
+            return self.ordering.receive(now, peer, &message);
+        };
         match bytes.split_first() {
-            Some((&KIND_CONSENSUS, rest)) => self.ordering.receive(now, peer, rest),
+            Some((&KIND_CONSENSUS, rest)) => self.ordering.receive(now, peer, &Received::Passing(rest)),
             Some((&KIND_REPORT, rest)) => match GuestReport::decode(rest) {
                 Ok(report) => self.peers.note_report(peer, report, now),
                 Err(error) => tracing::warn!(peer = peer.0, %error, "a peer's report is not understood"),

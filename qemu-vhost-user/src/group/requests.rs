@@ -12,7 +12,7 @@ use super::lead::Rejoin;
 use super::reactor::Reactor;
 use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
-use crate::status::{GroupStatus, LogFigures, PeerStatus, ReactorStatus, StageStatus};
+use crate::status::{GroupStatus, LogFigures, MemoryStatus, PeerStatus, ReactorStatus, StageStatus};
 
 /// Characters of a peer's problem in the one line that says why the VM is not protected.
 const REASON_CHARS: usize = 200;
@@ -251,7 +251,18 @@ impl Reactor<'_> {
             last_error: self.last_error.clone(),
             busy_us: loops.busy_us,
             idle_us: loops.idle_us,
+            memory: self.memory_status(),
             reactor: reactor_status(&self.idler, &loops, &self.stages, &self.ingress.proposal_bytes),
+        }
+    }
+
+    fn memory_status(&self) -> MemoryStatus {
+        let (bytes, used) = self.arena.bytes();
+        MemoryStatus {
+            arena_bytes: bytes as u64,
+            arena_used_bytes: used as u64,
+            arena_refusals: self.arena.refusals(),
+            pages: self.pages.to_string(),
         }
     }
 

@@ -20,6 +20,7 @@ use super::egress::Egress;
 use super::follow::Follow;
 use super::guest::LocalGuest;
 use super::ingress::Ingress;
+use super::memory::Memory;
 use super::messages::GuestReport;
 use super::ordering::Ordering;
 use super::peers::Peers;
@@ -72,6 +73,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
     let uplink = open_uplink(vm)?;
+    let memory = Memory::new(node, &vm.policy, place)?;
     let (device, _session) =
         device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(WorkerSetup {
@@ -98,7 +100,9 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         ordering,
         device,
         ingress: Ingress::new(&vm.uplink),
-        egress: Egress::new(vm.policy.guard_mib << 20, uplink),
+        arena: memory.arena,
+        pages: memory.pages,
+        egress: Egress::new(memory.guard, uplink),
         delivery: Delivery::default(),
         worker,
         guest: LocalGuest::new(vm.policy.idle_threshold_us),
@@ -164,6 +168,8 @@ fn consensus_config(vm: &VmConfig, me: ReplicaId, listener: &Listener) -> Config
     Config {
         failure_timeout_us: timeout_us,
         heartbeat_interval_us: timeout_us / 4,
+        // What is retained fills the arena too.
+        retain_bytes: (vm.policy.arena_mib as u64) << 20 >> 2,
         ..Config::new(me, ReplicaId(0), listener.identity().instance ^ now_us())
     }
 }
