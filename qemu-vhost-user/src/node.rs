@@ -72,18 +72,18 @@ pub enum NodeError {
 /// # Errors
 /// When it cannot start. A failing group does not end it.
 pub fn run(config: NodeConfig, security: Security, socket: SocketOverride) -> Result<(), NodeError> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(NodeError::NotRoot);
-    }
-    if (socket.path.is_some() || socket.fd.is_some()) && config.vms.len() != 1 {
-        return Err(NodeError::AmbiguousSocket(config.vms.len()));
-    }
     if matches!(security, Security::Insecure) {
         tracing::warn!(
             "insecure = true: whoever reaches {} or the network between the nodes can read the guests' memory and \
              speak as a node; remove it from node.toml and give all nodes one key (plover keygen)",
             config.listen
         );
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(NodeError::NotRoot);
+    }
+    if (socket.path.is_some() || socket.fd.is_some()) && config.vms.len() != 1 {
+        return Err(NodeError::AmbiguousSocket(config.vms.len()));
     }
     let signals = block_signals().map_err(|source| NodeError::System { what: "signals", source })?;
     let groups: GroupHandles = Arc::new(Mutex::new(BTreeMap::new()));
