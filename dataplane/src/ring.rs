@@ -3,8 +3,12 @@
 //! A record is a header word (kind and length) and its payload in whole words, never wrapped around the end. The header is
 //! written last, so a waiting consumer watches one word, and a short message costs one or two transfers of a cache line,
 //! not one more for an index. What makes that safe: before a record appears, the producer has cleared the word behind it,
-//! so the consumer never takes old payload for a header. The consumer tells rarely how far it has read, and the
+//! so the consumer never takes old payload for a header. The consumer tells now and then how far it has read, and the
 //! producer looks only when its last knowledge leaves no room.
+//!
+//! A ring may be large, for bursts, but as long as the consumer keeps up the producer goes back to its start early and
+//! uses the first [`WINDOW_WORDS`] only: those stay in both first-level caches. Measured on an EPYC: a round trip through
+//! 4 KiB takes 1.6 times as long as one of a bare line, through 16 KiB and more 3.2 times.
 //!
 //! Every word is an atomic, so that a peer that writes when it should not makes garbage, never undefined behaviour; what
 //! the peer wrote is read once and checked, and no word has two writers. Sleeping works as Dekker's algorithm does: each
@@ -22,8 +26,11 @@ use std::sync::Arc;
 pub const WORD_BYTES: usize = 8;
 /// A record takes at most this part of the ring; then an empty ring has room for any, wherever it ends.
 const RECORD_SHARE: usize = 4;
-/// The consumer tells its position whenever it has read this part of the ring.
-const TELL_SHARE: u64 = 8;
+/// The consumer tells its position whenever it has read so many words, or this part of a small ring.
+const TELL_WORDS: usize = 64;
+const TELL_SHARE: usize = 8;
+/// What is used of the ring while the consumer keeps up, words; half of a small ring.
+const WINDOW_WORDS: usize = 512;
 /// The smallest ring, words.
 const MIN_WORDS: usize = 8;
 
@@ -210,6 +217,8 @@ pub struct Producer<M> {
     written: u64,
     /// Words that the consumer has read as far as we know.
     consumed: u64,
+    /// Where in the ring it is worth trying to go back to the start.
+    turn_at: usize,
     sleeper: Sleeper,
     waker: Waker,
 }
@@ -222,7 +231,8 @@ impl<M: Memory> Producer<M> {
     pub fn new(memory: M) -> Producer<M> {
         let words = memory.words().len();
         assert!(words.is_power_of_two() && words >= MIN_WORDS, "a ring of {words} words");
-        Producer { memory, written: 0, consumed: 0, sleeper: Sleeper::default(), waker: Waker::default() }
+        let turn_at = window_words(words);
+        Producer { memory, written: 0, consumed: 0, turn_at, sleeper: Sleeper::default(), waker: Waker::default() }
     }
 
     /// The longest payload of a record, bytes.
@@ -243,10 +253,11 @@ impl<M: Memory> Producer<M> {
         if !self.has_room(length)? {
             return Ok(false);
         }
-        let words = self.memory.words();
         let need = record_words(length);
+        let turns = self.turns_early(need)?;
+        let words = self.memory.words();
         let at = position(self.written, words);
-        let start = if need <= words.len() - at { at } else { 0 };
+        let start = if need <= words.len() - at && !turns { at } else { 0 };
         // First, so that whoever reads this record finds nothing behind it.
         words[(start + need) & (words.len() - 1)].store(NOTHING, Ordering::Relaxed);
         write_payload(&words[start + 1..start + need], parts);
@@ -259,6 +270,38 @@ impl<M: Memory> Producer<M> {
         self.written += need as u64;
         self.waker.news = true;
         Ok(true)
+    }
+
+    /// Whether to go back to the start though there is room behind: possible if the consumer has left it.
+    fn turns_early(&mut self, need: usize) -> Result<bool, Violation> {
+        let capacity = self.memory.words().len();
+        let at = position(self.written, self.memory.words());
+        if at < self.turn_at {
+            if at < window_words(capacity) {
+                self.turn_at = window_words(capacity);
+            }
+            return Ok(false);
+        }
+        let wanted = (capacity - at + need + 1) as u64;
+        let written = self.written;
+        let fits = |consumed| written - consumed + wanted <= capacity as u64;
+        let turns = fits(self.consumed) || fits(self.look()?);
+        if !turns {
+            // The consumer is behind. It costs a look, so not with each record.
+            self.turn_at = at + window_words(capacity);
+        }
+        Ok(turns)
+    }
+
+    /// Learns how far the consumer is.
+    fn look(&mut self) -> Result<u64, Violation> {
+        // Acquire: the consumer's reads are over before we write there.
+        let said = self.memory.control().consumed.0.load(Ordering::Acquire);
+        if said < self.consumed || said > self.written {
+            return Err(Violation::Consumed { said, from: self.consumed, to: self.written });
+        }
+        self.consumed = said;
+        Ok(said)
     }
 
     /// Whether a record of `length` bytes fits now.
@@ -275,13 +318,7 @@ impl<M: Memory> Producer<M> {
         if self.written - self.consumed + wanted <= capacity as u64 {
             return Ok(true);
         }
-        // Acquire: the consumer's reads are over before we write there.
-        let said = self.memory.control().consumed.0.load(Ordering::Acquire);
-        if said < self.consumed || said > self.written {
-            return Err(Violation::Consumed { said, from: self.consumed, to: self.written });
-        }
-        self.consumed = said;
-        Ok(self.written - said + wanted <= capacity as u64)
+        Ok(self.written - self.look()? + wanted <= capacity as u64)
     }
 
     /// Whether the consumer sleeps and is to be woken for what was written. Says so once.
@@ -355,7 +392,7 @@ impl<M: Memory> Consumer<M> {
         };
         into.append(&words[at + 1..at + need], length);
         self.read += need as u64;
-        if self.read - self.told >= words.len() as u64 / TELL_SHARE {
+        if self.read - self.told >= TELL_WORDS.min(words.len() / TELL_SHARE) as u64 {
             // Release: our reads are over before the producer writes there.
             self.memory.control().consumed.0.store(self.read, Ordering::Release);
             self.told = self.read;
@@ -397,6 +434,10 @@ fn position(count: u64, words: &[AtomicU64]) -> usize {
 
 fn record_words(length: usize) -> usize {
     1 + length.div_ceil(WORD_BYTES)
+}
+
+fn window_words(capacity: usize) -> usize {
+    WINDOW_WORDS.min(capacity / 2)
 }
 
 fn max_record_words<M: Memory>(memory: &M) -> usize {

@@ -26,6 +26,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "batch", run: batch },
     Target { name: "fabric-hello", run: dataplane::fabric::fuzz::hello },
     Target { name: "fabric-frames", run: dataplane::fabric::fuzz::frames },
+    Target { name: "fabric-lane", run: dataplane::fabric::fuzz::lane },
 ];
 
 /// A consensus message from a peer: what decodes must encode to something that decodes to the same.

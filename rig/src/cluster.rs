@@ -40,6 +40,8 @@ pub struct ClusterOptions {
     pub policy: String,
     /// Lines for each node's file.
     pub node: String,
+    /// What carries messages between the replicas: words for each one's `transports`.
+    pub transports: &'static [&'static str],
     /// Where `plover` and its agent were built.
     pub programs: PathBuf,
     /// Cores of each host's QEMU; an empty list: the kernel chooses.
@@ -59,6 +61,7 @@ impl ClusterOptions {
             service,
             policy: String::new(),
             node: "debug_hooks = true\n".into(),
+            transports: &[],
             programs,
             qemu_cores: vec![Vec::new(); 3],
             daemon_cores: Vec::new(),
@@ -166,7 +169,10 @@ impl<'a> Cluster<'a> {
             .bed
             .hosts()
             .iter()
-            .map(|host| format!("    {{ node = {:?}, address = \"{}:{FABRIC_PORT}\" }},\n", host.name(), host.ip()))
+            .map(|host| {
+                let (name, ip, transports) = (host.name(), host.ip(), self.options.transports);
+                format!("    {{ node = {name:?}, address = \"{ip}:{FABRIC_PORT}\", transports = {transports:?} }},\n")
+            })
             .collect();
         let vm = format!(
             "memory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",

@@ -40,8 +40,12 @@ fn kill(host: &Host, name: &str) -> Result<Vec<Fault>> {
 }
 
 fn run(cases: impl FnOnce(&mut Scenario)) {
+    run_with(|options| options.data_disk_mib = Some(1024), cases);
+}
+
+fn run_with(change: impl FnOnce(&mut ClusterOptions), cases: impl FnOnce(&mut Scenario)) {
     let bed = Testbed::new().unwrap();
-    let cluster = cluster(&bed, |options| options.data_disk_mib = Some(1024));
+    let cluster = cluster(&bed, change);
     let mut scenario = Scenario::start(&cluster, 7).unwrap();
     cases(&mut scenario);
     let verdict = scenario.finish().unwrap();
@@ -116,6 +120,33 @@ fn links_may_be_bad_and_disks_full() {
             scenario.survive(&name, Expect::Either, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
         }
     });
+}
+
+/// Not cut links: then the clients' way is cut as well, and between the replicas nothing is.
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn replicas_may_share_memory_and_fail() {
+    run_with(
+        |options| options.transports = &["shm"],
+        |scenario| {
+            let shared = |cluster: &Cluster, roles: &Roles| {
+                let said = cluster.ask(&roles.leader, &["status", VM])?;
+                assert_eq!(said.matches("connected (shm)").count(), 2, "{said}");
+                roles.leader.crash().map(|fault| vec![fault])
+            };
+            scenario
+                .survive("leader: host killed", Expect::Moves, BRIEF, shared)
+                .unwrap_or_else(|error| panic!("{error}"));
+            survive(scenario, "leader: daemon killed", Expect::Moves, |roles| {
+                kill(&roles.leader, rig::cluster::DAEMON)
+            });
+            survive(scenario, "secondary: host killed", Expect::Stays, |roles| Ok(vec![roles.secondary.crash()?]));
+            survive(scenario, "leader: frozen, thawed later", Expect::Moves, |roles| Ok(vec![roles.leader.freeze()?]));
+        },
+    );
+    let left = std::fs::read_dir("/dev/shm").unwrap().flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("plover-lane-")).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

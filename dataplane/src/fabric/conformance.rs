@@ -8,7 +8,7 @@ mod bed;
 mod bulk;
 mod cases;
 
-pub use bed::{Bed, End, Loopback, run_child};
+pub use bed::{Bed, End, Loopback, drive, run_child};
 
 /// A case: its name, and what does it.
 pub type Case = (&'static str, fn(&mut dyn Bed));

@@ -3,8 +3,16 @@
 use super::MAX_CONTROL_MESSAGE_BYTES;
 use super::frames::Frames;
 use super::hello::{Answer, Hello, Lane};
+use super::lane::SetupContext;
+use super::negotiation::Negotiation;
 use super::secure::{Accept, Cipher, Dialer, FabricKey, Greeted, Records, Security};
 use super::{PeerId, RefusalCode, Transport};
+use crate::ring::{Assembly, Consumer, Heap, Memory, Producer};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// As long as what libFuzzer makes.
+const RING_BYTES: usize = 4096;
 
 /// One length of bytes at a time, so that every boundary is met.
 const PIECES: [usize; 4] = [1, 7, 64, usize::MAX];
@@ -125,6 +133,56 @@ pub fn frames(bytes: &[u8]) {
     let mut stream = Vec::new();
     records(&mut far, &wire, &mut |plain| stream.extend_from_slice(plain));
     assert_eq!(stream, bytes, "a stream changed on its way through records");
+}
+
+/// What a peer says to set up a lane in memory, and what it may write into the ring then.
+///
+/// # Panics
+/// On a finding.
+pub fn lane(bytes: &[u8]) {
+    let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+    let context = SetupContext {
+        we_dial: false,
+        local: nowhere,
+        peer: nowhere,
+        ring_bytes: RING_BYTES,
+        max_message_bytes: RING_BYTES,
+        max_queued_bytes: 0,
+        deadline_us: 0,
+    };
+    let (mut negotiation, _) = Negotiation::begin(Transport::Shm, &context).expect("the accepting side only waits");
+    // Each message behind a byte that says how long it is.
+    let mut rest = bytes;
+    while let Some((&length, behind)) = rest.split_first() {
+        let (message, behind) = behind.split_at(usize::from(length).min(behind.len()));
+        let failed = negotiation.receive(message).is_err();
+        let lane = negotiation.advance(0, &mut |_| panic!("nobody made a file, and yet it was mapped"));
+        if failed || !matches!(lane, Ok(None)) {
+            assert!(lane.map_or(true, |lane| lane.is_none()), "a lane out of nothing");
+            break;
+        }
+        rest = behind;
+    }
+    ring_memory(bytes);
+}
+
+fn ring_memory(bytes: &[u8]) {
+    let heap = Arc::new(Heap::new(RING_BYTES));
+    let (words, _) = bytes.as_chunks();
+    for (word, value) in heap.words().iter().zip(words) {
+        word.store(u64::from_le_bytes(*value), Ordering::Relaxed);
+    }
+    let longest = Producer::new(Arc::clone(&heap)).max_record_bytes();
+    let mut consumer = Consumer::new(heap);
+    let mut into = Assembly::default();
+    // Memory that never changes can be read round and round.
+    for _ in 0..RING_BYTES {
+        into.clear();
+        match consumer.take(&mut into) {
+            Ok(Some(_)) => assert!(into.bytes().len() <= longest),
+            Ok(None) | Err(_) => break,
+        }
+    }
 }
 
 fn messages(bytes: &[u8], piece: usize) {

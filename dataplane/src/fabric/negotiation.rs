@@ -160,6 +160,11 @@ mod tests {
 
     proptest! {
         #[test]
+        fn arbitrary_bytes_make_no_lane(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            crate::fabric::fuzz::lane(&bytes);
+        }
+
+        #[test]
         fn arbitrary_messages_never_panic(
             messages in prop::collection::vec((0u8..5, prop::collection::vec(any::<u8>(), 0..60)), 0..6),
         ) {

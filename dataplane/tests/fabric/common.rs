@@ -2,7 +2,7 @@
 
 use dataplane::fabric::{
     Fabric, FabricConfig, FabricEvent, FabricKey, Listener, LostReason, NodeIdentity, PeerFabric, PeerId, Refusal,
-    Replica, Security,
+    Replica, Security, Transport,
 };
 use dataplane::wait::{Poller, now_us};
 use std::io::{Read, Write};
@@ -38,11 +38,15 @@ pub fn listen_with(name: &str, instance: u64, security: Security) -> Listener {
 }
 
 pub fn replicas(addrs: &[SocketAddr]) -> Vec<Replica> {
+    replicas_over(addrs, &[])
+}
+
+pub fn replicas_over(addrs: &[SocketAddr], transports: &[Transport]) -> Vec<Replica> {
     let node = |(id, addr): (usize, &SocketAddr)| Replica {
         id: PeerId(id as u8),
         node: format!("node{id}"),
         addr: *addr,
-        transports: Vec::new(),
+        transports: transports.to_vec(),
     };
     addrs.iter().enumerate().map(node).collect()
 }
@@ -56,7 +60,11 @@ pub struct Node {
 
 impl Node {
     pub fn new(listener: &Listener, addrs: &[SocketAddr], me: u8, config: FabricConfig) -> Node {
-        let port = listener.register(GROUP, replicas(addrs), PeerId(me)).unwrap();
+        Node::with(listener, replicas(addrs), me, config)
+    }
+
+    pub fn with(listener: &Listener, replicas: Vec<Replica>, me: u8, config: FabricConfig) -> Node {
+        let port = listener.register(GROUP, replicas, PeerId(me)).unwrap();
         let poller = Arc::new(Poller::new().unwrap());
         let fabric = PeerFabric::new(config, port.control, Arc::clone(&poller), 1000, now_us()).unwrap();
         Node { fabric, seen: Vec::new(), poller }
@@ -152,6 +160,8 @@ pub struct RawHello {
     pub lane: u8,
     pub from: u8,
     pub to: u8,
+    /// 0: TCP, 1: shared memory.
+    pub transport: u8,
     pub instance: u64,
     pub group: String,
     pub node: String,
@@ -168,6 +178,7 @@ impl RawHello {
             lane: 1,
             from: 0,
             to: 1,
+            transport: 0,
             instance,
             group: GROUP.to_owned(),
             node: "node0".to_owned(),
@@ -187,7 +198,7 @@ impl RawHello {
 
     pub fn bytes(&self) -> Vec<u8> {
         let mut out = ((32 + self.group.len() + self.node.len()) as u16).to_le_bytes().to_vec();
-        out.extend([self.lane, self.from, self.to, self.group.len() as u8, self.node.len() as u8, 0]);
+        out.extend([self.lane, self.from, self.to, self.group.len() as u8, self.node.len() as u8, self.transport]);
         out.extend(self.instance.to_le_bytes());
         out.extend([0; 16]);
         out.extend(self.group.as_bytes());

@@ -4,4 +4,6 @@ mod bulk_lane;
 mod common;
 mod conformance;
 mod control_lane;
+mod lanes;
+mod middleware;
 mod security;

@@ -73,6 +73,11 @@ impl End {
         }
     }
 
+    /// Puts something around the fabric.
+    pub fn wrap(self, wrap: impl FnOnce(Box<dyn Fabric>) -> Box<dyn Fabric>) -> End {
+        End { fabric: wrap(self.fabric), ..self }
+    }
+
     /// Sends if there is room; `false` if not.
     ///
     /// # Panics
@@ -120,7 +125,7 @@ impl End {
 }
 
 /// Polls both until `done`.
-pub(super) fn drive(left: &mut End, right: &mut End, mut done: impl FnMut(&mut End, &mut End) -> bool) {
+pub fn drive(left: &mut End, right: &mut End, mut done: impl FnMut(&mut End, &mut End) -> bool) {
     while !done(left, right) {
         left.step(500);
         right.step(500);

@@ -61,7 +61,8 @@ impl<F: Fabric> Faulty<F> {
         poll(inner, now_us, &mut |event| match event {
             FabricEvent::Message { peer, .. } if ended.contains(&peer) || to_end.contains(&peer) => {}
             FabricEvent::Message { peer, bytes } => {
-                let until_us = held.last_due_us(peer).filter(|&until_us| until_us > now_us);
+                // Also what is due already goes first.
+                let until_us = held.last_due_us(peer);
                 if until_us.is_none() && random.happens(config.stalls_per_million) {
                     *stalls += 1;
                     held.keep(now_us + 1 + random.below(config.longest_stall_us.max(1)), peer, bytes);
