@@ -30,6 +30,9 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
     if matches!(group.as_str(), "log" | "consensus") {
         setup::peers()?;
     }
+    if group == "dataplane" {
+        setup::dpdk()?;
+    }
     loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
 }
 

@@ -78,7 +78,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     }
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-dataplane")?;
     for mode in [Mode::Rx, Mode::Tx, Mode::Io] {
-        for frame_bytes in effort.pick(&[64, 1500][..], &[64, 1500][..]) {
+        for frame_bytes in effort.pick(&[64, 1500][..], &[64][..]) {
             let run =
                 Run { mode, frame_bytes: *frame_bytes, cpus, huge: huge.is_ok(), directory: scratch.path(), effort };
             let id = format!("vhost.{}.{frame_bytes}", mode.names().0);

@@ -67,6 +67,12 @@ pub fn peers() -> Result<()> {
     peers::unpack(&setup)
 }
 
+/// Makes DPDK's test program, if it is neither installed nor there. Needs no root.
+pub fn dpdk() -> Result<()> {
+    let (setup, _lock) = open()?;
+    peers::unpack_dpdk(&setup)
+}
+
 /// The place of all parts, for this process alone while the lock lives.
 fn open() -> Result<(Setup, File)> {
     let root = rig::guest::artifacts_dir();
