@@ -27,6 +27,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "fabric-hello", run: dataplane::fabric::fuzz::hello },
     Target { name: "fabric-frames", run: dataplane::fabric::fuzz::frames },
     Target { name: "fabric-lane", run: dataplane::fabric::fuzz::lane },
+    Target { name: "filter", run: dataplane::uplink::filter::fuzz_filter },
+    Target { name: "segments", run: dataplane::uplink::offload::fuzz_segments },
 ];
 
 /// A consensus message from a peer: what decodes must encode to something that decodes to the same.

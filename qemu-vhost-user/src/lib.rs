@@ -4,6 +4,9 @@
 //! the QEMU beside it ([`qemu`]), consensus, the durable log, the fabric and syncvm. [`config`] is what a user writes,
 //! [`control`] how the command line asks, [`status`] what it gets, [`launch`] how QEMU is started.
 
+#[cfg(all(feature = "dpdk", feature = "spdk"))]
+compile_error!("the features dpdk and spdk exclude each other: an SPDK brings a DPDK of its own into the program");
+
 pub mod config;
 pub mod control;
 pub mod device;

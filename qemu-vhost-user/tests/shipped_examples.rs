@@ -65,10 +65,12 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
         let NodeConfig {
             vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, ..
         } = node;
+        let NodeConfig { dpdk_memory_mib, dpdk_arguments, .. } = node;
         let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, fabric_key, insecure, hugepages, .. } = node;
         format!(
             "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks} \
-             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure} {hugepages:?}"
+             {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure} {hugepages:?} \
+             {dpdk_memory_mib} {dpdk_arguments:?}"
         )
     };
     assert_eq!(node_part(&shipped), node_part(&written_out));

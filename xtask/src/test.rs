@@ -14,6 +14,11 @@ use crate::{fuzz, perf, setup, simulate, tidy};
 /// Crates with code that is compiled only where SPDK is installed.
 const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
 
+/// Crates with code that is compiled only where DPDK is installed.
+const DPDK_PARTS: [&str; 8] =
+    ["-p", "dpdk-sys", "-p", "dataplane", "-p", "qemu-vhost-user", "--features", "qemu-vhost-user/dpdk"];
+const DPDK_SKIPPED: &str = "SKIPPED: uplinks that DPDK drives, because there is no DPDK (Debian: libdpdk-dev and dpdk)";
+
 /// The packages that have end-to-end tests.
 const E2E: [&str; 6] = ["-p", "rig", "-p", "qemu-vhost-user", "-p", "storage-log"];
 
@@ -96,6 +101,7 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         );
     }
     loud_step("test bed", || setup::run(false))?;
+    dpdk_tests(filters)?;
     if filters.is_empty() {
         loud_step("measurements against peers work", || perf::smoke("log").and_then(|()| perf::smoke("consensus")))?;
     }
@@ -126,6 +132,34 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         println!("{}", rig::nvme_guest::SKIPPED);
     }
     Ok(())
+}
+
+/// What needs DPDK. Behind the set-up, which installs it.
+fn dpdk_tests(filters: &[String]) -> Result<()> {
+    if !setup::has_library("libdpdk") {
+        println!("{DPDK_SKIPPED}");
+        return Ok(());
+    }
+    let with_dpdk = |words: &[&str]| {
+        let mut command = cargo();
+        command.args(words).args(DPDK_PARTS).env_remove("PKG_CONFIG_PATH");
+        command
+    };
+    loud_step("lints of what needs DPDK", || {
+        run(with_dpdk(&["clippy"]).args(["--all-targets", "--", "-D", "warnings"]))
+    })?;
+    loud_step("tests of what needs DPDK", || {
+        // One process, because DPDK starts once in it; the configuration of the daemon knows the feature.
+        run(with_dpdk(&["test"]).args(["--test", "dpdk", "--lib", "--"]).args(dpdk_filters(filters)))
+    })
+}
+
+/// Tests whose outcome depends on DPDK, or those that were asked for.
+fn dpdk_filters(filters: &[String]) -> Vec<&str> {
+    match filters {
+        [] => vec!["dpdk", "config::", "kernel::", "loopback::", "switch::"],
+        some => some.iter().map(String::as_str).collect(),
+    }
 }
 
 /// Whether an SPDK is installed; what needs one is left out otherwise.

@@ -8,6 +8,8 @@ use dataplane::fabric::{FabricKey, Security};
 use serde::Deserialize;
 use storage_log::LegSpec;
 
+#[cfg(feature = "dpdk")]
+use super::UplinkKind;
 use super::{ConfigError, VmConfig, invalid, read_toml};
 
 /// Where the key is looked for, and where `plover keygen` writes it.
@@ -118,6 +120,12 @@ pub struct NodeConfig {
     /// The pieces in which a log takes space and gives it back.
     #[serde(default = "default_log_segment_mib")]
     pub log_segment_mib: u64,
+    /// Memory that DPDK gets for the packets of all its ports.
+    #[serde(default = "default_dpdk_memory_mib")]
+    pub dpdk_memory_mib: u64,
+    /// More words for DPDK's command line.
+    #[serde(default)]
+    pub dpdk_arguments: Vec<String>,
     /// Lets the control socket arm crash points; for tests only.
     #[serde(default)]
     pub debug_hooks: bool,
@@ -143,6 +151,9 @@ fn default_qemu() -> PathBuf {
 }
 fn default_log_max_mib() -> u64 {
     4096
+}
+fn default_dpdk_memory_mib() -> u64 {
+    64
 }
 fn default_log_segment_mib() -> u64 {
     32
@@ -174,6 +185,10 @@ impl NodeConfig {
         let segment = self.log_segment_mib;
         if !(1..=1024).contains(&segment) {
             return Err(invalid(path, "log_segment_mib", format!("is {segment}; allowed are 1 to 1024")));
+        }
+        if !(16..=1 << 20).contains(&self.dpdk_memory_mib) {
+            let message = format!("is {}; allowed are 16 to {}", self.dpdk_memory_mib, 1 << 20);
+            return Err(invalid(path, "dpdk_memory_mib", message));
         }
         let least = 4 * segment;
         if !(least..=1 << 30).contains(&self.log_max_mib) {
@@ -207,6 +222,22 @@ impl NodeConfig {
             return Ok(Security::Insecure);
         }
         Ok(Security::Encrypted(FabricKey::load(&self.fabric_key)?))
+    }
+
+    /// How DPDK is started for the VMs of this node.
+    #[cfg(feature = "dpdk")]
+    pub fn dpdk_options(&self) -> dataplane::uplink::dpdk::EalOptions {
+        let ports = self.vms.values().filter_map(|vm| match &vm.uplink.kind {
+            UplinkKind::Dpdk { port } => port.split(',').next(),
+            _ => None,
+        });
+        // Other devices have no colon in their names.
+        let pci = ports.filter(|device| device.contains(':')).map(Into::into).collect();
+        dataplane::uplink::dpdk::EalOptions {
+            memory_mib: self.dpdk_memory_mib,
+            pci,
+            arguments: self.dpdk_arguments.clone(),
+        }
     }
 
     /// Where the log of `vm` is kept: one place per copy.

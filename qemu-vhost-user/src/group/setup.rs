@@ -72,8 +72,8 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
-    let uplink = open_uplink(vm)?;
     let memory = Memory::new(node, &vm.policy, place)?;
+    let uplink = open_uplink(node, vm)?;
     let (device, _session) =
         device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(WorkerSetup {
@@ -127,7 +127,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     reactor.run()
 }
 
-fn open_uplink(vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
+fn open_uplink(node: &NodeConfig, vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
     let failed = |name: &str, error: &dyn std::error::Error| GroupError::Uplink {
         name: name.to_owned(),
         reason: error.source().map_or(error.to_string(), |source| format!("{error}: {source}")),
@@ -144,9 +144,17 @@ fn open_uplink(vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
                 Err(error) => Err(failed(interface, &error)),
             }
         }
+        #[cfg(feature = "dpdk")]
         UplinkKind::Dpdk { port } => {
-            Err(GroupError::Uplink { name: port.clone(), reason: "this kind of uplink is not built in".into() })
+            use dataplane::uplink::dpdk;
+            let mac = vm.mac_bytes().map_err(|error| failed(port, &error))?;
+            match dpdk::start(&node.dpdk_options()).and_then(|()| dpdk::Dpdk::open(port, Some(mac))) {
+                Ok(port) => Ok(Box::new(port)),
+                Err(error) => Err(failed(port, &error)),
+            }
         }
+        #[cfg(not(feature = "dpdk"))]
+        UplinkKind::Dpdk { .. } => unreachable!("such a configuration is refused by {}", node.name),
     }
 }
 

@@ -12,7 +12,7 @@ mod kernel;
 mod peers;
 mod qemu;
 
-pub use host_packages::install_missing;
+pub use host_packages::{has_library, install_missing};
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
