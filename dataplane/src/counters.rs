@@ -1,11 +1,6 @@
 //! Busy and idle time of a poll loop, because `top` shows 100 % for each one that spins.
 //!
-//! The loop counts in plain fields; now and then it publishes them, and any thread reads the
-//! published values. Rejected: atomics in the loop (a read-modify-write per packet for a number
-//! that is looked at once a second).
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+//! Plain fields: the thread that counts also answers who asks. Where the busy time goes is in [`crate::stages`].
 
 /// What a poll loop did so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -20,42 +15,19 @@ pub struct LoopCounts {
     pub busy_loops: u64,
     /// Iterations that found none.
     pub idle_loops: u64,
-    /// Frames from the uplink.
-    pub frames_in: u64,
-    /// Frames from the guest.
-    pub frames_out: u64,
-    /// Frames dropped for want of room, in either direction.
-    pub frames_dropped: u64,
 }
 
-const FIELDS: usize = 8;
-
-impl LoopCounts {
-    fn to_array(self) -> [u64; FIELDS] {
-        let LoopCounts { busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped } =
-            self;
-        [busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped]
-    }
-
-    fn from_array(values: [u64; FIELDS]) -> LoopCounts {
-        let [busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped] = values;
-        LoopCounts { busy_us, idle_us, asleep_us, busy_loops, idle_loops, frames_in, frames_out, frames_dropped }
-    }
-}
-
-/// The loop's own end: counts and publishes.
+/// Attributes the time between its calls.
 #[derive(Debug)]
 pub struct LoopCounter {
-    /// The counts; the loop adds to the frame fields itself.
-    pub counts: LoopCounts,
+    counts: LoopCounts,
     since_us: u64,
-    published: Arc<[AtomicU64; FIELDS]>,
 }
 
 impl LoopCounter {
     /// Starts counting at `now_us`.
     pub fn new(now_us: u64) -> LoopCounter {
-        LoopCounter { counts: LoopCounts::default(), since_us: now_us, published: Arc::default() }
+        LoopCounter { counts: LoopCounts::default(), since_us: now_us }
     }
 
     /// Ends one iteration; the time since the last call is busy if it found work, else idle.
@@ -75,16 +47,9 @@ impl LoopCounter {
         self.counts.asleep_us += self.lap(now_us);
     }
 
-    /// Makes the present counts visible to readers.
-    pub fn publish(&self) {
-        for (cell, value) in self.published.iter().zip(self.counts.to_array()) {
-            cell.store(value, Ordering::Relaxed);
-        }
-    }
-
-    /// A reader for other threads.
-    pub fn reader(&self) -> LoopCountsReader {
-        LoopCountsReader(Arc::clone(&self.published))
+    /// The counts so far.
+    pub fn counts(&self) -> LoopCounts {
+        self.counts
     }
 
     fn lap(&mut self, now_us: u64) -> u64 {
@@ -94,34 +59,18 @@ impl LoopCounter {
     }
 }
 
-/// Reads what a loop published last. Fields may stem from two neighbouring publications.
-#[derive(Debug, Clone)]
-pub struct LoopCountsReader(Arc<[AtomicU64; FIELDS]>);
-
-impl LoopCountsReader {
-    /// The counts as published last.
-    pub fn read(&self) -> LoopCounts {
-        LoopCounts::from_array(std::array::from_fn(|i| self.0[i].load(Ordering::Relaxed)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn time_is_attributed_once_and_published_on_demand() {
+    fn time_is_attributed_once() {
         let mut counter = LoopCounter::new(100);
-        let reader = counter.reader();
         counter.end_loop(130, true);
         counter.end_loop(135, false);
         counter.end_sleep(200);
-        counter.counts.frames_dropped += 3;
-        assert_eq!(reader.read(), LoopCounts::default());
-        counter.publish();
-        let counts = reader.read();
+        let counts = counter.counts();
         assert_eq!((counts.busy_us, counts.idle_us, counts.asleep_us), (30, 5, 65));
-        assert_eq!((counts.busy_loops, counts.idle_loops, counts.frames_dropped), (1, 1, 3));
-        assert_eq!(counts, counter.counts);
+        assert_eq!((counts.busy_loops, counts.idle_loops), (1, 1));
     }
 }

@@ -130,13 +130,13 @@ pub struct MemoryStatus {
 }
 
 /// One group on this node.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct GroupStatus {
     /// The VM.
     pub vm: String,
     /// This node.
     pub node: String,
-    /// leader, secondary or witness.
+    /// leader, secondary or witness; or unreplicated, and then whatever belongs to a group is 0 or empty.
     pub role: String,
     /// Consensus view.
     pub view: u64,

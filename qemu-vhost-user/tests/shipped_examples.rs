@@ -74,7 +74,8 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
         )
     };
     assert_eq!(node_part(&shipped), node_part(&written_out));
-    let vm_part = |vm: &VmConfig| format!("{:?} {:?} {:?}", vm.memory_backend, vm.vhost_user_server, vm.policy);
+    let vm_part =
+        |vm: &VmConfig| format!("{:?} {:?} {:?} {:?}", vm.mode, vm.memory_backend, vm.vhost_user_server, vm.policy);
     assert_eq!(vm_part(&shipped.vms[VM]), vm_part(&written_out.vms[VM]));
     // The defaults of these are computed: the files show where they lead.
     let (vm, dir) = (&written_out.vms[VM], written_out.vm_run_dir(VM));

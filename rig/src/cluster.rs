@@ -44,6 +44,8 @@ pub struct ClusterOptions {
     pub transports: &'static [&'static str],
     /// Where `plover` and its agent were built.
     pub programs: PathBuf,
+    /// The VM runs on the first host alone, and nothing protects it.
+    pub unreplicated: bool,
     /// Cores of each host's QEMU; an empty list: the kernel chooses.
     pub qemu_cores: Vec<Vec<usize>>,
     /// Cores of all daemons; an empty list: the kernel chooses.
@@ -63,6 +65,7 @@ impl ClusterOptions {
             node: "debug_hooks = true\n".into(),
             transports: &[],
             programs,
+            unreplicated: false,
             qemu_cores: vec![Vec::new(); 3],
             daemon_cores: Vec::new(),
             data_disk_mib: None,
@@ -165,17 +168,19 @@ impl<'a> Cluster<'a> {
             self.options.node
         );
         file(self.config_path(host), node)?;
+        let (mode, members) = if self.options.unreplicated { ("unreplicated", 1) } else { ("replicated", 3) };
         let replicas: String = self
             .bed
             .hosts()
             .iter()
+            .take(members)
             .map(|host| {
                 let (name, ip, transports) = (host.name(), host.ip(), self.options.transports);
                 format!("    {{ node = {name:?}, address = \"{ip}:{FABRIC_PORT}\", transports = {transports:?} }},\n")
             })
             .collect();
         let vm = format!(
-            "memory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",
+            "mode = {mode:?}\nmemory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",
             self.guest().memory_mib,
             crate::host::BRIDGE,
             self.options.policy

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dataplane::fabric::Transport;
 
 use super::uplink::FilterAction;
-use super::{ConfigError, NodeConfig, VmConfig};
+use super::{ConfigError, Mode, NodeConfig, VmConfig};
 
 const NODE: &str = "name = \"a\"\nlisten = \"127.0.0.1:7400\"\n";
 const VM: &str = r#"memory_mib = 256
@@ -186,4 +186,18 @@ fn a_rule_that_cannot_match_is_refused_with_its_line() {
         // The rule, or the field where the parser itself refuses it.
         assert!(text.contains("line 10") || text.contains("line 12"), "{text}");
     }
+}
+
+#[test]
+fn an_unreplicated_vm_has_one_node_and_a_replicated_one_three() {
+    let files = Files::new("mode");
+    let [_, b, c] = ["a", "b", "c"].map(|node| VM.lines().find(|line| line.contains(&format!("\"{node}\""))).unwrap());
+    let alone = VM.replace(&format!("{b}\n"), "").replace(&format!("{c}\n"), "");
+    let path = files.write("redis.toml", &format!("mode = \"unreplicated\"\n{alone}"));
+    assert_eq!(VmConfig::load(&path).unwrap().mode, Mode::Unreplicated);
+    let text = VmConfig::load(&files.write("redis.toml", &alone)).unwrap_err().to_string();
+    assert!(text.contains("names 1 nodes") && text.contains("unreplicated"), "{text}");
+    let text =
+        VmConfig::load(&files.write("redis.toml", &format!("mode = \"unreplicated\"\n{VM}"))).unwrap_err().to_string();
+    assert!(text.contains("names 3 nodes"), "{text}");
 }

@@ -21,6 +21,17 @@ pub enum Degraded {
     Hold,
 }
 
+/// Whether a VM is protected at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// By a group of three replicas.
+    #[default]
+    Replicated,
+    /// By nothing: one node passes its frames through. For comparison.
+    Unreplicated,
+}
+
 /// Which page hash the replicas compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
@@ -154,6 +165,9 @@ pub struct VmConfig {
     pub memory_mib: u64,
     /// The guest's MAC address, the same on all replicas.
     pub mac: String,
+    /// Whether the VM is protected at all.
+    #[serde(default)]
+    pub mode: Mode,
     /// The three members; the first boots the guest when the group is formed.
     pub replicas: Vec<ReplicaConfig>,
     /// How the VM reaches the network.
@@ -193,8 +207,12 @@ impl VmConfig {
 
     fn check(&self) -> Result<(), ConfigError> {
         let bad = |field: &str, message: String| Err(invalid(&self.path, field, message));
-        if self.replicas.len() != 3 {
-            return bad("replicas", format!("names {} nodes; a group has exactly three", self.replicas.len()));
+        let (count, remedy) = match self.mode {
+            Mode::Replicated => (3, "a group has exactly three (and mode = \"unreplicated\" exactly one)"),
+            Mode::Unreplicated => (1, "with mode = \"unreplicated\" there is exactly one"),
+        };
+        if self.replicas.len() != count {
+            return bad("replicas", format!("names {} nodes; {remedy}", self.replicas.len()));
         }
         for (at, replica) in self.replicas.iter().enumerate() {
             for other in &self.replicas[..at] {

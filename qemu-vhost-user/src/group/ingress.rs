@@ -67,6 +67,12 @@ impl Ingress {
     }
 }
 
+/// The filter that an uplink's file asks for.
+pub fn filter_of(uplink: &Uplink) -> Filter {
+    let rules: Vec<Rule> = uplink.filter.iter().map(|rule| rule.rule.clone()).collect();
+    Filter::new(&rules, uplink.filter_default.into())
+}
+
 impl Reactor<'_> {
     /// Whether there is room for more input on its way to the guest.
     pub(super) fn may_take_inputs(&mut self, now: u64) -> bool {

@@ -26,19 +26,24 @@ impl Memory {
     /// # Errors
     /// There is not even that much normal memory.
     pub fn new(node: &NodeConfig, policy: &Policy, place: Place) -> Result<Self, GroupError> {
-        let near = node.numa_node.map(NumaNode).or_else(|| NumaNode::of_core(place.core?));
-        let map = |mib: usize| {
-            let mapped = Region::map_or_normal(mib << 20, page_size(node.hugepages), near);
-            let (region, fallback) = mapped.map_err(|error| GroupError::Memory(error.to_string()))?;
-            if let Some(why) = fallback {
-                say_once(node.hugepages, &why.to_string());
-            }
-            Ok::<_, GroupError>(region)
-        };
-        let (guard, arena) = (map(policy.guard_mib)?, map(policy.arena_mib)?);
+        let (guard, arena) = (map(node, place, policy.guard_mib << 20)?, map(node, place, policy.arena_mib << 20)?);
         let pages = if guard.pages() == arena.pages() { arena.pages() } else { PageSize::Normal };
         Ok(Self { arena: Arena::new(arena), guard: Guard::new(guard), pages })
     }
+}
+
+/// Memory on the pages and near the core that the node's file names.
+///
+/// # Errors
+/// There is not even that much normal memory.
+pub fn map(node: &NodeConfig, place: Place, bytes: usize) -> Result<Region, GroupError> {
+    let near = node.numa_node.map(NumaNode).or_else(|| NumaNode::of_core(place.core?));
+    let mapped = Region::map_or_normal(bytes, page_size(node.hugepages), near);
+    let (region, fallback) = mapped.map_err(|error| GroupError::Memory(error.to_string()))?;
+    if let Some(why) = fallback {
+        say_once(node.hugepages, &why.to_string());
+    }
+    Ok(region)
 }
 
 /// A handle of the arena as the payload of an entry or of the entries of a message: nothing is copied or allocated.

@@ -12,12 +12,14 @@ mod lead;
 mod memory;
 mod messages;
 mod ordering;
+mod passthrough;
 mod peers;
 mod reactor;
 mod requests;
 mod scheduling;
 mod setup;
 mod totals;
+mod turns;
 mod worker;
 
 use std::path::PathBuf;

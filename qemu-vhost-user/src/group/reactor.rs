@@ -2,23 +2,21 @@
 //!
 //! A turn polls everything once in the order of the packet's way (uplink, propose, fabric, consensus, log, collect, guard,
 //! deliver, decide, release, send), each stage within a budget, so that none starves the others. What happens between two
-//! turns is the [`Idler`]'s word: nothing, a look at descriptors, or sleep. It blocks in one place only, the poller, until the
-//! next event or the next deadline. The state has one owner per part: [`Ordering`] the log, [`Delivery`] what the guest has
+//! turns is in [`super::turns`]. The state has one owner per part: [`Ordering`] the log, [`Delivery`] what the guest has
 //! consumed, [`Egress`] what is held, [`Lead`] what a leader is about, [`Follow`] what a secondary is about.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::arena::Arena;
-use dataplane::counters::LoopCounter;
 use dataplane::fabric::{Fabric, FabricEvent, PeerFabric};
-use dataplane::idle::{BREATHER_US, Found, Idler, Rest};
+use dataplane::idle::Found;
 use dataplane::region::PageSize;
-use dataplane::stages::{Stage, StageClock};
-use dataplane::uplink::{Burst, OffloadFlags};
-use dataplane::wait::{Bell, Interest, Poller, Ready, now_us};
+use dataplane::stages::Stage;
+use dataplane::uplink::Burst;
+use dataplane::wait::{Bell, Interest};
 
 use super::GroupError;
 use super::delivery::Delivery;
@@ -32,62 +30,19 @@ use super::ordering::Ordering;
 use super::peers::{PeerEvent, Peers, Received};
 use super::requests::SyncWaiters;
 use super::totals::Totals;
+use super::turns::{
+    AlwaysDue, Due, Pace, TOKEN_DEVICE, TOKEN_LOG, TOKEN_UPLINK, TOKEN_WAKE, TOKEN_WORKER, Turns, drive, set_offloads,
+    take_device_events,
+};
 use super::worker::{Report, Worker};
 use crate::config::{NodeConfig, VmConfig};
 use crate::control::GroupRequest;
 use crate::device::{DeviceEvent, NetDevice};
 
-/// Poller tokens; the fabric's own begin at [`TOKEN_FABRIC`].
-const TOKEN_WAKE: u64 = 0;
-const TOKEN_WORKER: u64 = 1;
-const TOKEN_LOG: u64 = 2;
-const TOKEN_DEVICE: u64 = 3;
-const TOKEN_UPLINK: u64 = 4;
-const TOKEN_KICKS: u64 = 8;
-/// First token of the fabric.
-pub const TOKEN_FABRIC: u64 = 64;
-
 /// Peers hear how our guest is at least this often.
 const REPORT_INTERVAL_US: u64 = 100_000;
 /// Bulk progress is looked at this often.
 const PROGRESS_INTERVAL_US: u64 = 10_000;
-/// The loop looks at everything at least this often, whatever its deadlines say.
-const LONGEST_SLEEP_US: u64 = 50_000;
-/// Longest sleep while the uplink can only be polled.
-const POLLED_SLEEP_US: u64 = 20;
-
-/// A reactor that was kept from running for this long must not judge its peers by what it did not hear meanwhile.
-const OWN_STALL_US: u64 = 20_000;
-/// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
-/// leaving it for later.
-#[derive(Debug, Clone, Copy)]
-struct Due {
-    wake: bool,
-    worker: bool,
-    device: bool,
-    uplink: bool,
-    fabric: bool,
-}
-
-impl Due {
-    const EVERYTHING: Due = Due { wake: true, worker: true, device: true, uplink: true, fabric: true };
-    const NOTHING: Due = Due { wake: false, worker: false, device: false, uplink: false, fabric: false };
-
-    fn of(ready: &[Ready]) -> Due {
-        let mut due = Due::NOTHING;
-        for event in ready {
-            match event.token {
-                TOKEN_WAKE => due.wake = true,
-                TOKEN_WORKER => due.worker = true,
-                TOKEN_DEVICE => due.device = true,
-                TOKEN_UPLINK => due.uplink = true,
-                token => due.fabric |= token >= TOKEN_FABRIC,
-            }
-        }
-        due
-    }
-}
-
 /// All of the fabric, or what costs no system call.
 type PollFabric = fn(&mut PeerFabric, u64, &mut dyn FnMut(FabricEvent<'_>));
 
@@ -110,13 +65,9 @@ pub struct Reactor<'a> {
     pub(super) follow: Follow,
     pub(super) totals: Totals,
     pub(super) last_error: Option<String>,
-    pub(super) idler: Idler,
-    pub(super) loops: LoopCounter,
-    pub(super) stages: StageClock,
+    pub(super) pace: Pace,
     pub(super) requests: Receiver<GroupRequest>,
     pub(super) wake: Arc<Bell>,
-    pub(super) stopping: &'a AtomicBool,
-    pub(super) poller: Arc<Poller>,
     pub(super) next_progress_us: u64,
     pub(super) next_report_us: u64,
     pub(super) reported: GuestReport,
@@ -124,130 +75,50 @@ pub struct Reactor<'a> {
     pub(super) sync_waiters: SyncWaiters,
 }
 
-impl Reactor<'_> {
-    /// Runs until the daemon ends (`Ok`) or the group must be started anew (`Err`).
-    pub fn run(&mut self) -> Result<(), GroupError> {
-        let system = |source| GroupError::System { what: "epoll", source };
-        self.watch_all().map_err(system)?;
-        // Ports without a descriptor can only be polled.
-        let polled = Due { uplink: self.egress.uplink().fd().is_none(), ..Due::NOTHING };
-        let mut ready: Vec<Ready> = Vec::with_capacity(64);
-        let mut due = Due::EVERYTHING;
-        let mut planned_us = now_us();
-        while !self.stopping.load(Atomic::Acquire) {
-            let now = now_us();
-            if now.saturating_sub(planned_us) > OWN_STALL_US {
-                self.forgive_silence(now);
-            }
-            let found = self.turn(now, due)?;
-            let after = now_us();
-            self.loops.end_loop(after, found.work);
-            let rest = self.idler.after_turn(after, found);
-            let sleep_us = match rest {
-                // What came through memory since the turn would wake nobody.
-                Rest::Sleep if self.ordering.fabric().arm() => 0,
-                Rest::Sleep => self.next_deadline_us(after).saturating_sub(after).min(LONGEST_SLEEP_US),
-                Rest::Breathe => BREATHER_US,
-                Rest::Again | Rest::Look | Rest::Yield | Rest::Arm => 0,
-            };
-            let sleep_us = if polled.uplink { sleep_us.min(POLLED_SLEEP_US) } else { sleep_us };
-            planned_us = after + sleep_us;
-            self.watch_uplink(after);
-            due = match rest {
-                Rest::Again => Due::NOTHING,
-                Rest::Yield => {
-                    std::thread::yield_now();
-                    self.look(0, &mut ready).map_err(system)?
-                }
-                Rest::Arm => {
-                    self.arm();
-                    self.look(0, &mut ready).map_err(system)?
-                }
-                Rest::Look | Rest::Sleep | Rest::Breathe => self.look(sleep_us, &mut ready).map_err(system)?,
-            };
-            due.uplink |= polled.uplink;
-        }
-        Ok(())
+impl Turns for Reactor<'_> {
+    fn pace(&mut self) -> &mut Pace {
+        &mut self.pace
     }
 
-    /// Puts every descriptor into the poller, once.
-    fn watch_all(&mut self) -> std::io::Result<()> {
-        self.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read)?;
-        self.poller.add(&*self.worker.report_bell, TOKEN_WORKER, Interest::Read)?;
-        if let Some(event) = self.ordering.log().event_fd() {
-            self.poller.add(event, TOKEN_LOG, Interest::ReadEdge)?;
-        }
-        self.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read)?;
-        match self.egress.uplink().fd() {
-            Some(fd) => self.poller.add(fd, TOKEN_UPLINK, Interest::Read),
-            None => Ok(()),
-        }
-    }
-
-    /// Asks every source for notifications; the next turn looks at each once more. What is announced by a descriptor of its
-    /// own (uplink, sockets, the log) needs no asking.
-    fn arm(&mut self) {
-        self.wake.arm();
-        self.device.set_polling(false);
-        // Whatever it finds, the next turn finds too.
-        self.device.arm();
-        self.worker.report_bell.arm();
-    }
-
-    /// Sleeps for at most `sleep_us` and says what is ready.
-    fn look(&mut self, sleep_us: u64, ready: &mut Vec<Ready>) -> std::io::Result<Due> {
-        self.poller.wait(Some(sleep_us), ready)?;
-        if sleep_us > 0 {
-            let now = now_us();
-            self.idler.woke(now);
-            self.loops.end_sleep(now);
-            self.stages.skip();
-        } else {
-            self.stages.lap(Stage::Look, ready.len());
-        }
-        Ok(Due::of(ready))
-    }
-
-    /// One turn. What is not `due` costs no system call.
     fn turn(&mut self, now: u64, due: Due) -> Result<Found, GroupError> {
         if due.wake {
             self.wake.drain();
         }
-        if !self.idler.armed() {
+        if !self.pace.idler.armed() {
             self.wake.disarm();
             self.worker.report_bell.disarm();
             self.device.set_polling(true);
         }
         let inputs = if due.uplink { self.take_inputs(now) } else { Burst::default() };
-        self.stages.lap(Stage::Uplink, inputs.frames);
+        self.pace.stages.lap(Stage::Uplink, inputs.frames);
         let wants_fabric = due.fabric || now >= self.ordering.fabric_deadline_us();
         let messages = match wants_fabric {
             true => self.poll_fabric(now, Fabric::poll),
             false if self.ordering.fabric().has_memory_lanes() => self.poll_fabric(now, Fabric::poll_lanes),
             false => 0,
         };
-        self.stages.lap(Stage::Fabric, messages);
+        self.pace.stages.lap(Stage::Fabric, messages);
         let durable = self.ordering.poll_log(now);
         if now >= self.ordering.replica().next_deadline_us() {
             self.ordering.step(now, Event::Tick);
         }
-        self.stages.lap(Stage::Log, durable);
+        self.pace.stages.lap(Stage::Log, durable);
         self.take_notices(now);
         let reports = self.take_worker_reports(now, due.worker);
         let alone = self.alone_proof();
-        self.stages.lap(Stage::Decide, reports);
+        self.pace.stages.lap(Stage::Decide, reports);
         let collected = self.egress.collect(&mut self.device, now, alone);
-        self.stages.lap(Stage::Collect, collected.frames);
+        self.pace.stages.lap(Stage::Collect, collected.frames);
         if due.device {
             self.take_device_events();
         }
         let delivered = self.deliver(now);
-        self.stages.lap(Stage::Deliver, delivered.frames);
+        self.pace.stages.lap(Stage::Deliver, delivered.frames);
         self.decide(now);
-        self.stages.lap(Stage::Decide, 0);
+        self.pace.stages.lap(Stage::Decide, 0);
         let released = self.egress.go_on_releasing(self.ordering.replica());
         let ended = self.end_turn();
-        self.stages.lap(Stage::Release, released);
+        self.pace.stages.lap(Stage::Release, released);
         ended?;
         let work = inputs.frames + messages + durable + reports + collected.frames + delivered.frames + released > 0;
         let more = inputs.more
@@ -257,6 +128,79 @@ impl Reactor<'_> {
             || self.egress.is_releasing()
             || self.ordering.log_wants_polling();
         Ok(Found { work: work || more, more })
+    }
+
+    fn next_deadline_us(&self, now: u64) -> u64 {
+        let mut next = self.ordering.replica().next_deadline_us().min(self.next_report_us);
+        next = next.min(self.ordering.fabric_deadline_us());
+        next = next.min(self.follow.next_deadline_us(now));
+        next = next.min(self.delivery.next_deadline_us());
+        if let Some(lead) = &self.lead {
+            next = next.min(lead.next_deadline_us(now));
+        }
+        next
+    }
+
+    fn arm(&mut self) {
+        self.wake.arm();
+        self.device.set_polling(false);
+        // Whatever it finds, the next turn finds too.
+        self.device.arm();
+        self.worker.report_bell.arm();
+    }
+
+    /// The uplink is watched only while its frames are wanted, or can be thrown away at once.
+    fn before_look(&mut self, now: u64) {
+        let wanted = !self.is_serving() || self.may_take_inputs(now);
+        if self.ingress.set_watched(wanted) {
+            let Some(fd) = self.egress.uplink().fd() else { return };
+            let changed = if wanted {
+                self.pace.poller.add(fd, TOKEN_UPLINK, Interest::Read)
+            } else {
+                self.pace.poller.remove(fd)
+            };
+            debug_assert!(changed.is_ok(), "the uplink is in the poller exactly while it is watched");
+        }
+    }
+
+    /// This thread was not run: peers get one more heartbeat's time before they count as silent.
+    fn stalled(&mut self, now: u64) {
+        tracing::debug!(vm = %self.vm.name, "the reactor was not run for a while");
+        for peer in self.peers.ids() {
+            if self.peers.get(peer).connected {
+                self.ordering.step(now, Event::PeerHeard(peer));
+            }
+        }
+    }
+
+    fn may_sleep(&mut self) -> bool {
+        !self.ordering.fabric().arm()
+    }
+
+    fn always_due(&mut self) -> AlwaysDue {
+        AlwaysDue { uplink: self.egress.uplink().fd().is_none(), sockets: true }
+    }
+}
+
+impl Reactor<'_> {
+    /// Runs until the daemon ends (`Ok`) or the group must be started anew (`Err`).
+    pub fn run(&mut self, stopping: &AtomicBool) -> Result<(), GroupError> {
+        self.watch_all().map_err(|source| GroupError::System { what: "epoll", source })?;
+        drive(self, stopping)
+    }
+
+    /// Puts every descriptor into the poller, once.
+    fn watch_all(&mut self) -> std::io::Result<()> {
+        self.pace.poller.add(&*self.wake, TOKEN_WAKE, Interest::Read)?;
+        self.pace.poller.add(&*self.worker.report_bell, TOKEN_WORKER, Interest::Read)?;
+        if let Some(event) = self.ordering.log().event_fd() {
+            self.pace.poller.add(event, TOKEN_LOG, Interest::ReadEdge)?;
+        }
+        self.pace.poller.add(self.device.event_fd(), TOKEN_DEVICE, Interest::Read)?;
+        match self.egress.uplink().fd() {
+            Some(fd) => self.pace.poller.add(fd, TOKEN_UPLINK, Interest::Read),
+            None => Ok(()),
+        }
     }
 
     /// Roles, slots, requests, reports.
@@ -277,38 +221,6 @@ impl Reactor<'_> {
             return Err(GroupError::Uplink { name: self.egress.uplink().name().to_owned(), reason: error.to_string() });
         }
         self.ordering.log_failure().map_or(Ok(()), Err)
-    }
-
-    /// This thread was not run: peers get one more heartbeat's time before they count as silent.
-    fn forgive_silence(&mut self, now: u64) {
-        tracing::debug!(vm = %self.vm.name, "the reactor was not run for a while");
-        for peer in self.peers.ids() {
-            if self.peers.get(peer).connected {
-                self.ordering.step(now, Event::PeerHeard(peer));
-            }
-        }
-    }
-
-    fn next_deadline_us(&self, now: u64) -> u64 {
-        let mut next = self.ordering.replica().next_deadline_us().min(self.next_report_us);
-        next = next.min(self.ordering.fabric_deadline_us());
-        next = next.min(self.follow.next_deadline_us(now));
-        next = next.min(self.delivery.next_deadline_us());
-        if let Some(lead) = &self.lead {
-            next = next.min(lead.next_deadline_us(now));
-        }
-        next
-    }
-
-    /// The uplink is watched only while its frames are wanted, or can be thrown away at once.
-    fn watch_uplink(&mut self, now: u64) {
-        let wanted = !self.is_serving() || self.may_take_inputs(now);
-        if self.ingress.set_watched(wanted) {
-            let Some(fd) = self.egress.uplink().fd() else { return };
-            let changed =
-                if wanted { self.poller.add(fd, TOKEN_UPLINK, Interest::Read) } else { self.poller.remove(fd) };
-            debug_assert!(changed.is_ok(), "the uplink is in the poller exactly while it is watched");
-        }
     }
 
     /// Handles what the peers sent; returns how many messages and events.
@@ -407,20 +319,8 @@ impl Reactor<'_> {
     }
 
     fn take_device_events(&mut self) {
-        let (poller, events) = (&self.poller, &mut self.guest.device_events);
-        // Kick descriptors must leave the poller at once: QEMU keeps its end open, and gives the number to another.
-        self.device.handle_commands(&mut |event| match event {
-            DeviceEvent::WatchKick { ring, kick } => {
-                if let Err(error) = poller.add(&*kick, TOKEN_KICKS + u64::from(ring.0), Interest::ReadEdge) {
-                    tracing::warn!(%error, ?ring, "a kick descriptor cannot be watched; the device is polled instead");
-                }
-            }
-            DeviceEvent::UnwatchKick { kick, .. } => {
-                let _ = poller.remove(&*kick);
-            }
-            event => events.push(event),
-        });
         let mut events = std::mem::take(&mut self.guest.device_events);
+        take_device_events(&mut self.device, &self.pace.poller, &mut events);
         for event in events.drain(..) {
             self.device_event(event);
         }
@@ -432,15 +332,8 @@ impl Reactor<'_> {
             DeviceEvent::Started { offloads, .. } => {
                 self.guest.rings_started();
                 self.delivery.forget_stall();
-                let flags = OffloadFlags {
-                    csum: offloads.checksum,
-                    tso4: offloads.tso4,
-                    tso6: offloads.tso6,
-                    ecn: offloads.ecn,
-                };
-                if let Err(error) = self.egress.uplink().set_offload(flags) {
-                    let name = self.egress.uplink().name().to_owned();
-                    self.note_error(format!("uplink {name}: offloads not set: {error}"));
+                if let Some(error) = set_offloads(self.egress.uplink(), offloads) {
+                    self.note_error(error);
                 }
             }
             DeviceEvent::Broken(error) => {

@@ -3,13 +3,12 @@
 use std::sync::mpsc::Sender;
 
 use consensus::{Event, ReplicaId, Role};
-use dataplane::counters::LoopCounts;
-use dataplane::idle::Idler;
-use dataplane::stages::{Sizes, Stage, StageClock};
+use dataplane::stages::{Sizes, Stage};
 use storage_log::LegState;
 
 use super::lead::Rejoin;
 use super::reactor::Reactor;
+use super::turns::Pace;
 use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
 use crate::status::{GroupStatus, LogFigures, MemoryStatus, PeerStatus, ReactorStatus, StageStatus};
@@ -203,8 +202,7 @@ impl Reactor<'_> {
     }
 
     fn status(&mut self, now: u64) -> GroupStatus {
-        self.loops.publish();
-        let loops = self.loops.reader().read();
+        let loops = self.pace.loops.counts();
         let protection = self.protection();
         let replica = self.ordering.replica();
         let role = match (replica.leading(), replica.role()) {
@@ -252,7 +250,7 @@ impl Reactor<'_> {
             busy_us: loops.busy_us,
             idle_us: loops.idle_us,
             memory: self.memory_status(),
-            reactor: reactor_status(&self.idler, &loops, &self.stages, &self.ingress.proposal_bytes),
+            reactor: reactor_status(&self.pace, &self.ingress.proposal_bytes),
         }
     }
 
@@ -294,7 +292,8 @@ fn shortened(reason: &str) -> String {
 }
 
 /// What a reactor did with its time.
-fn reactor_status(idler: &Idler, loops: &LoopCounts, clock: &StageClock, proposals: &Sizes) -> ReactorStatus {
+pub(super) fn reactor_status(pace: &Pace, proposals: &Sizes) -> ReactorStatus {
+    let (loops, clock) = (pace.loops.counts(), &pace.stages);
     let stages = Stage::ALL.map(|stage| {
         let counts = clock.counts(stage);
         StageStatus {
@@ -305,7 +304,7 @@ fn reactor_status(idler: &Idler, loops: &LoopCounts, clock: &StageClock, proposa
         }
     });
     ReactorStatus {
-        idle: idler.strategy().to_string(),
+        idle: pace.idler.strategy().to_string(),
         asleep_us: loops.asleep_us,
         busy_turns: loops.busy_loops,
         idle_turns: loops.idle_loops,

@@ -5,10 +5,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 
 use consensus::{Config, ReplicaId};
-use dataplane::counters::LoopCounter;
-use dataplane::fabric::{FabricConfig, GroupPort, Listener, PeerFabric, PeerId, Replica};
-use dataplane::idle::Idler;
-use dataplane::stages::StageClock;
+use dataplane::fabric::{BulkPort, FabricConfig, GroupPort, Listener, PeerFabric, PeerId, Replica};
+use dataplane::idle::IdleStrategy;
 use dataplane::uplink::Uplink;
 use dataplane::uplink::af_packet::AfPacket;
 use dataplane::uplink::tap::Tap;
@@ -19,18 +17,20 @@ use super::delivery::Delivery;
 use super::egress::Egress;
 use super::follow::Follow;
 use super::guest::LocalGuest;
-use super::ingress::Ingress;
-use super::memory::Memory;
+use super::ingress::{self, Ingress};
+use super::memory::{self, Memory};
 use super::messages::GuestReport;
 use super::ordering::Ordering;
+use super::passthrough::{self, Parts};
 use super::peers::Peers;
-use super::reactor::{Reactor, TOKEN_FABRIC};
+use super::reactor::Reactor;
 use super::scheduling::{self, Place};
 use super::totals::Totals;
+use super::turns::{Pace, TOKEN_FABRIC};
 use super::worker::{self, CrashPoints, WorkerSetup};
-use crate::config::{NodeConfig, SocketSide, UplinkKind, VmConfig};
+use crate::config::{Mode, NodeConfig, SocketSide, TrackerChoice, UplinkKind, VmConfig};
 use crate::control::GroupRequest;
-use crate::device::{self, Endpoint};
+use crate::device::{self, BackendDirty, Endpoint};
 use crate::node::SocketOverride;
 
 /// What a group needs from its node.
@@ -62,36 +62,37 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let system = |what| move |source| GroupError::System { what, source };
     let slot = vm.replica_named(&node.name).expect("checked when the files were read");
     let me = ReplicaId(u8::try_from(slot).expect("three replicas"));
-    let run_dir = node.vm_run_dir(&vm.name);
-    std::fs::create_dir_all(&run_dir).map_err(system("run_dir"))?;
+    std::fs::create_dir_all(node.vm_run_dir(&vm.name)).map_err(system("run_dir"))?;
 
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
     let now = now_us();
+    let (device, _session) =
+        device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
+    let worker = worker::start(worker_setup(node, vm, bulk, device.dirty())).map_err(system("guest worker"))?;
+    let idle = choose_idle(node, vm, place);
+    if vm.mode == Mode::Unreplicated {
+        let parts = Parts {
+            node,
+            vm,
+            device,
+            uplink: open_uplink(node, vm)?,
+            filter: ingress::filter_of(&vm.uplink),
+            worker,
+            pace: Pace::new(idle, poller, now),
+            requests,
+            wake,
+            memory: memory::map(node, place, passthrough::BURST_BYTES)?,
+        };
+        scheduling::apply(node.scheduling, place.core, idle, "reactor");
+        return passthrough::run(parts, stopping);
+    }
     let fabric = PeerFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
-    let memory = Memory::new(node, &vm.policy, place)?;
     let uplink = open_uplink(node, vm)?;
-    let (device, _session) =
-        device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
-    let worker = worker::start(WorkerSetup {
-        vm: vm.clone(),
-        node: node.name.clone(),
-        run_dir,
-        hash_workers: node.hash_workers(),
-        scheduling: node.scheduling,
-        bulk,
-        dirty: device.dirty(),
-        crash_points: Arc::new(CrashPoints::default()),
-    })
-    .map_err(system("guest worker"))?;
-    let (idle, why_not) = place.idle(node);
-    match why_not {
-        Some(why) => tracing::warn!(vm = %vm.name, %idle, "idle: {why}"),
-        None => tracing::info!(vm = %vm.name, %idle, core = place.core, "the reactor starts"),
-    }
+    let memory = Memory::new(node, &vm.policy, place)?;
     scheduling::apply(node.scheduling, place.core, idle, "reactor");
     let mut reactor = Reactor {
         node,
@@ -111,20 +112,44 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         follow: Follow::default(),
         totals: Totals::new(),
         last_error: None,
-        idler: Idler::new(idle, now),
-        loops: LoopCounter::new(now),
-        stages: StageClock::new(),
+        pace: Pace::new(idle, poller, now),
         requests,
         wake,
-        stopping,
-        poller,
         next_progress_us: 0,
         next_report_us: 0,
         reported: GuestReport::default(),
         bulk_seen: 0,
         sync_waiters: Vec::new(),
     };
-    reactor.run()
+    reactor.run(stopping)
+}
+
+fn worker_setup(node: &NodeConfig, vm: &VmConfig, bulk: BulkPort, dirty: BackendDirty) -> WorkerSetup {
+    let mut vm = vm.clone();
+    if vm.mode == Mode::Unreplicated {
+        // Nobody asks what was written, so nothing shall watch it.
+        vm.policy.tracker = TrackerChoice::Full;
+    }
+    WorkerSetup {
+        run_dir: node.vm_run_dir(&vm.name),
+        vm,
+        node: node.name.clone(),
+        hash_workers: node.hash_workers(),
+        scheduling: node.scheduling,
+        bulk,
+        dirty,
+        crash_points: Arc::new(CrashPoints::default()),
+    }
+}
+
+/// The idle strategy; says it, and warns where it costs others.
+fn choose_idle(node: &NodeConfig, vm: &VmConfig, place: Place) -> IdleStrategy {
+    let (idle, why_not) = place.idle(node);
+    match why_not {
+        Some(why) => tracing::warn!(vm = %vm.name, %idle, "idle: {why}"),
+        None => tracing::info!(vm = %vm.name, %idle, core = place.core, "the reactor starts"),
+    }
+    idle
 }
 
 fn open_uplink(node: &NodeConfig, vm: &VmConfig) -> Result<Box<dyn Uplink>, GroupError> {
