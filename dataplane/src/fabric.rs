@@ -21,6 +21,7 @@ pub mod middleware;
 mod negotiation;
 mod peers;
 mod port;
+pub mod rdma;
 mod secure;
 mod session;
 mod shm;

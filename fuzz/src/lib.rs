@@ -29,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "fabric-lane", run: dataplane::fabric::fuzz::lane },
     Target { name: "filter", run: dataplane::uplink::filter::fuzz_filter },
     Target { name: "segments", run: dataplane::uplink::offload::fuzz_segments },
+    Target { name: "fabric-rdma", run: dataplane::fabric::rdma::fuzz::arrivals },
 ];
 
 /// A consensus message from a peer: what decodes must encode to something that decodes to the same.

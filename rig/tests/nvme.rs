@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use rig::nvme_guest::{NvmeGuest, SKIPPED, controller_address, spdk_version};
+use rig::nvme_guest::{self, SKIPPED, controller_address, spdk_version};
 use rig::{Deadline, Host, Testbed};
 
 /// Under TCG on a busy machine.
@@ -45,7 +45,7 @@ fn raw_disk_at(path: &Path) -> String {
 
 /// Boots, waits and expects success.
 fn run(host: &Host, name: &str, backends: &[String], words: &[&str]) -> String {
-    let guest = NvmeGuest::boot(host, name, backends, words).unwrap();
+    let guest = nvme_guest::boot(host, name, backends, words).unwrap();
     let outcome = guest.wait(Deadline::after_secs(LIMIT_SECS)).unwrap();
     assert_eq!(outcome.status, Some(0), "{name} ended with this on its console:\n{}", outcome.console);
     outcome.console
@@ -117,7 +117,7 @@ fn a_power_cut_loses_nothing_that_was_acknowledged() {
         let number = run.to_string();
         let mut arguments = vec!["append", &address, &number];
         arguments.extend(runs.iter().map(String::as_str));
-        let guest = NvmeGuest::boot(host, &format!("cut{run}"), &[backend], &arguments).unwrap();
+        let guest = nvme_guest::boot(host, &format!("cut{run}"), &[backend], &arguments).unwrap();
         let enough = || (acknowledged(&guest.console()).len() >= acknowledgements).then_some(());
         guest.wait_for("acknowledgements", Deadline::after_secs(LIMIT_SECS), enough).unwrap();
         guest.cut_power().unwrap();

@@ -33,6 +33,14 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
     if group == "dataplane" {
         setup::dpdk()?;
     }
+    if group == "fabric" && !arguments.smoke && rig::is_root() {
+        // For RDMA, in a guest. The smoke run measures it if these are there already.
+        setup::run(false)?;
+        let program = ["build", "--release", "-p", rig::rdma_guest::PROGRAM];
+        loud_step("program that measures RDMA in a guest", || {
+            run(cargo().current_dir(setup::workspace()).args(program))
+        })?;
+    }
     loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
 }
 
@@ -47,8 +55,7 @@ pub fn smoke(group: &str) -> Result<()> {
 /// The command that measures `group`. A smoke run takes the build that the tests use: it is there already, checks
 /// more, and figures do not matter.
 fn harness(group: &str, smoke: bool) -> Command {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = cargo();
     command
         .current_dir(setup::workspace())
         .args(["run", "--quiet", "-p", "perf"])
@@ -57,4 +64,8 @@ fn harness(group: &str, smoke: bool) -> Command {
         .args(["--", group])
         .args(smoke.then_some("--smoke"));
     command
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

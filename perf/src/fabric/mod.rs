@@ -1,6 +1,7 @@
 //! Group `fabric`: what a message and a page cost between two replicas, on each transport.
 
 mod bulk;
+mod rdma;
 pub(crate) mod rtt;
 mod shm;
 
@@ -16,5 +17,6 @@ use crate::group::Sink;
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     rtt::run(effort, sink)?;
     shm::run(effort, sink)?;
+    rdma::run(effort, sink)?;
     bulk::run(effort, sink)
 }

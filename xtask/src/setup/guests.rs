@@ -14,8 +14,17 @@ use super::{Part, Setup, kernel};
 use crate::progress::output;
 
 /// Packages whose own files the guests need; the libraries follow from their dependencies.
-const PACKAGES: [&str; 6] =
-    ["linux-image-amd64", "busybox-static", "redis-server", "redis-tools", "memcached", "nginx"];
+const PACKAGES: [&str; 9] = [
+    "linux-image-amd64",
+    "busybox-static",
+    "redis-server",
+    "redis-tools",
+    "memcached",
+    "nginx",
+    "librdmacm1",
+    "libibverbs1",
+    "ibverbs-providers",
+];
 /// Changed when the unpacked packages must be fetched again; everything made from them then follows.
 pub const RECIPE: &str = "guest packages 1";
 const LIBRARIES: &str = "lib/x86_64-linux-gnu";
@@ -43,7 +52,7 @@ const IMAGES: [Image; 4] = [
 
 /// Downloads and unpacks the guests' packages into `target/rig/guest-root`.
 pub fn unpack(setup: &Setup) -> Result<()> {
-    let what = "the guests' kernel, Redis, memcached and nginx from Debian (100 MB download, 15 s)";
+    let what = "the guests' kernel, Redis, memcached, nginx and rdma-core from Debian (100 MB download, 15 s)";
     let recipe = format!("{} {RECIPE}", PACKAGES.join(" "));
     setup.make(&Part { path: "guest-root", what, recipe }, |work| {
         fs::create_dir_all(work)?;

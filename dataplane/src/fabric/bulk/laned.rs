@@ -232,7 +232,10 @@ impl Laned {
         let before = self.ahead.len();
         let ahead = &mut self.ahead;
         let came = self.lane.pump(&mut |piece| ahead.extend_from_slice(piece));
-        let came = came.map_err(|error: LaneError| BulkError::Protocol(error.to_string()))?;
+        let came = came.map_err(|error| match error {
+            LaneError::Violation { .. } => BulkError::Protocol(error.to_string()),
+            LaneError::Device { .. } => BulkError::PeerLost(error.to_string()),
+        })?;
         stream.progress.fetch_add((self.ahead.len() - before) as u64, Ordering::Relaxed);
         if self.ahead.len() - self.taken > MAX_AHEAD_BYTES {
             return Err(BulkError::Protocol("it sends without an end while it is sent to".to_owned()));
