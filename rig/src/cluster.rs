@@ -137,17 +137,21 @@ impl<'a> Cluster<'a> {
         host.directory().join("data")
     }
 
+    /// A host's key for the traffic between the hosts.
+    pub fn key_path(&self, host: &Host) -> PathBuf {
+        host.directory().join("fabric.key")
+    }
+
     /// One key on all hosts, made and copied as the manual says.
     fn share_key(&self) -> Result<()> {
-        let key = |host: &Host| host.directory().join("fabric.key");
         let [first, others @ ..] = self.bed.hosts() else { return Ok(()) };
-        let first = key(first);
+        let first = self.key_path(first);
         if !first.exists() {
             let plover = self.options.programs.join("plover");
             tool::run(&plover.to_string_lossy(), &["keygen", &first.to_string_lossy()], "")?;
         }
         for host in others {
-            std::fs::copy(&first, key(host)).context(|| format!("cannot copy {}", first.display()))?;
+            std::fs::copy(&first, self.key_path(host)).context(|| format!("cannot copy {}", first.display()))?;
         }
         Ok(())
     }
