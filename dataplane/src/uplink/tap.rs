@@ -7,6 +7,7 @@
 use super::interface::{self, check};
 use super::{Burst, Intake, OffloadFlags, Uplink, UplinkDrops};
 use crate::frame::{MAX_FRAME_BYTES, VNET_HEADER_BYTES};
+use rustix::event::epoll;
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,11 +18,15 @@ const TUN_PATH: &str = "/dev/net/tun";
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const IFF_TUN_EXCL: libc::c_int = 0x8000;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 const TUN_F_CSUM: libc::c_ulong = 0x01;
 const TUN_F_TSO4: libc::c_ulong = 0x02;
 const TUN_F_TSO6: libc::c_ulong = 0x04;
 const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
+
+/// Frames that are taken from one queue before the next has its turn.
+const QUEUE_BURST: usize = 64;
 
 /// Why a TAP could not be made. Each text names the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +79,12 @@ pub enum TapError {
 /// An open TAP device.
 #[derive(Debug)]
 pub struct Tap {
-    fd: OwnedFd,
+    /// At least one.
+    queues: Vec<OwnedFd>,
+    /// Readable while any of several is.
+    any: Option<OwnedFd>,
+    /// Whose turn it is.
+    next: usize,
     name: String,
     drops: UplinkDrops,
     /// Where frames go that nobody wants.
@@ -88,40 +98,130 @@ impl Tap {
     /// # Errors
     /// [`TapError`]; nothing is left behind.
     pub fn open(name: &str, bridge: Option<&str>) -> Result<Tap, TapError> {
+        Tap::open_queues(name, bridge, 1)
+    }
+
+    /// The same with several queues. Each has a lock and room for frames of its own, so that senders on different cores of
+    /// the host do not wait for one another; they are still emptied by one thread, in turn.
+    ///
+    /// # Errors
+    /// [`TapError`]; nothing is left behind.
+    ///
+    /// # Panics
+    /// Without a queue.
+    pub fn open_queues(name: &str, bridge: Option<&str>, queues: u16) -> Result<Tap, TapError> {
+        assert!(queues > 0, "a TAP has at least one queue");
+        let fail = |action| move |source| TapError::Io { name: name.to_owned(), action, source };
         let bad_name = || TapError::BadName { name: name.to_owned() };
         let plain = interface::request(name).ok_or_else(bad_name)?;
-        if !Path::new(TUN_PATH).exists() {
-            return Err(TapError::NoTunDevice);
-        }
-        let fail = |action, source| TapError::Io { name: name.to_owned(), action, source };
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
-        let fd = rustix::fs::open(TUN_PATH, flags, rustix::fs::Mode::empty()).map_err(|errno| match errno {
-            Errno::ACCESS | Errno::PERM => TapError::NotPermitted { name: name.to_owned() },
-            Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
-            other => fail("opening /dev/net/tun", other.into()),
-        })?;
-        let mut request = plain;
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        interface::ioctl(&fd, TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
-            Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
-            Some(libc::EBUSY | libc::EINVAL) => TapError::InUse { name: name.to_owned() },
-            _ => fail("TUNSETIFF", source),
-        })?;
+        let queues = (0..queues)
+            // A second daemon must not join the first one's device as one more queue of it.
+            .map(|at| match (queues, at) {
+                (1, _) => open_queue(name, plain, 0),
+                (_, 0) => open_queue(name, plain, libc::IFF_MULTI_QUEUE | IFF_TUN_EXCL),
+                (_, _) => open_queue(name, plain, libc::IFF_MULTI_QUEUE),
+            })
+            .collect::<Result<Vec<OwnedFd>, TapError>>()?;
+        let any = any_of(&queues).map_err(fail("watching its queues"))?;
         let scratch = vec![0; MAX_FRAME_BYTES].into_boxed_slice();
-        let mut tap = Tap { fd, name: name.to_owned(), drops: UplinkDrops::default(), scratch };
+        let mut tap = Tap { queues, any, next: 0, name: name.to_owned(), drops: UplinkDrops::default(), scratch };
         let mut header_bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int through the pointer, which points to one.
-        let result = unsafe { libc::ioctl(tap.fd.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw mut header_bytes) };
-        check(result).map_err(|source| fail("TUNSETVNETHDRSZ", source))?;
-        tap.set_offload(OffloadFlags::default()).map_err(|source| fail("TUNSETOFFLOAD", source))?;
+        let result = unsafe { libc::ioctl(tap.queues[0].as_raw_fd(), TUNSETVNETHDRSZ as _, &raw mut header_bytes) };
+        check(result).map_err(fail("TUNSETVNETHDRSZ"))?;
+        tap.set_offload(OffloadFlags::default()).map_err(fail("TUNSETOFFLOAD"))?;
         disable_ipv6(name);
-        let control = interface::control_socket().map_err(|source| fail("opening a control socket", source))?;
+        let control = interface::control_socket().map_err(fail("opening a control socket"))?;
         if let Some(bridge) = bridge {
             attach(&control, name, plain, bridge)?;
         }
-        interface::bring_up(&control, plain).map_err(|source| fail("bringing the link up", source))?;
+        interface::bring_up(&control, plain).map_err(fail("bringing the link up"))?;
         Ok(tap)
     }
+
+    /// Takes frames from the queues in turn and gives each to `take`, which reads it and says whether there was one.
+    fn each_queue(
+        &mut self,
+        budget_frames: usize,
+        mut take: impl FnMut(&OwnedFd, &mut [u8]) -> io::Result<Taken>,
+    ) -> io::Result<Burst> {
+        let (mut frames, mut found_empty) = (0, 0);
+        while found_empty < self.queues.len() {
+            let share = QUEUE_BURST.min(budget_frames - frames);
+            let mut taken = 0;
+            while taken < share {
+                match take(&self.queues[self.next], &mut self.scratch)? {
+                    Taken::Frame => taken += 1,
+                    Taken::NoRoom => return Ok(Burst { frames: frames + taken, more: true }),
+                    Taken::Nothing => break,
+                }
+            }
+            frames += taken;
+            found_empty = if taken < QUEUE_BURST { found_empty + 1 } else { 0 };
+            if frames == budget_frames {
+                return Ok(Burst { frames, more: true });
+            }
+            self.next = (self.next + 1) % self.queues.len();
+        }
+        Ok(Burst { frames, more: false })
+    }
+
+    /// The queue for a frame that leaves: the same for all frames of a flow, because the kernel has the answers come in by the
+    /// queue by which the flow left last.
+    fn queue_for(&self, frame: &[u8]) -> &OwnedFd {
+        if self.queues.len() == 1 {
+            return &self.queues[0];
+        }
+        let packet = &frame[VNET_HEADER_BYTES.min(frame.len())..];
+        let flow = match packet.get(12..14) {
+            // Addresses and ports.
+            Some([0x08, 0x00]) => packet.get(26..38),
+            Some([0x86, 0xdd]) => packet.get(22..58),
+            _ => None,
+        };
+        let sum = flow.unwrap_or_default().iter().fold(0usize, |sum, byte| sum.wrapping_mul(31) + usize::from(*byte));
+        &self.queues[sum % self.queues.len()]
+    }
+}
+
+/// What became of an attempt to take a frame.
+enum Taken {
+    Frame,
+    NoRoom,
+    Nothing,
+}
+
+fn open_queue(name: &str, mut request: libc::ifreq, extra: libc::c_int) -> Result<OwnedFd, TapError> {
+    if !Path::new(TUN_PATH).exists() {
+        return Err(TapError::NoTunDevice);
+    }
+    let fail = |action, source| TapError::Io { name: name.to_owned(), action, source };
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+    let fd = rustix::fs::open(TUN_PATH, flags, rustix::fs::Mode::empty()).map_err(|errno| match errno {
+        Errno::ACCESS | Errno::PERM => TapError::NotPermitted { name: name.to_owned() },
+        Errno::NXIO | Errno::NODEV => TapError::NoTunDevice,
+        other => fail("opening /dev/net/tun", other.into()),
+    })?;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | extra;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    interface::ioctl(&fd, TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
+        Some(libc::EPERM) => TapError::NotPermitted { name: name.to_owned() },
+        Some(libc::EBUSY | libc::EINVAL) => TapError::InUse { name: name.to_owned() },
+        _ => fail("TUNSETIFF", source),
+    })?;
+    Ok(fd)
+}
+
+/// An epoll that is readable while one of several queues is; a single queue needs none.
+fn any_of(queues: &[OwnedFd]) -> io::Result<Option<OwnedFd>> {
+    if queues.len() == 1 {
+        return Ok(None);
+    }
+    let any = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for queue in queues {
+        epoll::add(&any, queue, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    }
+    Ok(Some(any))
 }
 
 /// Reads one frame, or `None` when nothing waits.
@@ -147,29 +247,26 @@ impl Uplink for Tap {
     }
 
     fn recv_burst(&mut self, into: &mut Intake<'_>, budget_frames: usize) -> io::Result<Burst> {
-        for frames in 0..budget_frames {
-            let Some(spare) = into.spare(MAX_FRAME_BYTES) else {
-                return Ok(Burst { frames, more: true });
-            };
-            match read_frame(&self.fd, spare)? {
-                Some(len) => into.commit(len),
-                None => return Ok(Burst { frames, more: false }),
-            }
-        }
-        Ok(Burst { frames: budget_frames, more: true })
+        self.each_queue(budget_frames, |queue, _| {
+            let Some(spare) = into.spare(MAX_FRAME_BYTES) else { return Ok(Taken::NoRoom) };
+            Ok(match read_frame(queue, spare)? {
+                Some(len) => {
+                    into.commit(len);
+                    Taken::Frame
+                }
+                None => Taken::Nothing,
+            })
+        })
     }
 
     fn discard_burst(&mut self, budget_frames: usize) -> io::Result<Burst> {
-        for frames in 0..budget_frames {
-            if read_frame(&self.fd, &mut self.scratch)?.is_none() {
-                return Ok(Burst { frames, more: false });
-            }
-        }
-        Ok(Burst { frames: budget_frames, more: true })
+        self.each_queue(budget_frames, |queue, scratch| {
+            Ok(if read_frame(queue, scratch)?.is_some() { Taken::Frame } else { Taken::Nothing })
+        })
     }
 
     fn send(&mut self, frame: &[u8]) -> io::Result<bool> {
-        match rustix::io::write(&self.fd, frame) {
+        match rustix::io::write(self.queue_for(frame), frame) {
             Ok(_) => Ok(true),
             Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM | Errno::INTR) => {
                 self.drops.full += 1;
@@ -190,7 +287,7 @@ impl Uplink for Tap {
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.fd.as_fd())
+        Some(self.any.as_ref().unwrap_or(&self.queues[0]).as_fd())
     }
 
     fn set_offload(&mut self, features: OffloadFlags) -> io::Result<()> {
@@ -203,7 +300,7 @@ impl Uplink for Tap {
             flags |= if features.ecn && (features.tso4 || features.tso6) { TUN_F_TSO_ECN } else { 0 };
         }
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
+        check(unsafe { libc::ioctl(self.queues[0].as_raw_fd(), TUNSETOFFLOAD as _, flags) })
     }
 
     fn drops(&mut self) -> UplinkDrops {

@@ -118,6 +118,46 @@ fn each_obstacle_has_its_own_error_and_leaves_nothing_behind() {
     });
 }
 
+#[test]
+fn several_queues_are_emptied_in_turn_and_belong_to_one() {
+    in_namespace(|| {
+        make_bridge(BRIDGE);
+        let mut a = Tap::open_queues("plvtest0", Some(BRIDGE), 4).unwrap();
+        let mut b = Tap::open_queues("plvtest1", Some(BRIDGE), 4).unwrap();
+        for queues in [1, 4] {
+            let error = Tap::open_queues("plvtest0", None, queues).unwrap_err();
+            assert!(matches!(error, TapError::InUse { .. }), "{error}");
+        }
+        // Many flows: by their ports they spread over all queues, on the way out and on the way in.
+        let flow = |port: u16, number: u8| {
+            let mut frame = large_segment();
+            frame.truncate(VNET_HEADER_BYTES + 60);
+            frame[..VNET_HEADER_BYTES].fill(0);
+            frame[VNET_HEADER_BYTES + 34..][..2].copy_from_slice(&port.to_be_bytes());
+            frame[VNET_HEADER_BYTES + 59] = number;
+            // A shorter packet, whose header adds up by a larger identification.
+            let (old, new) = ((PAYLOAD_BYTES + 40) as u16, 46u16);
+            frame[VNET_HEADER_BYTES + 16..][..2].copy_from_slice(&new.to_be_bytes());
+            frame[VNET_HEADER_BYTES + 18..][..2].copy_from_slice(&(1 + old - new).to_be_bytes());
+            frame
+        };
+        for number in 0..10 {
+            for port in 0..40 {
+                assert!(a.send(&flow(port, number)).unwrap());
+            }
+        }
+        let mut next = [0; 40];
+        for _ in 0..400 {
+            let frame = receive(&mut b);
+            let port = usize::from(frame[VNET_HEADER_BYTES + 35]);
+            assert_eq!(frame[VNET_HEADER_BYTES + 59], next[port], "the frames of a flow stay in order");
+            next[port] += 1;
+        }
+        assert_eq!(b.discard_burst(64).unwrap(), Burst::default());
+        assert_eq!(a.drops(), UplinkDrops::default());
+    });
+}
+
 /// Opens a TAP that was closed just now; a process that another test starts still has all descriptors for a moment.
 fn open_freed(name: &str) -> Tap {
     let deadline = Instant::now() + Duration::from_secs(10);

@@ -125,6 +125,7 @@ fn an_uplink_has_one_kind_and_only_its_fields() {
         ),
         ("kind-af", "uplink = { kind = \"af_packet\", tap = \"plv0\" }", "uplink.tap: is for kind = \"tap\""),
         ("kind-none", "uplink = { kind = \"af_packet\" }", "uplink.interface: is missing"),
+        ("kind-queues", "uplink = { tap = \"plv0\", queues = 0 }", "uplink.queues: is 0"),
         ("kind-empty", "uplink = {}", "uplink.tap: is missing"),
         ("kind-odd", "uplink = { kind = \"macvtap\" }", "unknown variant `macvtap`"),
         (

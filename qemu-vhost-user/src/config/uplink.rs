@@ -12,6 +12,9 @@ use super::filter::FilterRule;
 /// Longest name of a network interface, the kernel's limit.
 const MAX_INTERFACE_BYTES: usize = 15;
 
+/// More queues than senders in the kernel help nobody.
+const MAX_QUEUES: u16 = 16;
+
 /// How the VM reaches the network.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "Written")]
@@ -33,6 +36,8 @@ pub enum UplinkKind {
         tap: String,
         /// Bridge to attach it to.
         bridge: Option<String>,
+        /// Its queues.
+        queues: u16,
     },
     /// A network interface of the host, shared with it.
     AfPacket {
@@ -93,6 +98,7 @@ struct Written {
     kind: Option<Kind>,
     tap: Option<String>,
     bridge: Option<String>,
+    queues: Option<u16>,
     interface: Option<String>,
     promiscuous: Option<bool>,
     port: Option<String>,
@@ -110,6 +116,7 @@ impl TryFrom<Written> for Uplink {
         let owners = [
             ("tap", written.tap.is_some(), Kind::Tap),
             ("bridge", written.bridge.is_some(), Kind::Tap),
+            ("queues", written.queues.is_some(), Kind::Tap),
             ("interface", written.interface.is_some(), Kind::AfPacket),
             ("promiscuous", written.promiscuous.is_some(), Kind::AfPacket),
             ("port", written.port.is_some(), Kind::Dpdk),
@@ -127,6 +134,7 @@ impl TryFrom<Written> for Uplink {
             Kind::Tap => UplinkKind::Tap {
                 tap: interface_name("tap", written.tap.ok_or_else(|| missing("tap", "the TAP device to make"))?)?,
                 bridge: written.bridge.map(|bridge| interface_name("bridge", bridge)).transpose()?,
+                queues: queues(written.queues.unwrap_or(1))?,
             },
             Kind::AfPacket => {
                 let interface =
@@ -160,6 +168,13 @@ fn interface_name(field: &str, name: String) -> Result<String, String> {
         ));
     }
     Ok(name)
+}
+
+fn queues(queues: u16) -> Result<u16, String> {
+    match queues {
+        1..=MAX_QUEUES => Ok(queues),
+        _ => Err(format!("uplink.queues: is {queues}; allowed are 1 to {MAX_QUEUES}")),
+    }
 }
 
 fn dpdk_port(port: Option<String>) -> Result<String, String> {

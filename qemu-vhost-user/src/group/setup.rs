@@ -158,7 +158,7 @@ fn open_uplink(node: &NodeConfig, vm: &VmConfig) -> Result<Box<dyn Uplink>, Grou
         reason: error.source().map_or(error.to_string(), |source| format!("{error}: {source}")),
     };
     match &vm.uplink.kind {
-        UplinkKind::Tap { tap, bridge } => match Tap::open(tap, bridge.as_deref()) {
+        UplinkKind::Tap { tap, bridge, queues } => match Tap::open_queues(tap, bridge.as_deref(), *queues) {
             Ok(port) => Ok(Box::new(port)),
             Err(error) => Err(failed(tap, &error)),
         },
