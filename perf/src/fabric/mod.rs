@@ -16,7 +16,7 @@ use crate::group::Sink;
 /// The first measurement that fails, or the sink's error.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     rtt::run(effort, sink)?;
-    shm::run(effort, sink)?;
     rdma::run(effort, sink)?;
+    shm::run(effort, sink)?;
     bulk::run(effort, sink)
 }
