@@ -191,8 +191,8 @@ fn answer(end: &mut End, shared: &Shared) -> Result<()> {
         match shared.mode.load(Ordering::Acquire) {
             REST => std::thread::park_timeout(Duration::from_millis(10)),
             FABRIC => {
+                // The first one may have come with the connection.
                 let received = &mut end.received;
-                received.clear();
                 end.fabric.poll_lanes(now_us(), &mut |event| {
                     if let FabricEvent::Message { bytes, .. } = event {
                         received.extend_from_slice(bytes);
@@ -201,6 +201,7 @@ fn answer(end: &mut End, shared: &Shared) -> Result<()> {
                 for message in end.received.chunks_exact(MESSAGE_BYTES) {
                     end.fabric.send(end.peer, &[message])?;
                 }
+                end.received.clear();
             }
             LINE => {
                 let number = shared.line.0.load(Ordering::Acquire);
