@@ -90,7 +90,7 @@ impl Ring {
 
     /// Gives frames to the guest, header of 12 bytes included. Returns how many, and why it ended.
     pub(super) fn fill_burst(&mut self, frames: &[&[u8]]) -> Result<(usize, End), RingFault> {
-        let offered = self.offered(frames.len())?.min(frames.len());
+        let (offered, exhausted) = self.offered(frames.len())?;
         let chains = self.simple_chains(
             offered,
             VRING_DESC_F_WRITE as u16,
@@ -119,22 +119,22 @@ impl Ring {
         for (&piece, frame) in taken() {
             self.ram.mark(piece, frame.len() as u32);
         }
-        Ok((count, end_of(count, offered, frames.len())))
+        Ok((count, end_of(count, offered, exhausted)))
     }
 
     /// Passes up to `wanted` frames of 12 bytes of header and the rest to the sink, and completes those that it took. Returns
     /// how many those are, and why it ended.
     pub(super) fn drain_burst(&mut self, wanted: usize, sink: &mut impl FrameSink) -> Result<(usize, End), RingFault> {
-        let wanted = wanted.min(BURST_FRAMES);
-        let offered = self.offered(wanted)?.min(wanted);
+        let (offered, exhausted) = self.offered(wanted.min(BURST_FRAMES))?;
         if offered == 0 {
             return Ok((0, End::Exhausted));
         }
+        self.disarm();
         let sensible = |_, len: u32| (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&(len as usize));
         let chains = self.simple_chains(offered, 0, sensible, |ring, _, piece| {
             ring.ram.prefetch::<false>(piece, piece.len as usize);
         });
-        let mut end = end_of(chains.count, offered, wanted);
+        let mut end = end_of(chains.count, offered, exhausted);
         let mut count = 0;
         for (&head, &piece) in chains.heads.iter().zip(&chains.pieces).take(chains.count) {
             let Some(room) = sink.room(piece.len as usize) else {
@@ -155,10 +155,10 @@ impl Ring {
     }
 }
 
-fn end_of(simple: usize, offered: usize, wanted: usize) -> End {
+fn end_of(simple: usize, offered: usize, exhausted: bool) -> End {
     if simple < offered {
         End::Unusual
-    } else if offered < wanted {
+    } else if exhausted {
         End::Exhausted
     } else {
         End::All

@@ -270,6 +270,12 @@ pub struct BackendDirty {
 }
 
 impl BackendDirty {
+    /// Holds the only lock that a device shares with other threads, as a session or a syncvm does now and then.
+    #[cfg(test)]
+    pub fn hold_lock(&self) -> impl Sized + '_ {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn current(&self) -> Vec<Arc<RamFile>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).current.clone()
     }
