@@ -14,8 +14,6 @@ use super::ring::{RING_HEADER_BYTES, Ring, RingFault};
 
 /// Frames in one burst: enough to hide a cache miss, few enough for the buffers to stay in the nearest cache.
 pub(super) const BURST_FRAMES: usize = 32;
-/// `num_buffers` of a frame in one buffer.
-const ONE_BUFFER: [u8; 2] = 1u16.to_le_bytes();
 
 /// Where frames from the guest go: memory is asked for first, so that a frame is copied once.
 ///
@@ -100,12 +98,12 @@ impl Ring {
         let count = chains.count;
         let taken = || chains.pieces[..count].iter().zip(frames);
         // Headers first: a driver puts them in front of a frame that begins on a line of its own, so each pass writes whole lines
-        // and none straddles two; together they are a tenth faster where lines travel far.
+        // and none straddles two. They go by registers: a load that spans several stores in flight waits until those are done, and
+        // they are done in order, behind all that wait for the guest's lines.
         for (&piece, frame) in taken() {
-            let mut header = [0; VNET_HEADER_BYTES];
-            header.copy_from_slice(&frame[..VNET_HEADER_BYTES]);
-            header[NUM_BUFFERS_OFFSET..].copy_from_slice(&ONE_BUFFER);
-            self.ram.fill(piece, 0, &header);
+            let (start, rest) = header_words(frame);
+            self.ram.fill(piece, 0, &start.to_le_bytes());
+            self.ram.fill(piece, 8, &rest.to_le_bytes());
         }
         for (&piece, frame) in taken() {
             self.ram.fill(piece, VNET_HEADER_BYTES, &frame[VNET_HEADER_BYTES..]);
@@ -136,7 +134,7 @@ impl Ring {
         });
         let mut end = end_of(chains.count, offered, exhausted);
         let mut count = 0;
-        for (&head, &piece) in chains.heads.iter().zip(&chains.pieces).take(chains.count) {
+        for &piece in &chains.pieces[..chains.count] {
             let Some(room) = sink.room(piece.len as usize) else {
                 end = End::Refused;
                 break;
@@ -147,12 +145,24 @@ impl Ring {
                 end = End::Refused;
                 break;
             }
-            self.complete(head, 0);
             count += 1;
+        }
+        // Not in between: these writes wait for the guest's lines, and what is written after them waits, too.
+        for &head in &chains.heads[..count] {
+            self.complete(head, 0);
         }
         self.publish();
         Ok((count, end))
     }
+}
+
+/// The header of a frame in one buffer: eight bytes, and four that end with `num_buffers`, as little-endian numbers.
+#[inline]
+fn header_words(frame: &[u8]) -> (u64, u32) {
+    const _: () = assert!(VNET_HEADER_BYTES == 12 && NUM_BUFFERS_OFFSET == 10);
+    let start = u64::from_le_bytes(frame[..8].try_into().expect("eight bytes"));
+    let middle = u16::from_le_bytes(frame[8..10].try_into().expect("two bytes"));
+    (start, u32::from(middle) | 1 << 16)
 }
 
 fn end_of(simple: usize, offered: usize, exhausted: bool) -> End {
