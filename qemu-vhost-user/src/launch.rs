@@ -28,7 +28,7 @@ pub fn vm_args(node: &NodeConfig, vm: &VmConfig) -> VmArgs {
         vhost_user_socket: socket(&vm.vhost_user_socket, "vhost.sock"),
         qemu_is_server: vm.vhost_user_server == SocketSide::Qemu,
         mac: vm.mac_bytes().expect("checked when the file was read"),
-        queues: QueueOptions::default(),
+        queues: QueueOptions { pairs: vm.queue_pairs, ..QueueOptions::default() },
         qmp_socket: socket(&vm.qmp_socket, "qmp.sock"),
         agent_socket: socket(&vm.agent_socket, "agent.sock"),
         agent_library: agent_library(node),

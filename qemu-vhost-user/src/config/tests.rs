@@ -100,6 +100,7 @@ fn values_out_of_range_name_the_field() {
     for (test, from, to, field) in [
         ("mac", "52:54:00:00:00:01", "53:54:00:00:00:01", "mac"),
         ("mem", "memory_mib = 256", "memory_mib = 0", "memory_mib"),
+        ("queues", "uplink =", "queue_pairs = 9\nuplink =", "queue_pairs"),
         ("tap", "\"plv0\"", "\"a-name-that-is-too-long\"", "uplink.tap"),
         ("pol", "uplink =", "policy = { failure_timeout_ms = 1 }\nuplink =", "policy.failure_timeout_ms"),
     ] {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::uplink::Uplink;
 use super::{ConfigError, invalid, parse_mac, read_toml};
+use crate::device::MAX_QUEUE_PAIRS;
 
 /// What to do while only one replica has the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
@@ -175,6 +176,9 @@ pub struct VmConfig {
     /// Where the guest's memory lives.
     #[serde(default)]
     pub memory_backend: MemoryBackend,
+    /// Pairs of receive and transmit queues of the guest's network device; a guest uses as many as it has vCPUs.
+    #[serde(default = "one_pair")]
+    pub queue_pairs: u16,
     /// Who listens on the vhost-user socket.
     #[serde(default)]
     pub vhost_user_server: SocketSide,
@@ -190,6 +194,10 @@ pub struct VmConfig {
     /// When slots end, what is held, how failures are noticed.
     #[serde(default)]
     pub policy: Policy,
+}
+
+fn one_pair() -> u16 {
+    1
 }
 
 impl VmConfig {
@@ -226,6 +234,9 @@ impl VmConfig {
         }
         if !(1..=1 << 20).contains(&self.memory_mib) {
             return bad("memory_mib", format!("is {}; allowed are 1 to {}", self.memory_mib, 1 << 20));
+        }
+        if !(1..=MAX_QUEUE_PAIRS).contains(&usize::from(self.queue_pairs)) {
+            return bad("queue_pairs", format!("is {}; allowed are 1 to {MAX_QUEUE_PAIRS}", self.queue_pairs));
         }
         self.mac_bytes()?;
         self.check_policy()

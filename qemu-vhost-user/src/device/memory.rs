@@ -270,6 +270,12 @@ pub struct BackendDirty {
 }
 
 impl BackendDirty {
+    /// Holds the only lock that a device shares with other threads, as a session or a syncvm does now and then.
+    #[cfg(test)]
+    pub fn hold_lock(&self) -> impl Sized + '_ {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn current(&self) -> Vec<Arc<RamFile>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).current.clone()
     }
@@ -562,7 +568,7 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
         match len {
             64..=128 => ends::<64>(from, to, len),
             32..=63 => ends::<32>(from, to, len),
-            8..=15 => ends::<8>(from, to, len),
+            4..=8 => ends::<4>(from, to, len),
             _ => std::ptr::copy_nonoverlapping(from, to, len),
         }
     }

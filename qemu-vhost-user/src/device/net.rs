@@ -196,6 +196,9 @@ pub struct NetDevice {
     pending: VecDeque<DeviceEvent>,
     pub(super) counters: Counters,
     pub(super) scratch: Scratch,
+    /// Every frame goes the way of the unusual ones, to compare the two.
+    #[cfg(test)]
+    pub(super) no_bursts: bool,
 }
 
 impl NetDevice {
@@ -213,6 +216,8 @@ impl NetDevice {
             pending: VecDeque::new(),
             counters: Counters::default(),
             scratch: Scratch::new(),
+            #[cfg(test)]
+            no_bursts: false,
         }
     }
 

@@ -387,15 +387,22 @@ impl Ring {
         self.seen_avail != self.next_avail
     }
 
-    /// How many chains the guest offers, at least `wanted` if it has them.
+    /// How many of `wanted` chains the guest offers, and whether those are all that it does. An index that is wrong becomes a
+    /// fault only when no chain is left that was offered before it.
     #[inline]
-    pub(super) fn offered(&mut self, wanted: usize) -> Result<usize, RingFault> {
-        let mut offered = self.seen_avail.wrapping_sub(self.next_avail);
-        if usize::from(offered) < wanted {
-            self.refresh()?;
-            offered = self.seen_avail.wrapping_sub(self.next_avail);
+    pub(super) fn offered(&mut self, wanted: usize) -> Result<(usize, bool), RingFault> {
+        let known = usize::from(self.seen_avail.wrapping_sub(self.next_avail));
+        if known >= wanted {
+            return Ok((wanted, false));
         }
-        Ok(usize::from(offered))
+        match self.refresh() {
+            Err(fault) if known == 0 => Err(fault),
+            Err(_) => Ok((known, false)),
+            Ok(_) => {
+                let known = usize::from(self.seen_avail.wrapping_sub(self.next_avail));
+                Ok((known.min(wanted), known < wanted))
+            }
+        }
     }
 
     /// Begins to fetch what comes next: the place of this burst's `count` used elements, and the descriptors of the burst after

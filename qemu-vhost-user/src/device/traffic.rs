@@ -62,6 +62,16 @@ enum TxEnd {
 }
 
 impl NetDevice {
+    /// Whether the usual frames may take the short way: drivers of before virtio 1.0 have another header.
+    #[inline]
+    fn bursts(&self) -> bool {
+        #[cfg(test)]
+        if self.no_bursts {
+            return false;
+        }
+        self.features.header_bytes() == VNET_HEADER_BYTES
+    }
+
     /// Gives a frame to the guest: 12 bytes of virtio_net_hdr_v1, then Ethernet. `num_buffers` is filled in here.
     ///
     /// A frame shorter than the header, or one that the guest's buffers can never hold, is dropped and counted.
@@ -116,7 +126,7 @@ impl NetDevice {
 
     /// Frames for one ring. Done: at least one was dealt with.
     fn inject_run(&mut self, index: RingIndex, frames: &[&[u8]]) -> Result<(usize, Inject), RingFault> {
-        let features = self.features;
+        let (features, bursts) = (self.features, self.bursts());
         let Self { slots, counters, scratch, .. } = self;
         let Some(ring) = slots[usize::from(index.0)].ring.as_deref_mut() else {
             return Ok((0, Inject::NotRunning));
@@ -128,7 +138,7 @@ impl NetDevice {
             counters.rx_too_large += 1;
             return Ok((1, Inject::Done));
         }
-        if features.header_bytes() == VNET_HEADER_BYTES {
+        if bursts {
             let (placed, end) = ring.fill_burst(&frames[..usable])?;
             counters.rx_frames += placed as u64;
             if end == End::Exhausted && self.polling {
@@ -206,13 +216,13 @@ impl NetDevice {
         sink: &mut impl FrameSink,
         accepted: &mut usize,
     ) -> Result<TxEnd, RingFault> {
-        let features = self.features;
+        let (features, bursts) = (self.features, self.bursts());
         let Self { slots, counters, scratch, .. } = self;
         let slot = &mut slots[usize::from(index.0)];
         let Some(ring) = slot.ring.as_deref_mut() else {
             return Ok(TxEnd::Empty);
         };
-        let simple = slot.enabled && features.header_bytes() == VNET_HEADER_BYTES;
+        let simple = slot.enabled && bursts;
         let mut left = wanted;
         while left > 0 {
             if simple {

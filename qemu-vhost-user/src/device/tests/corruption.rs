@@ -196,7 +196,7 @@ proptest! {
                 // Random indices are almost always refused at once; plausible ones lead deeper.
                 bed.memory.write_u16(driver + 0x4000 + 2, *index);
             }
-            bed.device.inject(&frame(1, 1000));
+            bed.device.inject_batch([frame(1, 1000), frame(2, 100), frame(3, 200)].iter().map(Vec::as_slice));
             let collected = bed.device.collect_tx(100, &mut |_| true);
             prop_assert!(collected <= 16);
             bed.device.flush_signals();
@@ -231,7 +231,7 @@ proptest! {
             bed.tx.offer(&bed.memory, head);
         }
         for _ in 0..4 {
-            bed.device.inject(&frame(1, 1000));
+            bed.device.inject_batch([frame(1, 100), frame(2, 1000)].iter().map(Vec::as_slice));
             bed.device.collect_tx(100, &mut |_| true);
         }
         revive(bed, Features::offered());

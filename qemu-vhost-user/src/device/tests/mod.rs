@@ -2,5 +2,9 @@
 
 mod bed;
 mod corruption;
+mod equivalence;
+mod mapped;
+mod pairs;
+mod polling;
 mod traffic;
 mod vhost_user;

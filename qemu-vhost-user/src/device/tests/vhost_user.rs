@@ -21,7 +21,7 @@ use super::bed::{Driver, HALF, Memory, USER_BASE, frame};
 use crate::device::features::{Features, PROTOCOL_FEATURES};
 use crate::device::link::{Command, LinkError, pair};
 use crate::device::memory::BackendDirty;
-use crate::device::net::{DeviceError, DeviceEvent, Inject, NetDevice, RingIndex};
+use crate::device::net::{DeviceError, DeviceEvent, Inject, MAX_QUEUE_PAIRS, NetDevice, RingIndex};
 use crate::device::session::{Endpoint, Session, SessionError, open};
 
 /// Every wait in these tests ends here.
@@ -125,7 +125,7 @@ impl Qemu {
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         Self {
-            frontend: Frontend::from_stream(socket, 2),
+            frontend: Frontend::from_stream(socket, 64),
             memory: Memory::new(),
             rx: Driver::new(0, SIZE, true, Features::offered()),
             tx: Driver::new(0x1_0000, SIZE, false, Features::offered()),
@@ -337,6 +337,32 @@ fn what_qemu_gets_wrong_closes_its_connection_with_a_reason_and_the_next_one_wor
     qemu.start([0; 2]).unwrap();
     daemon.wait_until_started();
     qemu.exchange(&daemon, 1);
+}
+
+#[test]
+fn every_queue_that_was_promised_exists_and_no_other() {
+    let (daemon, socket) = Daemon::joined();
+    let mut qemu = Qemu::new(socket);
+    qemu.negotiate().unwrap();
+    for index in 0..2 * MAX_QUEUE_PAIRS {
+        qemu.frontend.set_vring_enable(index, true).unwrap();
+        qemu.frontend.set_vring_num(index, SIZE).unwrap();
+        qemu.frontend.set_vring_base(index, 7).unwrap();
+        assert_eq!(qemu.frontend.get_vring_base(index).unwrap(), 7);
+    }
+    // The first pair works while others were never started.
+    qemu.start([0; 2]).unwrap();
+    daemon.wait_until_started();
+    assert_eq!(daemon.device().queue_pairs(), 1);
+    qemu.exchange(&daemon, 1);
+    assert!(qemu.frontend.set_vring_num(2 * MAX_QUEUE_PAIRS, SIZE).is_err());
+    let why = daemon.wait_until_refused();
+    assert!(why.contains("ring 16") && why.contains("queues=8"), "{why}");
+    // The vhost crate's frontend counts queues where QEMU counts pairs, so it asks last.
+    let (_daemon, socket) = Daemon::joined();
+    let mut qemu = Qemu::new(socket);
+    qemu.negotiate().unwrap();
+    assert_eq!(qemu.frontend.get_queue_num().unwrap(), MAX_QUEUE_PAIRS as u64);
 }
 
 #[test]
