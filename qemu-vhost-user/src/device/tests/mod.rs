@@ -2,5 +2,6 @@
 
 mod bed;
 mod corruption;
+mod system_calls;
 mod traffic;
 mod vhost_user;
