@@ -6,5 +6,6 @@ mod equivalence;
 mod mapped;
 mod pairs;
 mod polling;
+mod system_calls;
 mod traffic;
 mod vhost_user;
