@@ -292,7 +292,11 @@ fn inject_unusual(
     loop {
         match find_room(ring, need, features.mergeable(), pieces, chains)? {
             Room::Enough => break,
-            Room::Never => return Ok(Unusual::TooLarge),
+            Room::Never => {
+                // It waits no longer, whatever is offered.
+                ring.starving = false;
+                return Ok(Unusual::TooLarge);
+            }
             Room::NotYet => {
                 ring.starving = true;
                 if !ring.arm()? {
