@@ -30,7 +30,7 @@ pub const GROUPS: [Group; 5] = [
     },
     Group {
         name: "dataplane",
-        about: "our vhost-user-net device against DPDK's, DPDK being the guest",
+        about: "our vhost-user-net device against DPDK's, DPDK being the guest; a Linux guest against QEMU's own backend",
         run: dataplane::run,
     },
 ];

@@ -2,6 +2,7 @@
 # First process of every guest of the rig. The kernel command line says what it does:
 #   plover.ip=10.77.0.50/24          address of eth0 (required)
 #   plover.service=redis             redis | memcached | nginx | racey (the image must contain it)
+#   plover.iperf3=on                 redis only: iperf3 serves beside it, on port 5201
 #   plover.on_exit=poweroff          poweroff | reboot | stay: what happens when the service ends
 #   plover.racey=THREADS,ROUNDS      racey only; ROUNDS 0 = for ever
 # Nothing here sends a frame or wakes the CPU by itself once the guest is ready.
@@ -17,11 +18,12 @@ fail() {
     poweroff -f
 }
 
-ip_cidr= service= on_exit=poweroff racey=4,0
+ip_cidr= service= iperf3= on_exit=poweroff racey=4,0
 for word in $(cat /proc/cmdline); do
     case $word in
     plover.ip=*) ip_cidr=${word#*=} ;;
     plover.service=*) service=${word#*=} ;;
+    plover.iperf3=*) iperf3=${word#*=} ;;
     plover.on_exit=*) on_exit=${word#*=} ;;
     plover.racey=*) racey=${word#*=} ;;
     esac
@@ -43,6 +45,9 @@ ip link set lo up
 ip addr add "$ip_cidr" dev eth0
 ip link set eth0 up
 echo 1 >/proc/sys/vm/overcommit_memory
+
+# Before the service, so that it listens by the time the guest is ready.
+[ -z "$iperf3" ] || iperf3 --server --version4 >/tmp/iperf3.log 2>&1 &
 
 case $service in
 redis)

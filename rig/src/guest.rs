@@ -189,7 +189,9 @@ impl Guest {
             "-netdev",
             &format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost=off"),
             "-device",
-            &format!("virtio-net-pci,netdev=n0,mac=52:54:00:77:00:{low:02x},romfile=,guest_announce=off"),
+            &format!(
+                "virtio-net-pci,netdev=n0,mac=52:54:00:77:00:{low:02x},romfile=,guest_announce=off,{PLAIN_QUEUES}"
+            ),
         ];
         arguments.extend(fixed.map(str::to_owned));
         arguments.extend(self.user_args(serial)?);
@@ -212,6 +214,8 @@ impl Guest {
     }
 }
 
+/// As protected guests have it. The sending queue cannot be longer than 256, QEMU's own choice, without vhost-user.
+const PLAIN_QUEUES: &str = "rx_queue_size=1024";
 /// The processor of every guest.
 pub(crate) const CPU: &str = "max,la57=off";
 /// A paused or moved guest sees its clock jump: nothing may take that for a fault of the machine. IPv6 would send

@@ -6,6 +6,7 @@
 //! lower it as well. On a quiet machine the best window is hardly above the others.
 
 mod backend;
+mod guest;
 mod hugepages;
 mod testpmd;
 
@@ -65,8 +66,13 @@ impl Mode {
 /// Measures everything.
 ///
 /// # Errors
-/// testpmd is missing or fails, or frames are lost or wrong.
+/// testpmd is missing or fails, or frames are lost or wrong; or what [`guest::run`] says.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
+    devices(effort, sink)?;
+    guest::run(effort, sink)
+}
+
+fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let cpus = two_cpus()?;
     if cpus[0] == cpus[1] {
         eprintln!("NOTE: one CPU only: guest and backend take turns, these figures mean nothing");

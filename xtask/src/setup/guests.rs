@@ -14,11 +14,12 @@ use super::{Part, Setup, kernel};
 use crate::progress::output;
 
 /// Packages whose own files the guests need; the libraries follow from their dependencies.
-const PACKAGES: [&str; 9] = [
+const PACKAGES: [&str; 10] = [
     "linux-image-amd64",
     "busybox-static",
     "redis-server",
     "redis-tools",
+    "iperf3",
     "memcached",
     "nginx",
     "librdmacm1",
@@ -39,20 +40,21 @@ const APPLETS: [&str; 22] = [
 
 struct Image {
     service: &'static str,
-    /// Path in the unpacked packages.
-    program: Option<&'static str>,
+    /// Paths in the unpacked packages.
+    programs: &'static [&'static str],
 }
 
 const IMAGES: [Image; 4] = [
-    Image { service: "redis", program: Some("usr/bin/redis-server") },
-    Image { service: "memcached", program: Some("usr/bin/memcached") },
-    Image { service: "nginx", program: Some("usr/sbin/nginx") },
-    Image { service: "racey", program: None },
+    // iperf3 runs only where it is asked for.
+    Image { service: "redis", programs: &["usr/bin/redis-server", "usr/bin/iperf3"] },
+    Image { service: "memcached", programs: &["usr/bin/memcached"] },
+    Image { service: "nginx", programs: &["usr/sbin/nginx"] },
+    Image { service: "racey", programs: &[] },
 ];
 
 /// Downloads and unpacks the guests' packages into `target/rig/guest-root`.
 pub fn unpack(setup: &Setup) -> Result<()> {
-    let what = "the guests' kernel, Redis, memcached, nginx and rdma-core from Debian (100 MB download, 15 s)";
+    let what = "the guests' kernel, Redis, iperf3, memcached, nginx and rdma-core from Debian (100 MB download, 15 s)";
     let recipe = format!("{} {RECIPE}", PACKAGES.join(" "));
     setup.make(&Part { path: "guest-root", what, recipe }, |work| {
         fs::create_dir_all(work)?;
@@ -78,7 +80,7 @@ pub fn build_images(setup: &Setup) -> Result<()> {
     let racey = fs::read_to_string(setup.source("guest/racey.rs"))?;
     for image in &IMAGES {
         let path = format!("initrd/{}.cpio", image.service);
-        let recipe = format!("2 {RECIPE} {} {init}{nginx_conf}{racey}{}", kernel::release(setup)?, APPLETS.join(" "));
+        let recipe = format!("3 {RECIPE} {} {init}{nginx_conf}{racey}{}", kernel::release(setup)?, APPLETS.join(" "));
         let what = format!("guest image {}", image.service);
         setup.make(&Part { path: &path, what: &what, recipe }, |work| {
             let out = BufWriter::new(File::create(work)?);
@@ -109,28 +111,25 @@ fn write_image(setup: &Setup, image: &Image, out: BufWriter<File>) -> Result<()>
         order += &format!("{name}\n");
     }
     archive.file("/modules/order", order.as_bytes())?;
-    match image.program {
-        None => archive.file("/bin/racey", &read(&setup.path("bin/racey"))?)?,
-        Some(program) => {
-            archive.file(&format!("/bin/{}", image.service_program(program)), &read(&root.join(program))?)?;
-            for library in libraries(&root, program)? {
-                let name = library.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-                archive.file(&format!("/{LIBRARIES}/{name}"), &read(&library)?)?;
-            }
-            archive.file(&format!("/{LOADER}"), &read(&root.join(LOADER))?)?;
-        }
+    let file_name = |path: &Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let mut needed = BTreeSet::new();
+    for program in image.programs {
+        archive.file(&format!("/bin/{}", file_name(program.as_ref())), &read(&root.join(program))?)?;
+        needed.extend(libraries(&root, program)?);
+    }
+    for library in &needed {
+        archive.file(&format!("/{LIBRARIES}/{}", file_name(library)), &read(library)?)?;
+    }
+    if image.programs.is_empty() {
+        archive.file("/bin/racey", &read(&setup.path("bin/racey"))?)?;
+    } else {
+        archive.file(&format!("/{LOADER}"), &read(&root.join(LOADER))?)?;
     }
     if image.service == "nginx" {
         archive.file("/etc/plover-nginx.conf", &read(&setup.source("guest/nginx.conf"))?)?;
         archive.file("/srv/index.html", b"<!DOCTYPE html><title>plover</title><p>A protected guest.\n")?;
     }
     Ok(archive.finish()?)
-}
-
-impl Image {
-    fn service_program(&self, program: &'static str) -> &'static str {
-        program.rsplit('/').next().unwrap_or(self.service)
-    }
 }
 
 /// The shared libraries that the guest's own loader finds for a program, plus those loaded by name.

@@ -1,0 +1,215 @@
+//! iperf3 and redis-benchmark in the client's namespace, out of the packages that the guests are made of.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rig::guest::artifacts_dir;
+use rig::{Host, Service};
+use serde_json::Value;
+
+use crate::Effort;
+use crate::peers::output;
+use crate::pin::pin;
+
+/// Longest run of a tool, far above what it is asked to take.
+const LIMIT: Duration = Duration::from_secs(60);
+/// iperf3's server needs a moment after a test until it serves the next one.
+const SERVER_LIMIT: Duration = Duration::from_secs(5);
+/// Bytes of a value that redis-benchmark sets.
+const VALUE_BYTES: &str = "64";
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the client into the guest.
+    In,
+    /// Out of the guest.
+    Out,
+}
+
+/// What redis-benchmark found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Load {
+    /// Over SETs and GETs, which come one after the other.
+    pub requests_per_s: f64,
+    /// The longer one of SETs and GETs.
+    pub p99_us: f64,
+}
+
+/// Where the tools run.
+#[derive(Clone, Copy)]
+pub struct Client<'a> {
+    /// Its network namespace.
+    pub host: &'a Host,
+    /// The CPU.
+    pub cpu: usize,
+    /// For their output.
+    pub directory: &'a Path,
+}
+
+impl Client<'_> {
+    /// Bytes that arrived, in Gbit/s, over one TCP connection.
+    ///
+    /// # Errors
+    /// The tool fails, or not all bytes arrived.
+    pub fn iperf(&self, guest: Ipv4Addr, direction: Direction, effort: Effort) -> Result<f64> {
+        let guest = guest.to_string();
+        let mut arguments = vec!["--client", &guest, "--json"];
+        arguments.extend(effort.pick(["--time", "1"], ["--bytes", "4M"]));
+        arguments.extend((direction == Direction::Out).then_some("--reverse"));
+        let start = Instant::now();
+        loop {
+            match self.output("iperf3", &arguments) {
+                Ok(report) => return received(&serde_json::from_str(&report)?),
+                Err(error) => {
+                    let text = error.to_string();
+                    let busy = text.contains("busy") || text.contains("refused");
+                    ensure!(busy && start.elapsed() < SERVER_LIMIT, error);
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// SETs, then GETs, `requests` of each, from that many clients that wait for each answer.
+    ///
+    /// # Errors
+    /// The tool fails, or the guest's Redis counted another number of requests.
+    pub fn redis(&self, guest: Ipv4Addr, clients: u32, requests: u32) -> Result<Load> {
+        let before = self.commands(guest)?;
+        let [guest_text, clients, count] = [guest.to_string(), clients.to_string(), requests.to_string()];
+        let arguments = ["-h", &guest_text, "-c", &clients, "-n", &count, "-d", VALUE_BYTES, "-t", "set,get", "--csv"];
+        let text = self.output("redis-benchmark", &arguments)?;
+        let after = self.commands(guest)?;
+        for (kind, before, after) in [("set", before[0], after[0]), ("get", before[1], after[1])] {
+            let counted = after - before;
+            // The last answer ends the benchmark, requests of other clients may then be under way.
+            ensure!(
+                counted >= u64::from(requests),
+                "the guest's Redis served {counted} requests «{kind}» instead of {requests}"
+            );
+        }
+        load(&text).with_context(|| format!("redis-benchmark said: {text}"))
+    }
+
+    /// SETs and GETs that the guest's Redis has served.
+    fn commands(&self, guest: Ipv4Addr) -> Result<[u64; 2]> {
+        let text = self.host.namespace().run(|| info(guest))?;
+        let text = text.with_context(|| format!("no statistics from the Redis at {guest}"))?;
+        Ok(["set", "get"].map(|kind| calls(&text, kind)))
+    }
+
+    fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let command = tool(program, arguments)?;
+        self.host.namespace().run(|| {
+            pin(self.cpu)?;
+            output(command, self.directory, LIMIT)
+        })?
+    }
+}
+
+/// A program out of the guests' packages, by their own loader.
+fn tool(program: &str, arguments: &[&str]) -> Result<Command> {
+    let root = artifacts_dir().join("guest-root");
+    let path = root.join("usr/bin").join(program);
+    ensure!(path.exists(), "{} is missing; run «cargo xtask setup»", path.display());
+    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|place| root.join(place));
+    let search = libraries.map(|place| place.display().to_string()).join(":");
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(root.join("lib64/ld-linux-x86-64.so.2"));
+    command.arg("--library-path").arg(search).arg(path).args(arguments).stdin(Stdio::null());
+    Ok(command)
+}
+
+/// From iperf3's report.
+fn received(report: &Value) -> Result<f64> {
+    let [sent, received] = ["sum_sent", "sum_received"].map(|sum| &report["end"][sum]);
+    let bytes = |sum: &Value| sum["bytes"].as_u64().unwrap_or_default();
+    ensure!(
+        bytes(received) > 0 && bytes(received) <= bytes(sent),
+        "iperf3 sent {} bytes and received {}",
+        bytes(sent),
+        bytes(received)
+    );
+    let rate = received["bits_per_second"].as_f64().context("iperf3 reports no rate")?;
+    Ok(rate / 1e9)
+}
+
+/// From redis-benchmark's table: a line of titles, then one for SET and one for GET.
+fn load(text: &str) -> Result<Load> {
+    let mut lines = text.lines().map(|line| line.split(',').map(|cell| cell.trim_matches('"')).collect::<Vec<_>>());
+    let titles = lines.find(|cells| cells.contains(&"rps")).context("no titles")?;
+    let column = |title: &str| titles.iter().position(|cell| *cell == title).with_context(|| format!("no {title}"));
+    let (rate_at, p99_at) = (column("rps")?, column("p99_latency_ms")?);
+    let (mut kinds, mut seconds, mut p99_ms) = (Vec::new(), 0.0, 0f64);
+    for cells in lines {
+        let number = |at: usize| -> Result<f64> { Ok(cells.get(at).context("a short line")?.parse()?) };
+        kinds.push(cells[0]);
+        seconds += 1.0 / number(rate_at)?;
+        p99_ms = p99_ms.max(number(p99_at)?);
+    }
+    ensure!(kinds == ["SET", "GET"], "lines for {kinds:?}");
+    Ok(Load { requests_per_s: 2.0 / seconds, p99_us: p99_ms * 1e3 })
+}
+
+/// What Redis has counted per command.
+fn info(guest: Ipv4Addr) -> Result<String> {
+    let stream = TcpStream::connect_timeout(&(guest, Service::Redis.port()).into(), SERVER_LIMIT)?;
+    stream.set_read_timeout(Some(SERVER_LIMIT))?;
+    (&stream).write_all(b"INFO commandstats\r\n")?;
+    let mut answer = BufReader::new(&stream);
+    let mut header = String::new();
+    answer.read_line(&mut header)?;
+    let length: usize = header.trim().strip_prefix('$').context("not a bulk string")?.parse()?;
+    let mut text = vec![0; length];
+    answer.read_exact(&mut text)?;
+    Ok(String::from_utf8(text)?)
+}
+
+fn calls(info: &str, command: &str) -> u64 {
+    let prefix = format!("cmdstat_{command}:calls=");
+    let count = info.lines().find_map(|line| line.strip_prefix(&prefix)?.split(',').next()?.parse().ok());
+    // No line: never called.
+    count.unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redis_benchmark_is_understood() {
+        let text = "\"test\",\"rps\",\"avg_latency_ms\",\"min_latency_ms\",\"p50_latency_ms\",\"p95_latency_ms\",\"p99_latency_ms\",\"max_latency_ms\"\n\
+            \"SET\",\"2000.00\",\"0.4\",\"0.1\",\"0.3\",\"0.5\",\"0.900\",\"2.1\"\n\"GET\",\"6000.00\",\"0.4\",\"0.1\",\"0.3\",\"0.5\",\"0.700\",\"2.1\"\n";
+        let load_of_both = load(text).unwrap();
+        assert!((load_of_both.requests_per_s - 3000.0).abs() < 1e-6, "{load_of_both:?}");
+        assert!((load_of_both.p99_us - 900.0).abs() < 1e-6, "{load_of_both:?}");
+        let set_only = text.lines().take(2).collect::<Vec<_>>().join("\n");
+        assert!(load(&set_only).unwrap_err().to_string().contains("SET"));
+        assert!(load("Could not connect\n").is_err());
+    }
+
+    #[test]
+    fn iperf_counts_what_arrived() {
+        let report = |sent: u64, received: u64| {
+            serde_json::json!({"end": {
+                "sum_sent": {"bytes": sent, "bits_per_second": 9e9},
+                "sum_received": {"bytes": received, "bits_per_second": 2e9},
+            }})
+        };
+        assert!((received(&report(1000, 900)).unwrap() - 2.0).abs() < 1e-9);
+        assert!(received(&report(1000, 0)).is_err());
+        assert!(received(&report(900, 1000)).is_err());
+        assert!(received(&serde_json::json!({"error": "busy"})).is_err());
+    }
+
+    #[test]
+    fn redis_counts_commands() {
+        let info = "# Commandstats\r\ncmdstat_get:calls=7,usec=9\r\ncmdstat_config|get:calls=3,usec=1\r\n";
+        assert_eq!((calls(info, "get"), calls(info, "set")), (7, 0));
+    }
+}
