@@ -45,6 +45,7 @@ fn total(cluster: &Cluster, host: &Host, name: &str) -> u64 {
 /// Waits for so many full comparisons on the leader, and checks that none found a difference.
 fn wait_verified(cluster: &Cluster, leader: &Host, count: u64, limit_secs: u64) {
     let start = Instant::now();
+    let failed_before = total(cluster, leader, "failed");
     let what = format!("{count} verified syncvms");
     wait_until_every(LOOK, Deadline::after_secs(limit_secs), &what, || {
         (total(cluster, leader, "verified") >= count).then_some(())
@@ -53,7 +54,9 @@ fn wait_verified(cluster: &Cluster, leader: &Host, count: u64, limit_secs: u64) 
     let totals = &status(cluster, leader)["totals"];
     println!("{what} after {:.1} s: {totals}", start.elapsed().as_secs_f64());
     assert_eq!(totals["diverged"], 0, "{totals}");
-    assert_eq!(totals["failed"], 0, "{totals}");
+    // A syncvm of two guests that boot at different speed may fail: what one has set and the other not must not stay.
+    let failed = totals["failed"].as_u64().unwrap() - failed_before;
+    assert_eq!(failed, 0, "{totals}");
     assert!(totals["dirty_pages"].as_u64() > Some(0), "nothing was ever dirty: {totals}");
 }
 

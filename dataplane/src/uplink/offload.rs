@@ -8,6 +8,10 @@
 use super::OffloadFlags;
 use crate::frame::{VNET_HEADER_BYTES, VnetHeader};
 
+/// Most pieces of one packet. 64 KiB in segments of 256 bytes; a guest that asks for smaller ones could keep the reactor busy
+/// for so long that its peers take it for dead.
+const MAX_SEGMENTS: usize = 256;
+
 /// The checksum from `csum_start` on is not computed (virtio 1.2 §5.1.6).
 pub(super) const NEEDS_CSUM: u8 = 1;
 pub(super) const GSO_TCPV4: u8 = 1;
@@ -119,6 +123,9 @@ impl Segments {
             return Err(Malformed);
         }
         let count = payload_bytes.div_ceil(segment_bytes);
+        if count > MAX_SEGMENTS {
+            return Err(Malformed);
+        }
         let work = Work::Segment { ip, is_v6, start, transport };
         Ok(Segments { work, header_bytes, payload_bytes, segment_bytes, count })
     }

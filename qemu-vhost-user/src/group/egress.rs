@@ -38,12 +38,15 @@ pub struct Egress {
 struct Hold<'a> {
     guard: &'a mut Guard,
     now_us: u64,
+    refused: bool,
 }
 
 impl FrameSink for Hold<'_> {
     #[inline]
     fn room(&mut self, len_bytes: usize) -> Option<&mut [u8]> {
-        self.guard.room(len_bytes).ok()
+        let room = self.guard.room(len_bytes).ok();
+        self.refused |= room.is_none();
+        room
     }
 
     #[inline]
@@ -60,6 +63,8 @@ pub struct Collected {
     pub frames: usize,
     /// There may be more at once.
     pub more: bool,
+    /// The guard had no room for the next one. It stays in the ring, and the guest was not asked to say so again.
+    pub refused: bool,
 }
 
 /// Slots that may leave, and are on their way out.
@@ -99,15 +104,19 @@ impl Egress {
     pub fn collect(&mut self, device: &mut NetDevice, now_us: u64, proof: Option<ReleaseProof>) -> Collected {
         self.direct &= proof.is_some();
         let (guard, port) = (&mut self.guard, &mut self.port);
+        let mut refused = false;
         let frames = if self.direct {
             device.collect_tx(TX_BUDGET_FRAMES, &mut |frame| {
                 port.send(frame);
                 true
             })
         } else {
-            device.collect(TX_BUDGET_FRAMES, &mut Hold { guard, now_us })
+            let mut hold = Hold { guard, now_us, refused: false };
+            let frames = device.collect(TX_BUDGET_FRAMES, &mut hold);
+            refused = hold.refused;
+            frames
         };
-        Collected { frames, more: frames == TX_BUDGET_FRAMES }
+        Collected { frames, more: frames == TX_BUDGET_FRAMES, refused }
     }
 
     /// Ends the present slot: what is held now belongs to it, what comes later does not.

@@ -28,6 +28,8 @@ pub struct Ingress {
     filter: Filter,
     watched: bool,
     last_proposed: u64,
+    /// The last burst did not empty the uplink, which may say so no more.
+    pub more: bool,
     /// The uplink is gone: the group must be started anew.
     pub failure: Option<std::io::Error>,
     /// Frames that were ordered.
@@ -41,7 +43,15 @@ impl Ingress {
     pub fn new(uplink: &Uplink) -> Self {
         let rules: Vec<Rule> = uplink.filter.iter().map(|rule| rule.rule.clone()).collect();
         let filter = Filter::new(&rules, uplink.filter_default.into());
-        Self { filter, watched: true, last_proposed: 0, failure: None, frames_in: 0, proposal_bytes: Sizes::default() }
+        Self {
+            filter,
+            watched: true,
+            last_proposed: 0,
+            more: false,
+            failure: None,
+            frames_in: 0,
+            proposal_bytes: Sizes::default(),
+        }
     }
 
     /// Notes whether the uplink should be watched; says whether that is a change.
@@ -113,9 +123,11 @@ impl Reactor<'_> {
 
     /// What was taken. A port that is gone is noted: the group cannot go on without it.
     fn note_burst(&mut self, burst: std::io::Result<Burst>) -> Burst {
-        burst.unwrap_or_else(|error| {
+        let burst = burst.unwrap_or_else(|error| {
             self.ingress.failure = Some(error);
             Burst::default()
-        })
+        });
+        self.ingress.more = burst.more;
+        burst
     }
 }

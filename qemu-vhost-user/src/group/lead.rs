@@ -415,7 +415,8 @@ impl Reactor<'_> {
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
             last_sync_cost_us: self.totals.last_cost_us,
         };
-        let forced = lead.forced_sync || lead.hand_over.is_some();
+        // A full arena takes no input until a syncvm has let the log be cut.
+        let forced = lead.forced_sync || lead.hand_over.is_some() || (something && self.arena.is_exhausted());
         let end = lead.policy.decide(&state);
         if let Some(end) = end {
             self.totals.slot_ended(end);

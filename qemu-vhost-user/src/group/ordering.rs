@@ -112,6 +112,11 @@ impl Ordering {
         self.log.is_busy() && self.log.event_fd().is_none()
     }
 
+    /// Whether something was decided that the reactor has not taken yet.
+    pub fn has_news(&self) -> bool {
+        !self.notices.is_empty() || !self.committed.is_empty()
+    }
+
     /// Hands an event to consensus and carries out what follows.
     pub fn step(&mut self, now_us: u64, event: Event) {
         self.replica.step(now_us, event, &mut self.effects);

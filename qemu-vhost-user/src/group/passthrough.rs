@@ -82,6 +82,8 @@ struct Passthrough<'a> {
     parts: Parts<'a>,
     waiting: Waiting,
     uplink_watched: bool,
+    /// The last burst did not empty the uplink, which may say so no more.
+    uplink_has_more: bool,
     guest: Guest,
     tracker: String,
     last_error: Option<String>,
@@ -107,6 +109,7 @@ pub fn run(parts: Parts<'_>, stopping: &AtomicBool) -> Result<(), GroupError> {
         parts,
         waiting: Waiting::default(),
         uplink_watched: true,
+        uplink_has_more: false,
         guest: Guest::Absent("no QEMU has been attached yet; start it with `plover launch`".into()),
         tracker: String::new(),
         last_error: None,
@@ -134,7 +137,8 @@ impl Turns for Passthrough<'_> {
             self.parts.worker.report_bell.disarm();
             self.parts.device.set_polling(true);
         }
-        let burst = if due.uplink && self.waiting.bytes == 0 { self.receive() } else { Burst::default() };
+        let wanted = (due.uplink || self.uplink_has_more) && self.waiting.bytes == 0;
+        let burst = if wanted { self.receive() } else { Burst::default() };
         self.parts.pace.stages.lap(Stage::Uplink, burst.frames);
         let delivered = self.deliver(now);
         self.parts.pace.stages.lap(Stage::Deliver, delivered);
@@ -149,7 +153,7 @@ impl Turns for Passthrough<'_> {
         if let Some(error) = self.failure.take() {
             return Err(GroupError::Uplink { name: self.parts.uplink.name().to_owned(), reason: error.to_string() });
         }
-        let more = burst.more || collected == BUDGET_FRAMES;
+        let more = (self.uplink_has_more && self.waiting.bytes == 0) || collected == BUDGET_FRAMES;
         Ok(Found { work: more || burst.frames + delivered + collected + reports > 0, more })
     }
 
@@ -204,10 +208,12 @@ impl Passthrough<'_> {
             self.frames_in += frames as u64;
             self.waiting = Waiting { bytes, ..Waiting::default() };
         }
-        burst.unwrap_or_else(|error| {
+        let burst = burst.unwrap_or_else(|error| {
             self.failure = Some(error);
             Burst::default()
-        })
+        });
+        self.uplink_has_more = burst.more;
+        burst
     }
 
     /// Gives the guest what waits for it. Returns how many frames were dealt with.

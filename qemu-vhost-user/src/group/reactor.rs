@@ -89,7 +89,7 @@ impl Turns for Reactor<'_> {
             self.worker.report_bell.disarm();
             self.device.set_polling(true);
         }
-        let inputs = if due.uplink { self.take_inputs(now) } else { Burst::default() };
+        let inputs = if due.uplink || self.ingress.more { self.take_inputs(now) } else { Burst::default() };
         self.pace.stages.lap(Stage::Uplink, inputs.frames);
         let wants_fabric = due.fabric || now >= self.ordering.fabric_deadline_us();
         let messages = match wants_fabric {
@@ -126,6 +126,9 @@ impl Turns for Reactor<'_> {
             || collected.more
             || delivered.more
             || self.egress.is_releasing()
+            // The room that the release has just made is for a frame whose guest was not asked to kick.
+            || (collected.refused && released > 0)
+            || self.ordering.has_news()
             || self.ordering.log_wants_polling();
         Ok(Found { work: work || more, more })
     }
