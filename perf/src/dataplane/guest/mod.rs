@@ -24,7 +24,7 @@ use tools::{Client, Direction};
 
 const PEER: &str = "QEMU tap netdev";
 /// Clients of redis-benchmark, and how many requests of a kind they send in a run: about a second's worth, or very few.
-const LOADS: [(u32, u32, u32); 3] = [(1, 2_000, 100), (16, 8_000, 500), (64, 8_000, 500)];
+const LOADS: [(u32, u32, u32); 3] = [(1, 1_500, 100), (16, 5_000, 500), (64, 5_000, 500)];
 
 /// Measures everything.
 ///

@@ -59,7 +59,8 @@ impl Client<'_> {
     pub fn iperf(&self, guest: Ipv4Addr, direction: Direction, effort: Effort) -> Result<f64> {
         let guest = guest.to_string();
         let mut arguments = vec!["--client", &guest, "--json"];
-        arguments.extend(effort.pick(["--time", "1"], ["--bytes", "4M"]));
+        // Not by time: that begins to run before the server does, and a guest that has just booted once sent nothing within a second.
+        arguments.extend(["--bytes", effort.pick("128M", "4M")]);
         arguments.extend((direction == Direction::Out).then_some("--reverse"));
         let start = Instant::now();
         loop {
@@ -131,7 +132,7 @@ fn received(report: &Value) -> Result<f64> {
     let bytes = |sum: &Value| sum["bytes"].as_u64().unwrap_or_default();
     ensure!(
         bytes(received) > 0 && bytes(received) <= bytes(sent),
-        "iperf3 sent {} bytes and received {}",
+        "iperf3 sent {} bytes and received {}: {report}",
         bytes(sent),
         bytes(received)
     );
