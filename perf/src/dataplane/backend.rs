@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use qemu_vhost_user::device::{self, DeviceEvent, Endpoint, FrameSink, NetDevice, Session, VNET_HEADER_BYTES};
 
 use super::Mode;
+use super::ordered::Group;
 use super::testpmd::Counts;
 use crate::pin;
 
@@ -22,7 +23,9 @@ const BURST_FRAMES: usize = 32;
 const SLOTS: usize = 128;
 const SLOT_BYTES: usize = 2048;
 /// Bytes that `txonly` writes anew into each frame: the headers of Ethernet, IP and UDP.
-const MADE_BYTES: usize = 14 + 20 + 8;
+pub const MADE_BYTES: usize = 14 + 20 + 8;
+/// The first of them: two addresses, IPv4, no options.
+pub const HEADERS: [u8; 16] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0];
 /// One frame in so many is looked at.
 const CHECK_EVERY: u64 = 1024;
 /// Longest wait for the guest.
@@ -48,17 +51,19 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Listens on `socket` and begins to poll on `cpu`. Frames flow once a guest is there.
+    /// Listens on `socket` and begins to poll on `cpu`. Frames flow once a guest is there. `ordered`: they go through a group
+    /// of replicas first (`rx` only).
     ///
     /// # Errors
-    /// The socket cannot be used.
-    pub fn start(socket: PathBuf, mode: Mode, frame_bytes: usize, cpu: usize) -> Result<Backend> {
+    /// The socket cannot be used, or no group forms.
+    pub fn start(socket: PathBuf, mode: Mode, ordered: bool, frame_bytes: usize, cpu: usize) -> Result<Backend> {
+        let group = ordered.then(|| Group::start(frame_bytes)).transpose()?;
         let (device, session) = device::open("perf", Endpoint::Listen(socket))?;
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("backend".to_owned()).spawn(move || {
             pin::pin(cpu)?;
-            Loop { device, _session: session, shared: theirs, frame_bytes, arena: Arena::new() }.run(mode)
+            Loop { device, _session: session, shared: theirs, frame_bytes, arena: Arena::new(), group }.run(mode)
         })?;
         Ok(Backend { shared, thread: Some(thread) })
     }
@@ -115,6 +120,7 @@ struct Loop {
     shared: Arc<Shared>,
     frame_bytes: usize,
     arena: Arena,
+    group: Option<Group>,
 }
 
 impl Loop {
@@ -126,12 +132,19 @@ impl Loop {
                 self.take_commands()?;
             }
             let order = self.shared.order.load(Ordering::Relaxed);
-            match (mode, order) {
-                (_, END) => return Ok(()),
-                (Mode::Rx, QUIET) => std::hint::spin_loop(),
-                (Mode::Rx, _) => self.send(),
-                (Mode::Tx, _) => self.receive()?,
-                (Mode::Io, _) => self.echo()?,
+            if let Some(group) = &mut self.group {
+                match order {
+                    END => return group.finish(&self.device),
+                    _ => group.turn(&mut self.device, self.shared.running.load(Ordering::Relaxed) && order != QUIET)?,
+                }
+            } else {
+                match (mode, order) {
+                    (_, END) => return Ok(()),
+                    (Mode::Rx, QUIET) => std::hint::spin_loop(),
+                    (Mode::Rx, _) => self.send(),
+                    (Mode::Tx, _) => self.receive()?,
+                    (Mode::Io, _) => self.echo()?,
+                }
             }
             self.device.flush_signals();
             let counters = self.device.counters();
@@ -243,7 +256,7 @@ impl Arena {
     fn make_one(&mut self, frame_bytes: usize) {
         let Some(room) = self.room(VNET_HEADER_BYTES + frame_bytes) else { return };
         let mut headers = [0; VNET_HEADER_BYTES + MADE_BYTES];
-        headers[VNET_HEADER_BYTES..][..16].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0]);
+        headers[VNET_HEADER_BYTES..][..16].copy_from_slice(&HEADERS);
         room[..headers.len()].copy_from_slice(&headers);
         let made = self.made;
         self.made += 1;

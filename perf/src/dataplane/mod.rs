@@ -8,6 +8,8 @@
 mod backend;
 mod guest;
 mod hugepages;
+mod member;
+mod ordered;
 mod testpmd;
 
 use std::path::Path;
@@ -19,6 +21,7 @@ use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
 use crate::results::Scratch;
+use crate::row::Row;
 use crate::sample::{Better, Figure, compare_best};
 use backend::Backend;
 use hugepages::HugePages;
@@ -85,20 +88,27 @@ fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-dataplane")?;
     for mode in [Mode::Rx, Mode::Tx, Mode::Io] {
         for frame_bytes in effort.pick(&[64, 1500][..], &[64][..]) {
-            let run =
-                Run { mode, frame_bytes: *frame_bytes, cpus, huge: huge.is_ok(), directory: scratch.path(), effort };
-            let id = format!("vhost.{}.{frame_bytes}", mode.names().0);
-            let figure = Figure { id: &id, unit: "Mpps", better: Better::Higher };
-            let runs = effort.pick(7, 1);
-            sink(compare_best(figure, effort, runs, PEER, || run.ours(), || run.peer())?)?;
+            let run = Run {
+                mode,
+                ordered: false,
+                frame_bytes: *frame_bytes,
+                cpus,
+                huge: huge.is_ok(),
+                directory: scratch.path(),
+                effort,
+            };
+            sink(run.compare()?)?;
         }
     }
-    Ok(())
+    let (mode, directory) = (Mode::Rx, scratch.path());
+    sink(Run { mode, ordered: true, frame_bytes: 64, cpus, huge: huge.is_ok(), directory, effort }.compare()?)
 }
 
 /// What to do in each run.
 struct Run<'a> {
     mode: Mode,
+    /// Ours go through a group of replicas before the guest gets them.
+    ordered: bool,
     frame_bytes: usize,
     cpus: [usize; 2],
     huge: bool,
@@ -107,9 +117,16 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    fn compare(&self) -> Result<Row> {
+        let ordered = if self.ordered { ".ordered" } else { "" };
+        let id = format!("vhost.{}.{}{ordered}", self.mode.names().0, self.frame_bytes);
+        let figure = Figure { id: &id, unit: "Mpps", better: Better::Higher };
+        compare_best(figure, self.effort, self.effort.pick(7, 1), PEER, || self.ours(), || self.peer())
+    }
+
     fn ours(&self) -> Result<f64> {
         let socket = self.directory.join("ours.sock");
-        let backend = Backend::start(socket.clone(), self.mode, self.frame_bytes, self.cpus[1])?;
+        let backend = Backend::start(socket.clone(), self.mode, self.ordered, self.frame_bytes, self.cpus[1])?;
         let mut guest = self.guest(&socket)?;
         backend.wait_until_running()?;
         self.begin(&mut guest)?;
