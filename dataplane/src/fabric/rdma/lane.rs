@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rdma_sys::{self as sys, Wc};
 use rustix::event::epoll;
 
-use super::super::lane::{Lane, LaneError, LaneFull, Transport};
+use super::super::lane::{BULK_RING_BYTES, Lane, LaneError, LaneFull, Transport};
 use super::arena::Arena;
 use super::ring::{self, HEADER_BYTES, Header, Immediate, REPOST, Receiver, Sender, Violation};
 use super::verbs::{self, Link, VerbsError, Write};
@@ -26,6 +26,8 @@ const IDLE_PUMPS: u32 = 4096;
 /// For the device to send what it was given before the lane goes: many times what a network with RDMA needs, and no
 /// matter for a reactor that has just lost a peer.
 const LAST_WORDS: Duration = Duration::from_millis(2);
+/// The same for the megabytes of a bulk ring, whose owner is a thread of its own.
+const BULK_LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// Where the peer's ring is.
 #[derive(Debug, Clone, Copy)]
@@ -304,9 +306,10 @@ impl Drop for RdmaLane {
         let PeerRing { address: to, rkey } = self.peer;
         // Empty and without immediate data: nothing arrives, and it completes behind all others.
         let write = Write { id: work.id, signal: true, immediate: None, from: 0, bytes: 0, to, rkey };
+        let last_words = if self.ring_bytes >= BULK_RING_BYTES { BULK_LAST_WORDS } else { LAST_WORDS };
         let mut waits = self.link.post_write(&write).is_ok();
         let mut batch = [Wc::default(); BATCH];
-        while waits && start.elapsed() < LAST_WORDS {
+        while waits && start.elapsed() < last_words {
             let count = self.link.poll(&mut batch).unwrap_or(0);
             let is_end = |done: &Wc| {
                 done.status != sys::WC_SUCCESS || (done.opcode, done.wr_id) == (sys::WC_RDMA_WRITE, work.id)
