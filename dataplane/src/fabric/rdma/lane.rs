@@ -77,6 +77,29 @@ impl Backlog {
     }
 }
 
+/// What a successful completion says.
+#[derive(Debug, PartialEq, Eq)]
+enum Completed {
+    /// A write of ours is out.
+    Sent { id: u64 },
+    /// The peer has written.
+    Received { immediate: Immediate, bytes: usize },
+}
+
+impl Completed {
+    /// Any other is the peer's doing: a send without immediate data uses up a receive too, whose number is not one of our writes'.
+    fn of(completion: &Wc) -> Result<Completed, String> {
+        match completion.opcode {
+            sys::WC_RDMA_WRITE => Ok(Completed::Sent { id: completion.wr_id }),
+            sys::WC_RECV_RDMA_WITH_IMM => Ok(Completed::Received {
+                immediate: Immediate::decode(u32::from_be(completion.imm_data)),
+                bytes: completion.byte_len as usize,
+            }),
+            other => Err(format!("it used a verb that no peer of ours uses (completion opcode {other})")),
+        }
+    }
+}
+
 /// See the module.
 pub struct RdmaLane {
     // First of the fields: the device is done with the memory when this is gone.
@@ -215,14 +238,15 @@ impl RdmaLane {
             self.fail(LaneError::Device { transport: Transport::Rdma, what });
             return Ok(false);
         }
-        if completion.opcode != sys::WC_RECV_RDMA_WITH_IMM {
-            self.sender.complete(completion.wr_id);
-            return Ok(false);
-        }
-        self.used_receives += 1;
-        let received = match Immediate::decode(u32::from_be(completion.imm_data)) {
-            Immediate::Credit { count } => self.sender.credit_by_immediate(count).map(|()| None),
-            Immediate::Record { offset } => self.take_record(offset, completion.byte_len as usize).map(Some),
+        let received = match Completed::of(completion).map_err(|what| self.violation(what))? {
+            Completed::Sent { id } => self.sender.complete(id).map(|()| None),
+            Completed::Received { immediate, bytes } => {
+                self.used_receives += 1;
+                match immediate {
+                    Immediate::Credit { count } => self.sender.credit_by_immediate(count).map(|()| None),
+                    Immediate::Record { offset } => self.take_record(offset, bytes).map(Some),
+                }
+            }
         };
         let Some(header) = received.map_err(|violation| self.violation(violation.to_string()))? else {
             return Ok(false);
@@ -416,5 +440,31 @@ impl Lane for RdmaLane {
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.events.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Completed, Immediate, Wc, sys};
+
+    /// What the verbs call `IBV_WC_RECV`.
+    const WC_RECV: u32 = 128;
+
+    fn completion(opcode: u32) -> Wc {
+        let mut completion = Wc::default();
+        (completion.opcode, completion.wr_id, completion.byte_len) = (opcode, 7, 20);
+        completion.imm_data = Immediate::Record { offset: 64 }.encode().to_be();
+        completion
+    }
+
+    #[test]
+    fn only_a_write_completes_a_write() {
+        assert_eq!(Completed::of(&completion(sys::WC_RDMA_WRITE)), Ok(Completed::Sent { id: 7 }));
+        let received = Completed::Received { immediate: Immediate::Record { offset: 64 }, bytes: 20 };
+        assert_eq!(Completed::of(&completion(sys::WC_RECV_RDMA_WITH_IMM)), Ok(received));
+        for opcode in [WC_RECV, 0, 2, 3, u32::MAX] {
+            let refused = Completed::of(&completion(opcode)).expect_err("none of the two");
+            assert!(refused.contains(&opcode.to_string()), "{refused}");
+        }
     }
 }
