@@ -87,7 +87,7 @@ enum Completed {
 }
 
 impl Completed {
-    /// Any other is the peer's doing: a send without immediate data uses up a receive too, whose number is not one of our writes'.
+    /// Any other is the peer's doing: its plain send uses up a receive too, whose number is not that of a write of ours.
     fn of(completion: &Wc) -> Result<Completed, String> {
         match completion.opcode {
             sys::WC_RDMA_WRITE => Ok(Completed::Sent { id: completion.wr_id }),
