@@ -104,8 +104,9 @@ const SETUP_KIND: u16 = u16::MAX;
 
 /// A bulk connection.
 pub struct BulkLink {
-    wire: Wire,
+    // Before the connection, whose end the peer takes for the lane's: what was sent is to arrive first.
     route: Route,
+    wire: Wire,
     /// A call ended inside a message; the stream has no meaning any more.
     broken: Option<BulkError>,
 }

@@ -18,8 +18,9 @@ const MAX_LAST_PUMPS: usize = 1 << 14;
 
 /// See the module.
 pub(super) struct Session {
-    pub connection: Connection,
+    // Before the connection, whose end the peer takes for the lane's: what was sent is to arrive first.
     carrier: Carrier,
+    pub connection: Connection,
 }
 
 enum Carrier {

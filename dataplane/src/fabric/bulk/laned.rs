@@ -2,6 +2,7 @@
 //!
 //! The lane carries pieces, and the messages are cut as they are on the stream: header and bytes, one behind the other.
 //! The bell is a bare byte even when the stream was encrypted: it says nothing, and who can forge one wakes us for nothing.
+//! However many ring, and whatever else comes, a call ends by its deadline.
 
 use super::stream::Stream;
 use super::{BulkError, HEADER_BYTES};
@@ -116,6 +117,15 @@ fn context(stream: &Stream, we_dial: bool, deadline: Instant) -> SetupContext {
     }
 }
 
+/// What a call waits for.
+#[derive(Debug, Clone, Copy)]
+enum Want {
+    /// Some from the peer.
+    Bytes,
+    /// For what is to be sent.
+    Room,
+}
+
 /// See the module.
 pub(super) struct Laned {
     lane: Box<dyn Lane>,
@@ -155,7 +165,7 @@ impl Laned {
         self.send_piece(stream, &piece, started, deadline)?;
         // Nobody would send the rest of it after this call.
         while self.lane.queued_bytes() > 0 {
-            self.pump_or_wait(stream, deadline, |lane| lane.queued_bytes() == 0)?;
+            self.pump_or_wait(stream, deadline, Want::Room)?;
         }
         Ok(())
     }
@@ -168,7 +178,7 @@ impl Laned {
         deadline: Instant,
     ) -> Result<(), BulkError> {
         while self.lane.send(piece).is_err() {
-            self.pump_or_wait(stream, deadline, |lane| lane.queued_bytes() == 0)?;
+            self.pump_or_wait(stream, deadline, Want::Room)?;
         }
         *started = true;
         let bytes: usize = piece.iter().map(|part| part.len()).sum();
@@ -189,7 +199,7 @@ impl Laned {
         while buf.len() < len {
             let ahead = &self.ahead[self.taken..];
             if ahead.is_empty() {
-                self.pump_or_wait(stream, deadline, |_| false)?;
+                self.pump_or_wait(stream, deadline, Want::Bytes)?;
                 continue;
             }
             let take = ahead.len().min(len - buf.len());
@@ -199,29 +209,38 @@ impl Laned {
         Ok(())
     }
 
-    /// Takes what has come, or waits if that is nothing and `done` does not hold either.
-    fn pump_or_wait(
-        &mut self,
-        stream: &Stream,
-        deadline: Instant,
-        done: impl FnOnce(&dyn Lane) -> bool,
-    ) -> Result<(), BulkError> {
-        stream.check()?;
-        let came = self.pump(stream)?;
-        if came > 0 || done(&*self.lane) {
-            return Ok(());
+    /// Takes what has come, and waits until there is what `want` says. Past the deadline it looks once more: neither
+    /// bells nor what the peer sends of its own accord hold it off.
+    fn pump_or_wait(&mut self, stream: &Stream, deadline: Instant, want: Want) -> Result<(), BulkError> {
+        let mut is_last_look = false;
+        loop {
+            stream.check()?;
+            let came = self.pump(stream)?;
+            let has_it = match want {
+                Want::Bytes => came > 0,
+                Want::Room => self.lane.queued_bytes() == 0,
+            };
+            if has_it {
+                return Ok(());
+            }
+            // What came before the end is taken first.
+            if came == 0
+                && let Some(error) = &self.ended
+            {
+                return Err(error.clone());
+            }
+            if is_last_look {
+                return Err(BulkError::Timeout);
+            }
+            is_last_look = Instant::now() >= deadline;
+            if came > 0 || self.lane.arm() {
+                continue;
+            }
+            let result = stream.wait_bell(self.lane.event_fd(), deadline);
+            self.lane.disarm();
+            self.ended = stream.drain_bell().err();
+            result?;
         }
-        if let Some(error) = &self.ended {
-            return Err(error.clone());
-        }
-        if self.lane.arm() {
-            return Ok(());
-        }
-        let result = stream.wait_bell(self.lane.event_fd(), deadline);
-        self.lane.disarm();
-        // What came before the end is handed out first.
-        self.ended = stream.drain_bell().err();
-        result
     }
 
     fn pump(&mut self, stream: &Stream) -> Result<usize, BulkError> {
@@ -248,5 +267,82 @@ impl Laned {
         if self.lane.take_doorbell() {
             stream.ring_bell();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::lane::{LaneSetup, SetupProgress};
+    use crate::fabric::shm;
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    /// Both ends of a lane.
+    fn lanes() -> [Box<dyn Lane>; 2] {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let context = |we_dial| SetupContext {
+            we_dial,
+            local: addr,
+            peer: addr,
+            ring_bytes: 64 << 10,
+            max_message_bytes: MAX_PIECE_BYTES,
+            max_queued_bytes: 1 << 20,
+            deadline_us: u64::MAX,
+        };
+        let up = |setup: &mut dyn LaneSetup, offer: &[u8]| match setup.complete(offer, 0) {
+            Ok(SetupProgress::Up(lane)) => lane,
+            _ => panic!("it comes up at once"),
+        };
+        let [(mut dialer, offer), (mut acceptor, answer)] =
+            [true, false].map(|we_dial| shm::begin(&context(we_dial)).expect("there is shared memory"));
+        [up(&mut *dialer, &answer), up(&mut *acceptor, &offer)]
+    }
+
+    /// What a call returns whose peer rings without a pause, and `trickles` bytes too, until the call has ended. It must end
+    /// long before the peer gives up.
+    fn end_under_fire(trickles: bool, call: impl FnOnce(&mut Laned, &Stream, Instant) -> Result<(), BulkError>) {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+        let mut bell = TcpStream::connect(listener.local_addr().expect("it is bound")).expect("it listens");
+        bell.set_write_timeout(Some(PATIENCE)).expect("not zero");
+        let stream = Stream::new(listener.accept().expect("it was dialed").0.into());
+        let [lane, mut peer] = lanes();
+        let mut laned = Laned { lane, ahead: Vec::new(), taken: 0, ended: None };
+        let start = Instant::now();
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // Writing fails when the other side has ended the connection.
+                while !over.load(Ordering::Relaxed) && start.elapsed() < PATIENCE && bell.write_all(&[0; 4096]).is_ok()
+                {
+                    if trickles {
+                        // A full queue is no matter.
+                        let _ = peer.send(&[b"1"]);
+                    }
+                }
+            });
+            let result = call(&mut laned, &stream, start + Duration::from_millis(30));
+            let took = start.elapsed();
+            over.store(true, Ordering::Relaxed);
+            stream.shared.cancel();
+            assert_eq!(result, Err(BulkError::Timeout));
+            assert!(took < PATIENCE / 2, "the deadline was held off for {took:?}");
+        });
+    }
+
+    #[test]
+    fn bells_do_not_hold_off_a_deadline() {
+        end_under_fire(false, |laned, stream, deadline| laned.recv_exact(stream, &mut Vec::new(), 1, deadline));
+    }
+
+    #[test]
+    fn a_peer_that_sends_and_takes_nothing_does_not_hold_off_a_deadline() {
+        let bytes = vec![0; 1 << 20];
+        end_under_fire(true, |laned, stream, deadline| {
+            laned.send(stream, &[0; HEADER_BYTES], &[IoSlice::new(&bytes)], &mut false, deadline)
+        });
     }
 }

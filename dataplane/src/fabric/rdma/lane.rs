@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rdma_sys::{self as sys, Wc};
 use rustix::event::epoll;
 
-use super::super::lane::{Lane, LaneError, LaneFull, Transport};
+use super::super::lane::{BULK_RING_BYTES, Lane, LaneError, LaneFull, Transport};
 use super::arena::Arena;
 use super::ring::{self, HEADER_BYTES, Header, Immediate, REPOST, Receiver, Sender, Violation};
 use super::verbs::{self, Link, VerbsError, Write};
@@ -26,6 +26,8 @@ const IDLE_PUMPS: u32 = 4096;
 /// For the device to send what it was given before the lane goes: many times what a network with RDMA needs, and no
 /// matter for a reactor that has just lost a peer.
 const LAST_WORDS: Duration = Duration::from_millis(2);
+/// The same for the megabytes of a bulk ring, whose owner is a thread of its own.
+const BULK_LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// Where the peer's ring is.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +73,29 @@ impl Backlog {
             self.bytes.drain(..self.sent);
             self.ends.iter_mut().for_each(|end| *end -= self.sent);
             self.sent = 0;
+        }
+    }
+}
+
+/// What a successful completion says.
+#[derive(Debug, PartialEq, Eq)]
+enum Completed {
+    /// A write of ours is out.
+    Sent { id: u64 },
+    /// The peer has written.
+    Received { immediate: Immediate, bytes: usize },
+}
+
+impl Completed {
+    /// Any other is the peer's doing: its plain send uses up a receive too, whose number is not that of a write of ours.
+    fn of(completion: &Wc) -> Result<Completed, String> {
+        match completion.opcode {
+            sys::WC_RDMA_WRITE => Ok(Completed::Sent { id: completion.wr_id }),
+            sys::WC_RECV_RDMA_WITH_IMM => Ok(Completed::Received {
+                immediate: Immediate::decode(u32::from_be(completion.imm_data)),
+                bytes: completion.byte_len as usize,
+            }),
+            other => Err(format!("it used a verb that no peer of ours uses (completion opcode {other})")),
         }
     }
 }
@@ -213,14 +238,15 @@ impl RdmaLane {
             self.fail(LaneError::Device { transport: Transport::Rdma, what });
             return Ok(false);
         }
-        if completion.opcode != sys::WC_RECV_RDMA_WITH_IMM {
-            self.sender.complete(completion.wr_id);
-            return Ok(false);
-        }
-        self.used_receives += 1;
-        let received = match Immediate::decode(u32::from_be(completion.imm_data)) {
-            Immediate::Credit { count } => self.sender.credit_by_immediate(count).map(|()| None),
-            Immediate::Record { offset } => self.take_record(offset, completion.byte_len as usize).map(Some),
+        let received = match Completed::of(completion).map_err(|what| self.violation(what))? {
+            Completed::Sent { id } => self.sender.complete(id).map(|()| None),
+            Completed::Received { immediate, bytes } => {
+                self.used_receives += 1;
+                match immediate {
+                    Immediate::Credit { count } => self.sender.credit_by_immediate(count).map(|()| None),
+                    Immediate::Record { offset } => self.take_record(offset, bytes).map(Some),
+                }
+            }
         };
         let Some(header) = received.map_err(|violation| self.violation(violation.to_string()))? else {
             return Ok(false);
@@ -304,9 +330,10 @@ impl Drop for RdmaLane {
         let PeerRing { address: to, rkey } = self.peer;
         // Empty and without immediate data: nothing arrives, and it completes behind all others.
         let write = Write { id: work.id, signal: true, immediate: None, from: 0, bytes: 0, to, rkey };
+        let last_words = if self.ring_bytes >= BULK_RING_BYTES { BULK_LAST_WORDS } else { LAST_WORDS };
         let mut waits = self.link.post_write(&write).is_ok();
         let mut batch = [Wc::default(); BATCH];
-        while waits && start.elapsed() < LAST_WORDS {
+        while waits && start.elapsed() < last_words {
             let count = self.link.poll(&mut batch).unwrap_or(0);
             let is_end = |done: &Wc| {
                 done.status != sys::WC_SUCCESS || (done.opcode, done.wr_id) == (sys::WC_RDMA_WRITE, work.id)
@@ -413,5 +440,31 @@ impl Lane for RdmaLane {
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.events.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Completed, Immediate, Wc, sys};
+
+    /// What the verbs call `IBV_WC_RECV`.
+    const WC_RECV: u32 = 128;
+
+    fn completion(opcode: u32) -> Wc {
+        let mut completion = Wc::default();
+        (completion.opcode, completion.wr_id, completion.byte_len) = (opcode, 7, 20);
+        completion.imm_data = Immediate::Record { offset: 64 }.encode().to_be();
+        completion
+    }
+
+    #[test]
+    fn only_a_write_completes_a_write() {
+        assert_eq!(Completed::of(&completion(sys::WC_RDMA_WRITE)), Ok(Completed::Sent { id: 7 }));
+        let received = Completed::Received { immediate: Immediate::Record { offset: 64 }, bytes: 20 };
+        assert_eq!(Completed::of(&completion(sys::WC_RECV_RDMA_WITH_IMM)), Ok(received));
+        for opcode in [WC_RECV, 0, 2, 3, u32::MAX] {
+            let refused = Completed::of(&completion(opcode)).expect_err("none of the two");
+            assert!(refused.contains(&opcode.to_string()), "{refused}");
+        }
     }
 }

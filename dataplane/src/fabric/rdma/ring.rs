@@ -47,6 +47,16 @@ const _: () = assert!(MAX_RING_BYTES / PLACE_BYTES <= CREDIT as usize);
 /// The peer wrote what no peer of ours writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
+    /// A completion of ours that no work request of ours can have.
+    #[error("the device completes work request {id}, and {first}..{end} are posted")]
+    Completion {
+        /// Its number.
+        id: u64,
+        /// The first that is not completed.
+        first: u64,
+        /// Behind the last.
+        end: u64,
+    },
     /// A credit for records that were not sent, or fewer than before.
     #[error("it credits {credited} records, and {sent} were on their way")]
     Credit {
@@ -285,12 +295,16 @@ impl Sender {
 
     /// The device has completed this work request, and thus those before it.
     ///
-    /// # Panics
-    /// When there is no such request: the device's word is trusted.
-    pub fn complete(&mut self, id: u64) {
-        assert!((self.work_completed..self.work_posted).contains(&id), "the device completes what was posted");
+    /// # Errors
+    /// [`Violation::Completion`]: there is no such request.
+    pub fn complete(&mut self, id: u64) -> Result<(), Violation> {
+        let (first, end) = (self.work_completed, self.work_posted);
+        if !(first..end).contains(&id) {
+            return Err(Violation::Completion { id, first, end });
+        }
         self.work_completed = id + 1;
         self.free();
+        Ok(())
     }
 
     /// The credit that came with a record.

@@ -17,23 +17,24 @@ use super::verbs::{CmEvent, Depths, Id, Link, Memory, VerbsError};
 /// rdma_cm's own limit is far above.
 const MOST_RESOLVE_MS: u64 = 10_000;
 
+/// In each, what hangs on an identifier is dropped before it: the device may go with the last one.
 #[derive(Debug)]
 enum State {
     /// Nothing has been asked of the device yet.
     Dialer {
-        id: Id,
         memory: Memory,
+        id: Id,
     },
     Resolving {
-        id: Id,
         memory: Memory,
+        id: Id,
     },
     Connecting {
         link: Link,
     },
     Listening {
-        listener: Id,
         memory: Memory,
+        listener: Id,
     },
     /// The identifier that listened has this connection's events too.
     Accepting {
@@ -154,6 +155,21 @@ fn open(id: Id, memory: Memory) -> Result<Link, VerbsError> {
     Ok(link)
 }
 
+/// Whether the peer's ring is like ours, and somewhere.
+fn check_ring(peer: &Offer, ring_bytes: usize) -> Result<(), SetupError> {
+    let (theirs, address) = (peer.ring_bytes, peer.ring_address);
+    if theirs as usize != ring_bytes {
+        return Err(error(format_args!(
+            "the peer's ring has {theirs} bytes, ours {ring_bytes}; run one version on all nodes"
+        )));
+    }
+    // The lane adds places to it.
+    if address.checked_add(u64::from(theirs)).is_none() {
+        return Err(error(format_args!("the peer's ring of {theirs} bytes cannot be at {address:#x}")));
+    }
+    Ok(())
+}
+
 fn fill_random(bytes: &mut [u8]) -> Result<(), SetupError> {
     let mut filled = 0;
     while filled < bytes.len() {
@@ -171,12 +187,7 @@ impl RdmaSetup {
     pub fn advance(&mut self, peer_offer: &[u8], now_us: u64) -> Result<Option<RdmaLane>, SetupError> {
         let peer = Offer::decode(peer_offer).map_err(error)?;
         let ring_bytes = self.context.ring_bytes;
-        if peer.ring_bytes as usize != ring_bytes {
-            let theirs = peer.ring_bytes;
-            return Err(error(format_args!(
-                "the peer's ring has {theirs} bytes, ours {ring_bytes}; run one version on all nodes"
-            )));
-        }
+        check_ring(&peer, ring_bytes)?;
         // For rdma_cm's resolution of addresses and routes.
         let left_ms = (self.context.deadline_us.saturating_sub(now_us) / 1000).clamp(1, MOST_RESOLVE_MS) as u32;
         if matches!(self.state, State::Dialer { .. }) {
@@ -210,8 +221,28 @@ impl LaneSetup for RdmaSetup {
 
 #[cfg(test)]
 mod tests {
-    use super::RdmaSetup;
+    use super::{Offer, RdmaSetup, TOKEN_BYTES, Token, check_ring};
     use crate::fabric::lane::SetupContext;
+
+    #[test]
+    fn a_ring_beyond_the_end_of_memory_is_refused() {
+        const BYTES: u32 = 1 << 20;
+        let listens = "10.0.0.1:1".parse().unwrap();
+        let offer = |ring_address, ring_bytes| {
+            let token = Token([0; TOKEN_BYTES]);
+            Offer { listens, token, ring_address, rkey: 1, ring_bytes }
+        };
+        let last = u64::MAX - u64::from(BYTES);
+        for address in [0, 0x7f00_0020_0000, last] {
+            assert!(check_ring(&offer(address, BYTES), BYTES as usize).is_ok(), "{address:#x}");
+        }
+        for address in [last + 1, u64::MAX] {
+            let refused = check_ring(&offer(address, BYTES), BYTES as usize).unwrap_err().to_string();
+            assert!(refused.contains("cannot be at 0xffff"), "{refused}");
+        }
+        let refused = check_ring(&offer(0, BYTES / 2), BYTES as usize).unwrap_err().to_string();
+        assert!(refused.contains("one version"), "{refused}");
+    }
 
     /// Where there is no rdma-core or no device; elsewhere the guests of rig/tests/rdma.rs test the set-up.
     #[test]

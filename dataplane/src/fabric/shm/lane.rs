@@ -7,8 +7,12 @@ use crate::ring::{Assembly, Consumer, Kind, Producer, Violation};
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 
-/// Messages handed out per pump, so that one flooding peer cannot keep the reactor.
-const MAX_MESSAGES: usize = 256;
+/// What one pump takes once it has handed out a message, so that one flooding peer cannot keep the reactor.
+const MAX_RECORDS: usize = 256;
+const MAX_PUMP_BYTES: usize = 1 << 20;
+/// Records of a pump that has handed out none: more than our peer's longest message has, because a pump that hands out
+/// nothing means that nothing is there.
+const MOST_RECORDS: usize = 8192;
 const LENGTH_BYTES: usize = 4;
 /// In a queued record's length: more of the message follows.
 const MORE: u32 = 1 << 31;
@@ -152,14 +156,21 @@ impl Lane for ShmLane {
             return Err(error.clone());
         }
         self.flush();
-        let mut messages = 0;
-        while messages < MAX_MESSAGES
+        let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
+        while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
+            && records < MOST_RECORDS
+            && let before = self.assembly.bytes().len()
             && let Some(kind) = self.input.take(&mut self.assembly).map_err(violated)?
         {
             let bytes = self.assembly.bytes();
-            if bytes.is_empty() || bytes.len() > self.max_message_bytes {
+            if bytes.len() == before {
+                return Err(violated("it sent an empty record"));
+            }
+            if bytes.len() > self.max_message_bytes {
                 return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
             }
+            records += 1;
+            taken_bytes += bytes.len() - before;
             if kind == Kind::Last {
                 deliver(bytes);
                 self.assembly.clear();

@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const RING_BYTES: usize = 4096;
+const MAX_PUMP_RECORDS: usize = 256;
+const MOST_RECORDS: usize = 8192;
 
 fn context(we_dial: bool) -> SetupContext {
     let addr = "127.0.0.1:1".parse().unwrap();
@@ -181,11 +183,55 @@ fn a_new_pair_never_gets_the_memory_of_a_dead_one() {
     assert!(pump(&mut *near).is_empty());
 }
 
+/// Whoever sends without a pause is not listened to without a pause.
+#[test]
+fn a_pump_ends_and_leaves_the_rest_to_the_next() {
+    let ring_bytes = 8 << 20;
+    let context = SetupContext { ring_bytes, max_message_bytes: 3 << 20, ..context(false) };
+    let taken = |lane: &mut dyn Lane| {
+        let mut lens = Vec::new();
+        lane.pump(&mut |bytes| lens.push(bytes.len())).unwrap();
+        lens
+    };
+    // Records.
+    let (mut lane, out, _in) = hostile_with(&context);
+    let mut producer = Producer::new(out);
+    for _ in 0..MAX_PUMP_RECORDS + 1 {
+        assert_eq!(producer.push(Kind::Last, &[b"1"]), Ok(true));
+    }
+    assert_eq!(taken(&mut *lane).len(), MAX_PUMP_RECORDS);
+    assert!(lane.arm(), "there is more");
+    assert_eq!(taken(&mut *lane).len(), 1);
+    // Bytes; the first message may have more of them.
+    let long = vec![7; 1 << 20];
+    for kind in [Kind::More, Kind::More, Kind::Last, Kind::Last] {
+        assert_eq!(producer.push(kind, &[&long]), Ok(true));
+    }
+    assert_eq!(taken(&mut *lane), [3 << 20]);
+    assert!(lane.arm(), "there is more");
+    assert_eq!(taken(&mut *lane), [1 << 20]);
+    assert!(!lane.arm());
+    lane.disarm();
+    // A message that comes byte by byte.
+    for _ in 0..MOST_RECORDS + 5 {
+        assert_eq!(producer.push(Kind::More, &[b"1"]), Ok(true));
+    }
+    producer.push(Kind::Last, &[b"1"]).unwrap();
+    assert_eq!(taken(&mut *lane), []);
+    assert!(lane.arm(), "there is more");
+    assert_eq!(taken(&mut *lane), [MOST_RECORDS + 6]);
+}
+
 /// A mapping whose dialing side is the test itself.
 fn hostile() -> (Box<dyn Lane>, SharedRing, SharedRing) {
-    let file = NamedFile::create(mapping::file_bytes(RING_BYTES)).unwrap();
-    let mapping = Arc::new(Mapping::new(file.fd(), RING_BYTES).unwrap());
-    let (mut acceptor, offer) = begin(&context(false)).unwrap();
+    hostile_with(&context(false))
+}
+
+fn hostile_with(context: &SetupContext) -> (Box<dyn Lane>, SharedRing, SharedRing) {
+    let bytes = context.ring_bytes;
+    let file = NamedFile::create(mapping::file_bytes(bytes)).unwrap();
+    let mapping = Arc::new(Mapping::new(file.fd(), bytes).unwrap());
+    let (mut acceptor, offer) = begin(context).unwrap();
     let lane = up(&mut *acceptor, &[&offer, file.name().as_str().as_bytes()].concat());
     (lane, SharedRing::new(&mapping, Direction::FromDialer), SharedRing::new(&mapping, Direction::ToDialer))
 }
@@ -225,10 +271,16 @@ fn a_peer_without_manners_ends_the_lane() {
         }
     };
     assert!(pumped < 20 && what.contains("message of"), "{what}");
-    // An empty one.
-    let (mut lane, out, _in) = hostile();
-    Producer::new(out).push(Kind::Last, &[]).unwrap();
-    assert!(violation(&mut *lane).contains("message of 0 bytes"));
+    // An empty one, and an empty part of one.
+    for (first, kind) in [(&b""[..], Kind::Last), (b"", Kind::More), (b"some", Kind::More), (b"some", Kind::Last)] {
+        let (mut lane, out, _in) = hostile();
+        let mut producer = Producer::new(out);
+        if !first.is_empty() {
+            producer.push(Kind::More, &[first]).unwrap();
+        }
+        producer.push(kind, &[]).unwrap();
+        assert!(violation(&mut *lane).contains("empty record"));
+    }
     // A header that is none.
     let (mut lane, out, _in) = hostile();
     out.words()[0].store(u64::MAX, Ordering::Relaxed);

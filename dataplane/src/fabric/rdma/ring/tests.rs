@@ -113,7 +113,7 @@ impl Pair {
         assert!(me.posted.len() <= SEND_WORK, "more work than the queue has places");
         let done: Vec<Work> = me.posted.drain(..count.min(me.posted.len())).collect();
         for work in done.into_iter().filter(|work| work.signal) {
-            me.sender.complete(work.id);
+            me.sender.complete(work.id).unwrap();
         }
     }
 }
@@ -235,6 +235,24 @@ fn a_credit_for_what_was_not_sent_is_refused() {
     // Fewer than before.
     assert!(sender.credit_by_immediate(1).is_err());
     assert_eq!(sender.credit_by_immediate(3), Ok(()));
+}
+
+proptest! {
+    #[test]
+    fn only_what_was_posted_completes(posted in 1..100u64, ids in prop::collection::vec(prop_oneof![4 => 0..110u64, 1 => any::<u64>()], 1..50)) {
+        let mut sender = Sender::new(RING);
+        for _ in 0..posted {
+            sender.reserve(1, false, 0).unwrap();
+        }
+        let mut first = 0;
+        for id in ids {
+            let right = (first..posted).contains(&id);
+            let wrong = Violation::Completion { id, first, end: posted };
+            prop_assert_eq!(sender.complete(id), if right { Ok(()) } else { Err(wrong) });
+            first = if right { id + 1 } else { first };
+            prop_assert_eq!(sender.has_work(), first < posted);
+        }
+    }
 }
 
 #[test]
