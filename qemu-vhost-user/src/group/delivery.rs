@@ -11,6 +11,7 @@ use dataplane::batch;
 
 use super::ordering::Committed;
 use super::reactor::Reactor;
+use super::stalls::Stalls;
 use crate::device::Inject;
 
 /// How long a guest may offer no RX buffers before its frames are dropped.
@@ -47,10 +48,8 @@ pub struct Delivery {
     pub skip_through: Index,
     /// Syncvms with this replica that are in the queue.
     syncs_queued: usize,
-    stalled_since_us: Option<u64>,
+    stalls: Stalls,
     retry_us: u64,
-    /// The guest takes nothing, and has had its time.
-    dropping: bool,
     /// When the last frame reached the guest.
     pub last_injected_us: u64,
     /// Whether the guest got anything since its last syncvm.
@@ -85,7 +84,7 @@ impl Delivery {
 
     /// When a stalled delivery should be looked at again.
     pub fn next_deadline_us(&self) -> u64 {
-        if self.stalled_since_us.is_some() { self.retry_us } else { u64::MAX }
+        if self.stalls.is_waiting() { self.retry_us } else { u64::MAX }
     }
 
     /// Whether a syncvm with this replica is queued behind the one at the head.
@@ -107,8 +106,7 @@ impl Delivery {
 
     /// The guest's rings have started: whatever it did not take before, it may take now.
     pub fn forget_stall(&mut self) {
-        self.stalled_since_us = None;
-        self.dropping = false;
+        self.stalls.forget();
     }
 
     fn push(&mut self, committed: Committed, me: ReplicaId) {
@@ -123,7 +121,7 @@ impl Delivery {
             self.backlog_bytes -= done.entry.payload().len();
             self.applied = done.index;
             self.frames_done = 0;
-            self.stalled_since_us = None;
+            self.stalls.nothing_waits();
         }
     }
 }
@@ -193,18 +191,19 @@ impl Reactor<'_> {
             }
             let (mut dealt_with, outcome) = self.device.inject_batch(rest.clone().take(*left));
             if dealt_with > 0 {
-                self.delivery.stalled_since_us = None;
-                self.delivery.dropping = false;
+                self.note_taken(rest.clone().take(dealt_with));
                 self.delivery.last_injected_us = now;
                 self.delivery.consumed_since_sync = true;
             }
+            let queue = rest.clone().nth(dealt_with).map_or(0, |frame| self.device.receive_pair(frame));
             let blocked = match outcome {
                 Inject::Done => false,
-                Inject::NoBuffers => !self.stalled_too_long(now, RX_STALL_LIMIT_US),
-                Inject::NotRunning => !self.stalled_too_long(now, RING_START_LIMIT_US),
+                Inject::NoBuffers => !self.stalled_too_long(queue, now, RX_STALL_LIMIT_US),
+                // All queues alike.
+                Inject::NotRunning => !self.stalled_too_long(0, now, RING_START_LIMIT_US),
             };
             if outcome != Inject::Done && !blocked {
-                self.drop_frame();
+                self.drop_frame(if outcome == Inject::NotRunning { 0 } else { queue });
                 dealt_with += 1;
             }
             self.delivery.frames_done += dealt_with;
@@ -219,27 +218,30 @@ impl Reactor<'_> {
         Step::Done
     }
 
+    /// The guest took these; queues that stood still go on.
+    fn note_taken<'f>(&mut self, frames: impl Iterator<Item = &'f [u8]>) {
+        if self.delivery.stalls.is_any() {
+            frames.for_each(|frame| self.delivery.stalls.took(self.device.receive_pair(frame)));
+        }
+    }
+
     /// Counts a frame that the guest does not take; says so once per episode.
-    fn drop_frame(&mut self) {
+    fn drop_frame(&mut self, queue: usize) {
         self.delivery.frames_dropped += 1;
-        if !std::mem::replace(&mut self.delivery.dropping, true) {
+        if self.delivery.stalls.dropped(queue) {
             let running = self.device.is_running();
             tracing::debug!(vm = %self.vm.name, running, "the guest takes no frames; they are dropped until it does");
         }
     }
 
     /// Notes a stall; true once it has lasted too long. A guest that never had a driver is not waited for.
-    fn stalled_too_long(&mut self, now: u64, limit_us: u64) -> bool {
-        if self.delivery.dropping {
-            return true;
-        }
-        if !self.guest.rings_expected() {
+    fn stalled_too_long(&mut self, queue: usize, now: u64, limit_us: u64) -> bool {
+        if self.delivery.stalls.is_dropping(queue) || !self.guest.rings_expected() {
             return true;
         }
         let limit_us = if self.delivery.sync_behind() { limit_us.min(SYNC_STALL_LIMIT_US) } else { limit_us };
-        let since = *self.delivery.stalled_since_us.get_or_insert(now);
         self.delivery.retry_us = now + 1_000;
-        now.saturating_sub(since) >= limit_us
+        self.delivery.stalls.is_too_long(queue, now, limit_us)
     }
 
     /// A `SyncVm` is at the head: it is ours to lead, ours to follow, or nothing to us.

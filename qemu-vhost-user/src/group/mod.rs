@@ -18,6 +18,7 @@ mod reactor;
 mod requests;
 mod scheduling;
 mod setup;
+mod stalls;
 mod totals;
 mod turns;
 mod worker;

@@ -17,6 +17,7 @@ use dataplane::wait::{Bell, Interest};
 
 use super::GroupError;
 use super::requests::reactor_status;
+use super::stalls::Stalls;
 use super::turns::{
     AlwaysDue, Due, Pace, TOKEN_DEVICE, TOKEN_UPLINK, TOKEN_WAKE, TOKEN_WORKER, Turns, drive, set_offloads,
     take_device_events,
@@ -50,7 +51,6 @@ struct Waiting {
     bytes: usize,
     /// Frames of it that the guest has.
     done: usize,
-    stalled_since_us: Option<u64>,
 }
 
 /// What a VM that is not replicated consists of.
@@ -81,6 +81,8 @@ pub struct Parts<'a> {
 struct Passthrough<'a> {
     parts: Parts<'a>,
     waiting: Waiting,
+    /// Receiving queues of the guest that take nothing.
+    stalls: Stalls,
     uplink_watched: bool,
     /// The last burst did not empty the uplink, which may say so no more.
     uplink_has_more: bool,
@@ -108,6 +110,7 @@ pub fn run(parts: Parts<'_>, stopping: &AtomicBool) -> Result<(), GroupError> {
     let mut passthrough = Passthrough {
         parts,
         waiting: Waiting::default(),
+        stalls: Stalls::default(),
         uplink_watched: true,
         uplink_has_more: false,
         guest: Guest::Absent("no QEMU has been attached yet; start it with `plover launch`".into()),
@@ -225,21 +228,37 @@ impl Passthrough<'_> {
         if let Some(last_done) = self.waiting.done.checked_sub(1) {
             rest.nth(last_done);
         }
-        let (done, outcome) = self.parts.device.inject_batch(rest.clone());
-        self.waiting.done += done;
-        if done > 0 {
-            self.waiting.stalled_since_us = None;
+        let before = self.waiting.done;
+        while !rest.is_empty() {
+            let (mut done, outcome) = self.parts.device.inject_batch(rest.clone());
+            if self.stalls.is_any() {
+                rest.clone().take(done).for_each(|frame| self.stalls.took(self.parts.device.receive_pair(frame)));
+            }
+            // A guest without a driver, or a queue that it has stopped reading: as a NIC, drop what is for it.
+            let given_up = match outcome {
+                Inject::Done => 0,
+                Inject::NotRunning => rest.clone().skip(done).count(),
+                Inject::NoBuffers => {
+                    let queue = rest.clone().nth(done).map_or(0, |frame| self.parts.device.receive_pair(frame));
+                    if !self.stalls.is_too_long(queue, now, RX_STALL_LIMIT_US) {
+                        self.waiting.done += done;
+                        return self.waiting.done - before;
+                    }
+                    self.stalls.dropped(queue);
+                    1
+                }
+            };
+            self.frames_dropped += given_up as u64;
+            done += given_up;
+            self.waiting.done += done;
+            if let Some(last) = done.checked_sub(1) {
+                rest.nth(last);
+            }
         }
-        let stalled_us = now.saturating_sub(*self.waiting.stalled_since_us.get_or_insert(now));
-        let given_up = match outcome {
-            Inject::Done => 0,
-            Inject::NoBuffers if stalled_us < RX_STALL_LIMIT_US => return done,
-            // A guest without a driver, or one that has stopped reading: as a NIC, drop what is here.
-            Inject::NoBuffers | Inject::NotRunning => rest.skip(done).count(),
-        };
-        self.frames_dropped += given_up as u64;
+        self.stalls.nothing_waits();
+        let dealt_with = self.waiting.done - before;
         self.waiting = Waiting::default();
-        done + given_up
+        dealt_with
     }
 
     /// Sends what the guest has sent. Returns how many frames.
