@@ -217,7 +217,20 @@ pub struct Frames<'a> {
     rest: &'a [u8],
 }
 
-impl Frames<'_> {
+impl<'a> Frames<'a> {
+    /// Goes on in a payload that [`frames`] has checked, at the place that [`left_bytes`](Self::left_bytes) gave.
+    ///
+    /// # Panics
+    /// If the payload is shorter than that; the iterator, if the payload is another one.
+    pub fn resume(payload: &'a [u8], left_bytes: usize) -> Frames<'a> {
+        Frames { rest: &payload[payload.len() - left_bytes..] }
+    }
+
+    /// Bytes of the payload behind the frames that came out, for [`resume`](Self::resume).
+    pub fn left_bytes(&self) -> usize {
+        self.rest.len()
+    }
+
     /// Whether none is left.
     pub fn is_empty(&self) -> bool {
         self.rest.is_empty()
@@ -274,6 +287,10 @@ mod tests {
                 prop_assert_eq!(payload.len(), expected);
                 prop_assert!(builder.is_empty());
                 let out: Vec<Vec<u8>> = frames(&payload).unwrap().map(<[u8]>::to_vec).collect();
+                let mut first_half = frames(&payload).unwrap();
+                first_half.by_ref().take(out.len() / 2).for_each(drop);
+                let second_half = Frames::resume(&payload, first_half.left_bytes());
+                prop_assert!(second_half.eq(out[out.len() / 2..].iter().map(Vec::as_slice)));
                 prop_assert_eq!(out, model);
             }
         }

@@ -38,8 +38,8 @@ pub struct Delivered {
 pub struct Delivery {
     queue: VecDeque<Committed>,
     backlog_bytes: usize,
-    /// Frames of the first entry that were delivered already.
-    frames_done: usize,
+    /// Bytes of the first entry whose frames are not delivered yet; `None` before it was checked.
+    left_bytes: Option<usize>,
     applied: Index,
     /// What consensus was told of it.
     told: Index,
@@ -120,7 +120,7 @@ impl Delivery {
             self.syncs_queued -= usize::from(matches!(done.entry, Entry::SyncVm { with } if with == me));
             self.backlog_bytes -= done.entry.payload().len();
             self.applied = done.index;
-            self.frames_done = 0;
+            self.left_bytes = None;
             self.stalls.nothing_waits();
         }
     }
@@ -176,15 +176,15 @@ impl Reactor<'_> {
             return Step::Done;
         };
         let payload = payload.clone();
-        let Ok(frames) = batch::frames(&payload) else {
+        let checked = match self.delivery.left_bytes {
+            Some(left_bytes) => Ok(batch::Frames::resume(&payload, left_bytes)),
+            None => batch::frames(&payload),
+        };
+        let Ok(mut rest) = checked else {
             // Our own leader wrote it; a mistake of ours must not stop the group.
             self.delivery.frames_dropped += 1;
             return Step::Done;
         };
-        let mut rest = frames;
-        if let Some(last_done) = self.delivery.frames_done.checked_sub(1) {
-            rest.nth(last_done);
-        }
         while !rest.is_empty() {
             if *left == 0 {
                 return Step::Enough;
@@ -206,13 +206,13 @@ impl Reactor<'_> {
                 self.drop_frame(if outcome == Inject::NotRunning { 0 } else { queue });
                 dealt_with += 1;
             }
-            self.delivery.frames_done += dealt_with;
             *left -= dealt_with;
-            if blocked {
-                return Step::Blocked;
-            }
             if let Some(last) = dealt_with.checked_sub(1) {
                 rest.nth(last);
+            }
+            self.delivery.left_bytes = Some(rest.left_bytes());
+            if blocked {
+                return Step::Blocked;
             }
         }
         Step::Done
