@@ -166,6 +166,7 @@ fn execute(command: Command, config: NodeConfig, socket: SocketArgs, path: &Path
     match command {
         Command::Run => {
             start_log();
+            node::check_privileges()?;
             let security = match config.security() {
                 Ok(security) => security,
                 Err(error) => {

@@ -67,7 +67,15 @@ pub enum NodeError {
     },
 }
 
-/// Runs the daemon until a signal ends it. `security` is that of `config`.
+/// Refuses whoever may not run the daemon. Asked first: such a user could not read the key either, and would be told that.
+///
+/// # Errors
+/// [`NodeError::NotRoot`].
+pub fn check_privileges() -> Result<(), NodeError> {
+    if rustix::process::geteuid().is_root() { Ok(()) } else { Err(NodeError::NotRoot) }
+}
+
+/// Runs the daemon until a signal ends it, if [`check_privileges`] allowed it. `security` is that of `config`.
 ///
 /// # Errors
 /// When it cannot start. A failing group does not end it.
@@ -78,9 +86,6 @@ pub fn run(config: NodeConfig, security: Security, socket: SocketOverride) -> Re
              speak as a node; remove it from node.toml and give all nodes one key (plover keygen)",
             config.listen
         );
-    }
-    if !rustix::process::geteuid().is_root() {
-        return Err(NodeError::NotRoot);
     }
     if (socket.path.is_some() || socket.fd.is_some()) && config.vms.len() != 1 {
         return Err(NodeError::AmbiguousSocket(config.vms.len()));
