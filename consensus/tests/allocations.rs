@@ -4,58 +4,19 @@
 //! A test binary of its own, because it counts with the global allocator. The count is per thread: the
 //! harness allocates on others.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::VecDeque;
 
 use consensus::{Config, Effects, Entry, Event, Index, Message, Payload, PersistId, Recovered, Replica, ReplicaId};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count() {
-    // A thread that is being torn down has no counter any more; nobody asks for its count either.
-    let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-}
-
-// SAFETY: every method passes its arguments on to `System` unchanged and returns what that returns, so that
-// `System`'s own guarantees hold. Counting allocates nothing: the counter is a constant-initialised `Cell`.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: `pointer` came from `System`, as everything here does, with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: as in `alloc`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as in `dealloc`; the caller vouches for `new_size`.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
+use counting_allocator::{Counting, allocations};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 /// Runs `work` and adds its allocations to `sum`.
 fn counting<T>(sum: &mut u64, work: impl FnOnce() -> T) -> T {
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     let result = work();
-    *sum += ALLOCATIONS.get() - before;
+    *sum += allocations() - before;
     result
 }
 

@@ -3,51 +3,12 @@
 //! A test binary of its own, because it counts with the global allocator. The count is per thread: the harness and the
 //! listeners allocate on others.
 
+use counting_allocator::{Counting, allocations};
 use dataplane::fabric::{
     Fabric, FabricConfig, FabricEvent, FabricKey, Listener, NodeIdentity, PeerFabric, PeerId, Replica, Security,
 };
 use dataplane::wait::{Poller, now_us};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::sync::Arc;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count() {
-    // A thread that is being torn down has no counter any more; nobody asks for its count either.
-    let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-}
-
-// SAFETY: every method passes its arguments on to `System` unchanged and returns what that returns, so that
-// `System`'s own guarantees hold. Counting allocates nothing: the counter is a constant-initialised `Cell`.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: `pointer` came from `System`, as everything here does, with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: as in `alloc`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as in `dealloc`; the caller vouches for `new_size`.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -119,17 +80,17 @@ fn messages_allocate_nothing_once_the_buffers_have_their_size() {
         let mut pair = Pair::connect(&security);
         // More than a socket takes: now the queues and the buffers have their size.
         pair.round_trip(&[&payload], 12);
-        let before = ALLOCATIONS.get();
+        let before = allocations();
         for _ in 0..20 {
             for len in [1, 64, 1500, 60_000, 65_519, 200_000, 1 << 20] {
                 let (head, tail) = payload[..len].split_at(len / 3);
                 pair.round_trip(&[head, tail], 1);
             }
         }
-        assert_eq!(ALLOCATIONS.get() - before, 0, "{security:?}");
+        assert_eq!(allocations() - before, 0, "{security:?}");
     }
     // The counter counts.
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     drop(std::hint::black_box(vec![1u8; 100]));
-    assert_eq!(ALLOCATIONS.get() - before, 1);
+    assert_eq!(allocations() - before, 1);
 }

@@ -5,44 +5,14 @@
 //! A test binary of its own, because it counts with the global allocator, per thread. The log's disk is left out (records are
 //! durable at once): what it allocates is counted in its own crate.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
 use consensus::{Config, Effects, Entry, Event, Index, Message, Payload, PersistId, Recovered, Replica, ReplicaId};
+use counting_allocator::{Counting, allocations};
 use dataplane::arena::{Arena, ArenaBytes, CHUNK_BYTES};
 use dataplane::batch::{self, BatchBuilder, MIN_BATCH_BYTES};
 use dataplane::guard::Guard;
 use dataplane::region::{PageSize, Region};
 use dataplane::uplink::Intake;
 use dataplane::uplink::filter::{Action, Filter};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every method passes its arguments on to `System` unchanged and returns what that returns, so that `System`'s own
-// guarantees hold. Counting allocates nothing: the counter is a constant-initialised `Cell`.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that is being torn down has no counter any more; nobody asks for its count either.
-        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: `pointer` came from `System`, as everything here does, with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: as in `dealloc`; the caller vouches for `new_size`.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -204,9 +174,9 @@ fn steady_state_allocates_nothing_per_frame_from_arrival_to_release() {
     // Enough to fill the retained log twice, so that every queue has its final size and chunks are used again.
     let turns = 2 * (CHUNK_BYTES / (FRAMES_PER_BATCH * FRAME_BYTES)) as u64 / 8 * 8;
     group.run(turns);
-    let (proposed, before) = (group.proposed, ALLOCATIONS.get());
+    let (proposed, before) = (group.proposed, allocations());
     group.run(turns);
-    let allocated = ALLOCATIONS.get() - before;
+    let allocated = allocations() - before;
     let frames = group.proposed - proposed;
     assert_eq!(allocated, 0, "allocations for {frames} frames");
     assert!(frames > 50_000, "{frames} frames are too few to mean anything");

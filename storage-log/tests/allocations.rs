@@ -4,43 +4,10 @@
 //! A test binary of its own, because it counts with the global allocator. The count is per thread: keeper and harness
 //! allocate on others.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::time::Duration;
 
+use counting_allocator::{Counting, allocations};
 use storage_log::{LegSpec, Options, Record, open};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count() {
-    // A thread that is being torn down has no counter any more; nobody asks for its count either.
-    let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-}
-
-// SAFETY: every method passes its arguments on to `System` unchanged and returns what that returns, so that
-// `System`'s own guarantees hold. Counting allocates nothing: the counter is a constant-initialised `Cell`.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: `pointer` came from `System`, as everything here does, with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as in `dealloc`; the caller vouches for `new_size`.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -66,11 +33,11 @@ fn an_append_allocates_nothing() {
     };
     // The keeper has answered and everything has its size.
     (0..50).for_each(|round| commit(round % 9));
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     (0..400).for_each(|round| commit(1 + round % 9));
-    let in_one_segment = ALLOCATIONS.get() - before;
+    let in_one_segment = allocations() - before;
     (0..4000).for_each(|round| commit(1 + round % 9));
-    let in_several = ALLOCATIONS.get() - before - in_one_segment;
+    let in_several = allocations() - before - in_one_segment;
     drop(log);
     let _ = std::fs::remove_dir_all(&dir);
     assert_eq!(in_one_segment, 0, "400 commits in one segment");

@@ -7,13 +7,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use consensus::{
-    Config, Effects, Entry, Event, HardState, Index, Payload, Persist, PersistId, Recovered, Replica, ReplicaId, View,
-};
+use consensus::{Config, Effects, Entry, Event, Index, Payload, PersistId, Recovered, Replica, ReplicaId};
 use dataplane::arena::{Arena, ArenaBytes};
 use dataplane::fabric::{self, Fabric, FabricConfig, FabricEvent, Listener, PeerFabric, PeerId};
 use dataplane::region::{PageSize, Region};
 use dataplane::wait::Poller;
+
+use crate::ordering::store::Store;
 
 /// As the daemon's default.
 pub const ARENA_BYTES: usize = 64 << 20;
@@ -24,33 +24,6 @@ const PATIENCE_US: u64 = 3_600_000_000;
 /// The lanes are looked at in every turn, the sockets behind them so often.
 const SOCKETS_EVERY_US: u64 = 1_000;
 const FABRIC_TOKEN: u64 = 1;
-
-/// What a log would hold, durable at once.
-#[derive(Default)]
-struct Store {
-    state: HardState,
-    entries: VecDeque<(Index, View, Entry)>,
-    records: u64,
-}
-
-impl Store {
-    /// Takes a record. Only a view change, which does not happen here, would supersede entries.
-    fn take(&mut self, record: Persist) -> Result<()> {
-        self.records += 1;
-        match record {
-            Persist::State(state) => {
-                self.state = state;
-                while self.entries.pop_front_if(|(index, ..)| *index <= state.base.index).is_some() {}
-            }
-            Persist::Append { index, view, entry } => {
-                let last = self.entries.back().map_or(self.state.base.index, |(index, ..)| *index);
-                ensure!(index == last.next(), "entry {index} is stored behind {last}");
-                self.entries.push_back((index, view, entry));
-            }
-        }
-        Ok(())
-    }
-}
 
 /// What the fabric brought, between polling and handling: handling sends, which needs the fabric.
 #[derive(Default)]

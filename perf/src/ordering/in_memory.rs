@@ -3,10 +3,9 @@
 use std::collections::VecDeque;
 
 use anyhow::{Result, ensure};
-use consensus::{
-    Config, Effects, Entry, Event, HardState, Index, Message, Payload, Persist, PersistId, Recovered, Replica,
-    ReplicaId, View,
-};
+use consensus::{Config, Effects, Entry, Event, Index, Message, Payload, PersistId, Recovered, Replica, ReplicaId};
+
+use super::store::Store;
 
 const LEADER: usize = 0;
 
@@ -14,33 +13,6 @@ struct Member {
     replica: Replica,
     store: Store,
     committed: Index,
-}
-
-/// What a log would hold, durable at once: as `MemStorage`, which keeps entries by reference count too.
-#[derive(Default)]
-struct Store {
-    state: HardState,
-    entries: VecDeque<(Index, View, Entry)>,
-    records: u64,
-}
-
-impl Store {
-    /// Takes a record. Only a view change, which does not happen here, would supersede entries.
-    fn take(&mut self, record: Persist) -> Result<()> {
-        self.records += 1;
-        match record {
-            Persist::State(state) => {
-                self.state = state;
-                while self.entries.pop_front_if(|(index, ..)| *index <= state.base.index).is_some() {}
-            }
-            Persist::Append { index, view, entry } => {
-                let last = self.entries.back().map_or(self.state.base.index, |(index, ..)| *index);
-                ensure!(index == last.next(), "entry {index} is stored behind {last}");
-                self.entries.push_back((index, view, entry));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The group; time is virtual and moves only where it must.

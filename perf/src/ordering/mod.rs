@@ -16,6 +16,7 @@ mod memory;
 mod node;
 #[cfg(feature = "peers")]
 mod raft_crate;
+pub(crate) mod store;
 mod trio;
 
 use anyhow::{Result, anyhow};

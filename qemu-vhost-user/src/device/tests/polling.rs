@@ -1,8 +1,6 @@
 //! A device that is polled wants no kicks, allocates nothing, takes no lock and makes no system call; and it can go to sleep
 //! without losing a wake-up.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,30 +10,10 @@ use super::mapped::{MappedBed, MappedRing};
 use crate::device::burst::FrameSink;
 use crate::device::features::Features;
 use crate::device::net::{Inject, NetDevice};
+use counting_allocator::{Counting, allocations};
 
 const EVENT_IDX: u64 = 1 << 29;
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Counts what each thread allocates.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is the system allocator's work; the counter is a thread's own and needs no memory to be made.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: the block is `System`'s, with the layout it was made with.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -174,11 +152,11 @@ fn frames_pass_without_an_allocation() {
     let (rx, tx) = (rx.remove(0), tx.remove(0));
     let driver = std::thread::spawn(move || guest(rx, tx, 20_000));
     let down = frame(7, 100);
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     serve(&mut device, 20_000, &down);
-    assert_eq!(ALLOCATIONS.get() - before, 0);
+    assert_eq!(allocations() - before, 0);
     drop(vec![1]);
-    assert_eq!(ALLOCATIONS.get() - before, 1, "the counter counts");
+    assert_eq!(allocations() - before, 1, "the counter counts");
     driver.join().unwrap();
 }
 
