@@ -67,7 +67,7 @@ impl Load {
         let mut state = 1u64;
         let mut push = |connection: &mut Connection| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            connection.push((state >> 33) % self.keys, (state >> 20) % SETS_ONE_IN == 0);
+            connection.push((state >> 33) % self.keys, (state >> 20).is_multiple_of(SETS_ONE_IN));
         };
         let start = Instant::now();
         for connection in &mut connections {

@@ -180,3 +180,80 @@ syncvms/s, stop (the guest stands still), syncvm (stop to acknowledgement), long
 side) and same (their share that was equal) are the leader's; sync B/op: bytes of syncvms per operation; wire B/op: everything between the
 replicas; CPU: daemon + QEMU of leader, secondary and witness, of one CPU each
 ";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::client::Speed;
+    use crate::services::counters::{Between, Syncs};
+    use crate::services::workload;
+
+    const MC: Policy = Policy { name: "mc", unreplicated: false, lines: "" };
+
+    fn column(policy: Policy, rates: &[f64], bytes_sent: u64) -> Column {
+        let cell = |&per_s: &f64| Cell {
+            speed: Speed { per_s, p50_us: 250.0, p99_us: 2_500.0, operations: 1_000 },
+            cost: Between {
+                syncs: Syncs { count: 10, dirty_pages: 400, divergent_pages: 100, bytes_sent, ..Syncs::default() },
+                wire_bytes: 2 * bytes_sent,
+                cpu_s: [[0.1, 0.9], [0.2, 0.7], [0.0, 0.0]],
+            },
+        };
+        Column { policy, cells: rates.iter().map(cell).collect() }
+    }
+
+    fn measured<'a>(workload: &'a Workload, columns: Vec<Column>) -> Measured<'a> {
+        Measured { workload, columns }
+    }
+
+    fn ratio(rows: &[Row], id: &str) -> Option<f64> {
+        rows.iter().find(|row| row.id == id).unwrap_or_else(|| panic!("no row {id} in {rows:?}")).ratio
+    }
+
+    #[test]
+    fn rows_compare_the_default_policy_with_each_other_one_pass_by_pass() {
+        let columns = vec![
+            column(UNREPLICATED, &[1_000.0, 500.0, 2_000.0], 0),
+            column(VSMR, &[800.0, 400.0, 500.0], 3_000),
+            column(MC, &[100.0, 100.0, 100.0], 30_000),
+        ];
+        let rows = measured(&workload::ALL[0].workloads[0], columns).rows(Effort::Full, &[]);
+        assert_eq!(ratio(&rows, "redis.c64.k100.vs_unreplicated"), Some(0.8));
+        assert_eq!(ratio(&rows, "redis.c64.k100.vs_mc"), Some(5.0));
+        assert_eq!(ratio(&rows, "redis.c64.k100.bytes_vs_mc"), Some(10.0));
+        assert_eq!(ratio(&rows, "redis.c64.k100.wire_vs_mc"), Some(10.0));
+        assert_eq!(ratio(&rows, "redis.c64.k100.same_rate"), None);
+        let same_rate = rows.iter().find(|row| row.id.ends_with("same_rate")).map(|row| row.value);
+        assert_eq!(same_rate, Some(0.75));
+        assert!(rows.iter().all(|row| !row.id.contains("vs_str") && row.spread.is_finite()), "{rows:?}");
+    }
+
+    #[test]
+    fn some_workloads_have_rows_of_their_own() {
+        let find = |id: &str| workload::ALL[0].workloads.iter().find(|one| one.id == id).expect("it is there");
+        let two = |rate| vec![column(UNREPLICATED, &[1_000.0], 0), column(VSMR, &[rate], 10)];
+        let all = [
+            measured(find(REDIS_COLO), two(535.0)),
+            measured(find(REDIS_PLAIN_16), two(200.0)),
+            measured(find(REDIS_INCR), two(220.0)),
+        ];
+        let rows: Vec<Row> = all.iter().flat_map(|one| one.rows(Effort::Full, &all)).collect();
+        let colo = ratio(&rows, "redis-p16.c64.k100.vs_colo_25ms").unwrap();
+        assert!((colo - 2.0).abs() < 0.01, "{colo}");
+        assert_eq!(ratio(&rows, "redis-incr.c16.vs_set"), Some(1.1));
+        let alone = measured(find(REDIS_INCR), two(220.0)).rows(Effort::Full, &[]);
+        assert!(alone.iter().all(|row| !row.id.ends_with("vs_set")));
+    }
+
+    #[test]
+    fn the_table_has_a_line_per_policy_and_aligned_columns() {
+        let columns = vec![column(UNREPLICATED, &[1_000.0], 0), column(VSMR, &[800.0], 3_000), column(MC, &[], 0)];
+        let text = measured(&workload::ALL[0].workloads[0], columns).table();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines[0].starts_with("redis.c64.k100: SET"), "{text}");
+        assert!(lines[2].contains("unreplicated  1000    0.25    2.50") && lines[2].contains("10+90 %"), "{text}");
+        assert!(lines[3].contains("0.75") && lines[3].contains("16+56 %"), "{text}");
+        assert_eq!(lines[2].chars().count(), lines[3].chars().count(), "{text}");
+    }
+}
