@@ -11,12 +11,20 @@ pub struct Policy {
     pub lines: &'static str,
 }
 
+const fn protected(name: &'static str, lines: &'static str) -> Policy {
+    Policy { name, unreplicated: false, lines }
+}
+
 /// Our device and our uplink, without a group.
 pub const UNREPLICATED: Policy = Policy { name: "unreplicated", unreplicated: true, lines: "" };
 /// What Plover is for: the default policy.
-pub const VSMR: Policy = Policy { name: "vsmr", unreplicated: false, lines: "" };
+pub const VSMR: Policy = protected("vsmr", "");
+/// Checkpointing: a secondary that does not run, all dirty pages, every 100 ms.
+pub const MC: Policy = protected("mc", "sync = \"mc\"\n");
+/// Both guests run and are made equal every 25 ms.
+pub const STR: Policy = protected("str", "sync = \"str\"\n");
 
 /// All that each workload is measured under. The first is what the others are compared with.
-pub const ALL: [Policy; 2] = [UNREPLICATED, VSMR];
+pub const ALL: [Policy; 4] = [UNREPLICATED, VSMR, STR, MC];
 /// What a smoke run does.
 pub const SMOKE: [Policy; 2] = [UNREPLICATED, VSMR];

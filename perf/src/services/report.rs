@@ -5,7 +5,7 @@ use crate::row::Row;
 use crate::sample::{Better, Figure, alone, median, paired};
 
 use super::cell::Cell;
-use super::policy::{Policy, UNREPLICATED, VSMR};
+use super::policy::{MC, Policy, STR, UNREPLICATED, VSMR};
 use super::workload::{REDIS_COLO, REDIS_INCR, REDIS_PLAIN_16, Workload};
 
 /// What COLO's checkpoint modes reach of the same guest alone: 64 clients × 16 in flight, 64-byte values, 100 keys, two
@@ -78,10 +78,10 @@ impl Measured<'_> {
             let figures = Figure { id: &id, unit, better };
             paired(figures, effort, peer.policy.name, ours.each(figure), peer.each(figure))
         };
-        for name in [UNREPLICATED.name, "mc", "str"] {
+        for name in [UNREPLICATED, MC, STR].map(|policy| policy.name) {
             let Some(peer) = self.column(name) else { continue };
             rows.push(versus(&format!("vs_{name}"), "1/s", Better::Higher, peer, |cell| cell.speed.per_s));
-            if name == "mc" {
+            if name == MC.name {
                 rows.push(versus("bytes_vs_mc", "B", Better::Lower, peer, Cell::sync_bytes_per_operation));
                 rows.push(versus("wire_vs_mc", "B", Better::Lower, peer, Cell::wire_bytes_per_operation));
             }
@@ -187,8 +187,6 @@ mod tests {
     use crate::services::client::Speed;
     use crate::services::counters::{Between, Syncs};
     use crate::services::workload;
-
-    const MC: Policy = Policy { name: "mc", unreplicated: false, lines: "" };
 
     fn column(policy: Policy, rates: &[f64], bytes_sent: u64) -> Column {
         let cell = |&per_s: &f64| Cell {
