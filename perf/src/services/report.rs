@@ -15,6 +15,19 @@ const COLO: [(&str, &str, f64); 2] = [
     ("vs_colo_100ms", "QEMU COLO, checkpoint every 100 ms", 9_390.0 / 47_619.0),
 ];
 
+/// The rows, after a workload's id, that compare with this policy.
+#[must_use]
+pub fn rows_against(policy: Policy) -> Vec<String> {
+    let mut rows = vec![format!("vs_{}", policy.name)];
+    if policy == MC {
+        rows.extend(["bytes_vs_mc", "wire_vs_mc"].map(str::to_owned));
+    }
+    if policy == UNREPLICATED {
+        rows.extend(COLO.map(|(row, ..)| row.to_owned()));
+    }
+    rows
+}
+
 /// A workload's cells under one policy, one per pass.
 #[derive(Debug)]
 pub struct Column {
