@@ -2,11 +2,11 @@
 
 use anyhow::{Context, Result};
 
-use crate::row::Row;
+use crate::rows::Rows;
 use crate::{Effort, dataplane, fabric, log, ordering, page_hash, replica_steps, results};
 
-/// Takes each row as soon as it is measured, so that a later failure loses nothing.
-pub type Sink<'a> = &'a mut dyn FnMut(Row) -> Result<()>;
+/// Takes each row as soon as it is measured, so that a later failure loses nothing, and knows which are wanted.
+pub type Sink<'a> = &'a mut Rows;
 
 /// A group.
 #[derive(Clone, Copy, Debug)]

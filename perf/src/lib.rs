@@ -20,6 +20,7 @@ pub mod pin;
 pub mod replica_steps;
 pub mod results;
 pub mod row;
+pub mod rows;
 pub mod sample;
 pub mod table;
 
