@@ -26,17 +26,16 @@ impl HashPool {
     /// When the system cannot start a thread.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        Self { workers: Workers::new(&vec![None; workers]) }
+        Self::on_cores(&vec![None; workers])
     }
 
-    /// Starts one thread on each of `cores`.
+    /// Starts one thread per entry, on that core or, without one, where the kernel puts it.
     ///
     /// # Panics
     /// When the system cannot start a thread.
     #[must_use]
-    pub fn pinned(cores: &[usize]) -> Self {
-        let cores: Vec<Option<usize>> = cores.iter().copied().map(Some).collect();
-        Self { workers: Workers::new(&cores) }
+    pub fn on_cores(cores: &[Option<usize>]) -> Self {
+        Self { workers: Workers::new(cores) }
     }
 
     /// How many threads help the caller.
