@@ -21,6 +21,7 @@ pub mod replica_steps;
 pub mod results;
 pub mod row;
 pub mod sample;
+pub mod syncvm;
 pub mod table;
 
 /// How much work to do.

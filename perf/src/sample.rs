@@ -54,27 +54,34 @@ pub fn compare(
     let mut run_peer = || checked(peer()).with_context(|| what(peer_name));
     run_ours()?;
     run_peer()?;
-    let (mut values, mut peer_values, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let mut pairs = Vec::new();
     for run in 0..effort.runs() {
-        let (value, peer_value);
         if run % 2 == 0 {
-            value = run_ours()?;
-            peer_value = run_peer()?;
+            let value = run_ours()?;
+            pairs.push((value, run_peer()?));
         } else {
-            peer_value = run_peer()?;
-            value = run_ours()?;
+            let peer_value = run_peer()?;
+            pairs.push((run_ours()?, peer_value));
         }
-        values.push(value);
-        peer_values.push(peer_value);
-        ratios.push(match figure.better {
-            Better::Lower => peer_value / value,
-            Better::Higher => value / peer_value,
-        });
     }
+    paired(figure, effort, peer_name, &pairs)
+}
+
+/// The row of what was measured already: ours and the peer's of each run. As [`compare`], for runs that give several figures.
+///
+/// # Errors
+/// There is no run, or a value that is not a positive number.
+pub fn paired(figure: Figure<'_>, effort: Effort, peer_name: &str, pairs: &[(f64, f64)]) -> Result<Row> {
+    let values = checked_all(figure, pairs.iter().map(|pair| pair.0))?;
+    let peer_values = checked_all(figure, pairs.iter().map(|pair| pair.1))?;
+    let ratios = pairs.iter().map(|(value, peer_value)| match figure.better {
+        Better::Lower => peer_value / value,
+        Better::Higher => value / peer_value,
+    });
+    let ratios = sorted(ratios.collect());
     let mut row = row_without_peer(figure, effort, values);
     row.peer = Some(peer_name.to_owned());
     row.peer_value = Some(quantile(&sorted(peer_values), 0.5));
-    let ratios = sorted(ratios);
     row.ratio = Some(quantile(&ratios, 0.5));
     row.spread = spread(&ratios);
     Ok(row)
@@ -127,6 +134,27 @@ pub fn measure(figure: Figure<'_>, effort: Effort, mut ours: impl FnMut() -> Res
     run()?;
     let values = (0..effort.runs()).map(|_| run()).collect::<Result<Vec<f64>>>()?;
     Ok(row_without_peer(figure, effort, values))
+}
+
+/// The row of what was measured already, without a peer.
+///
+/// # Errors
+/// As [`paired`].
+pub fn measured(figure: Figure<'_>, effort: Effort, values: &[f64]) -> Result<Row> {
+    Ok(row_without_peer(figure, effort, checked_all(figure, values.iter().copied())?))
+}
+
+fn checked_all(figure: Figure<'_>, values: impl Iterator<Item = f64>) -> Result<Vec<f64>> {
+    let values = values.map(|value| checked(Ok(value))).collect::<Result<Vec<f64>>>();
+    let values = values.with_context(|| figure.id.to_owned())?;
+    ensure!(!values.is_empty(), "{}: nothing was measured", figure.id);
+    Ok(values)
+}
+
+/// The median; 0 if there is nothing.
+#[must_use]
+pub fn median(values: Vec<f64>) -> f64 {
+    if values.is_empty() { 0.0 } else { quantile(&sorted(values), 0.5) }
 }
 
 fn checked(value: Result<f64>) -> Result<f64> {
