@@ -5,9 +5,11 @@
 //! are little-endian with explicit lengths; all decoders are total. No message is longer than
 //! [`MAX_MESSAGE_BYTES`]; what is longer goes in pieces.
 
+mod mode;
 mod outgoing;
 mod staging;
 
+pub use mode::TransferMode;
 pub use outgoing::{Checksum, Outgoing};
 pub use staging::{Staging, TransferError, VerifiedTransfer};
 
@@ -164,8 +166,10 @@ pub struct Terms {
     pub ram_pages: u64,
     /// [`crate::hash::HashKind::code`].
     pub hash: u8,
-    /// Whether invariant I4 is checked afterwards.
+    /// Whether invariant I4 is checked afterwards. The leader's counts.
     pub verify: bool,
+    /// What the leader sends. The leader's counts.
+    pub transfer: TransferMode,
     /// What the sender's dirty set is relative to.
     pub basis: Option<Basis>,
 }
@@ -233,14 +237,14 @@ impl Piece<'_> {
 
 impl Terms {
     /// Bytes on the wire.
-    pub const BYTES: usize = 8 + 1 + 1 + 1 + 8 + 8 + 4;
+    pub const BYTES: usize = 8 + 1 + 1 + 1 + 1 + 8 + 8 + 4;
 
     /// The wire form.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::BYTES);
         out.extend_from_slice(&self.ram_pages.to_le_bytes());
-        out.extend_from_slice(&[self.hash, self.verify.into(), self.basis.is_some().into()]);
+        out.extend_from_slice(&[self.hash, self.verify.into(), self.transfer.code(), self.basis.is_some().into()]);
         let basis = self.basis.unwrap_or(Basis { view: 0, number: 0, round: 0 });
         out.extend_from_slice(&basis.view.to_le_bytes());
         out.extend_from_slice(&basis.number.to_le_bytes());
@@ -257,13 +261,16 @@ impl Terms {
         let ram_pages = reader.u64("RAM size")?;
         let hash = reader.u8("hash")?;
         let verify = reader.u8("verify")? != 0;
+        let code = reader.u8("transfer mode")?;
+        let transfer =
+            TransferMode::from_code(code).ok_or(WireError::Value { field: "transfer mode", value: code.into() })?;
         let has_basis = reader.u8("basis")? != 0;
         let basis = Basis {
             view: reader.u64("basis view")?,
             number: reader.u64("basis number")?,
             round: reader.u32("basis round")?,
         };
-        let terms = Self { ram_pages, hash, verify, basis: has_basis.then_some(basis) };
+        let terms = Self { ram_pages, hash, verify, transfer, basis: has_basis.then_some(basis) };
         Ok((terms, Piece::decode(reader.0)?))
     }
 }

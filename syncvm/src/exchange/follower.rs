@@ -104,6 +104,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             ram_pages: self.pairing.pages() as u64,
             hash: self.config.hash.code(),
             verify: self.config.verify,
+            transfer: self.config.transfer,
             basis: self.pairing.basis(),
         }
     }
@@ -184,7 +185,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
         self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
-        self.send_hashes(&union)?;
+        if leader.transfer.compares() {
+            self.send_hashes(&union)?;
+        }
         let transfer = self.receive(staging, &union)?;
         self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
@@ -214,6 +217,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let basis = self.ctx.pairing.basis();
         self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();
         self.ctx.pairing.adopt(basis);
+        self.report.transfer = leader.transfer;
         self.report.dirty_peer = union.count();
         let ours = self.ctx.pairing.in_flight();
         self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
@@ -241,6 +245,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         for batch in pages.chunks(BATCH_PAGES) {
             self.ctx.send_hashes(&self.header, &self.deadlines, batch, Kind::Hashes)?;
         }
+        self.report.compared_pages = pages.len();
         self.report.phases.compare_us = self.watch.lap();
         self.point(Phase::FollowerHashed);
         Ok(())
@@ -266,7 +271,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             }
         };
         let transfer = staging.verified(&end)?;
-        self.report.divergent_pages = transfer.pages();
+        self.report.sent_pages = transfer.pages();
+        if self.report.transfer.compares() {
+            self.report.divergent_pages = transfer.pages();
+        }
         self.report.zero_pages = transfer.zero_pages();
         self.report.device_bytes = transfer.device_state().len();
         self.report.full_transfer_bytes = (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;

@@ -14,7 +14,7 @@ use crate::dirty::DirtySet;
 use crate::hash::{HASH_BYTES, HashPool, PageHashValue};
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::Pairing;
-use crate::transfer::{Header, Kind, Outgoing, Scope, Terms, WireError};
+use crate::transfer::{Header, Kind, Outgoing, Scope, Terms, TransferMode, WireError};
 
 /// What a leader keeps between exchanges with one follower.
 pub struct LeaderContext<G, C, O> {
@@ -84,6 +84,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             ram_pages: self.pairing.pages() as u64,
             hash: self.config.hash.code(),
             verify: self.config.verify,
+            transfer: self.config.transfer,
             basis: self.pairing.basis(),
         }
     }
@@ -156,7 +157,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
     let mut run = Run {
         header,
         deadlines: ctx.config.deadlines(),
-        report: SyncReport { number, ..SyncReport::default() },
+        report: SyncReport { number, transfer: ctx.config.transfer, ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
         ctx,
@@ -171,7 +172,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn steps(&mut self) -> Result<(), SyncError> {
         let device = self.stop_and_harvest()?;
         let union = self.exchange_sets(device.len())?;
-        let divergent = self.compare(&union)?;
+        let divergent = match self.ctx.config.transfer {
+            TransferMode::All => union.iter().collect(),
+            TransferMode::Delta | TransferMode::Pages => self.compare(&union)?,
+        };
+        self.report.sent_pages = divergent.len();
+        self.point(Phase::LeaderCompared);
         self.copy(&divergent, device);
         let early = self.ctx.config.early_resume && !self.ctx.config.verify;
         if early {
@@ -243,9 +249,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 self.point(Phase::LeaderHashed);
             }
         }
+        self.report.compared_pages = pages.len();
         self.report.divergent_pages = divergent.len();
         self.report.phases.compare_us = self.watch.lap();
-        self.point(Phase::LeaderCompared);
         Ok(divergent)
     }
 
@@ -272,7 +278,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Step 5, second half.
     fn send_transfer(&mut self) -> Result<(), SyncError> {
         let LeaderContext { outgoing, link, observer, .. } = &mut *self.ctx;
-        let half = self.report.divergent_pages / 2;
+        let half = self.report.sent_pages / 2;
         let mut half_sent = false;
         outgoing.send_all(|pages, kind, parts| {
             link.send(&self.header, kind, parts, self.deadlines.next())?;

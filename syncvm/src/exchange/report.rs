@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::transfer::TransferMode;
+
 /// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PhaseTimes {
@@ -42,8 +44,14 @@ pub struct SyncReport {
     pub dirty_peer: usize,
     /// Pages dirty on either.
     pub union_pages: usize,
-    /// Pages of the union that really differed.
+    /// What the leader chose to send.
+    pub transfer: TransferMode,
+    /// Pages whose hashes were compared: the union, or none with [`TransferMode::All`].
+    pub compared_pages: usize,
+    /// Pages of these that really differed.
     pub divergent_pages: usize,
+    /// Pages that were sent: the divergent ones, or all of the union with [`TransferMode::All`].
+    pub sent_pages: usize,
     /// How many of those were zero on the leader.
     pub zero_pages: usize,
     /// Bytes of device state.

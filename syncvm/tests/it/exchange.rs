@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::common::*;
 use proptest::prelude::*;
 use syncvm::exchange::{FollowerContext, LeaderContext, Phase, Standing, SyncError, follow_syncvm, lead_syncvm};
+use syncvm::transfer::TransferMode;
 use syncvm::{PAGE_BYTES, Pairing};
 
 #[test]
@@ -415,4 +416,36 @@ fn every_phase_is_passed_in_order() {
     let seen: Vec<Phase> = leader.observer.seen.iter().chain(&follower.observer.seen).copied().collect();
     let expected: Vec<Phase> = Phase::ALL.iter().copied().filter(|phase| !phase.name().ends_with("-round")).collect();
     assert_eq!(seen, expected);
+}
+
+#[test]
+fn with_all_a_passive_follower_is_sent_every_dirty_page_and_nothing_is_hashed() {
+    let (mut leader, mut follower) = pair(18, PAGES);
+    leader.config.transfer = TransferMode::All;
+    follower.observer.may_not_run = true;
+    follower.guest.running = false;
+    for number in 1..30 {
+        // The follower's own setting does not count; and a break anywhere is repaired by the next syncvm.
+        let fault = (number % 3 == 2).then_some(Fault { at_message: number as usize / 3 % 5, how: Break::Lost });
+        let broken = fault.is_some();
+        leader.config.verify = number % 2 == 0 && !broken;
+        let (led, followed) = sync(&mut leader, &mut follower, number, fault);
+        assert!(leader.guest.running && !follower.guest.running);
+        if broken {
+            assert!(led.is_err());
+            continue;
+        }
+        let (led, followed) = (led.unwrap(), followed.unwrap());
+        assert!(*follower.guest.at_load.as_ref().unwrap() == leader.guest.at_stop, "equal at the sync point");
+        assert_eq!(led.verified, leader.config.verify);
+        assert_eq!((led.transfer, led.compared_pages, led.divergent_pages), (TransferMode::All, 0, 0));
+        assert_eq!((led.sent_pages, followed.sent_pages), (led.union_pages, led.union_pages));
+        assert_eq!(followed.transfer, TransferMode::All);
+        if !led.verified {
+            assert!(led.bytes_sent as usize >= (led.sent_pages - led.zero_pages) * PAGE_BYTES);
+            assert!(led.bytes_received < 200, "a dirty set and an acknowledgement: {}", led.bytes_received);
+        }
+    }
+    let hashed = |phase: &&Phase| matches!(phase, Phase::LeaderHashed | Phase::FollowerHashed);
+    assert_eq!(leader.observer.seen.iter().chain(&follower.observer.seen).filter(hashed).count(), 0);
 }
