@@ -13,8 +13,9 @@ mod pair;
 mod phases;
 mod workload;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use syncvm::exchange::Guest;
+use syncvm::transfer::TransferMode;
 use syncvm::{DirtySet, PAGE_BYTES};
 
 pub use guest::was_guest;
@@ -27,10 +28,18 @@ use guest::SyntheticGuest;
 use pair::{Mode, Pair, Synced};
 use workload::{Shape, Side, Slot};
 
-/// As the product does it.
-const OURS: Mode = Mode { name: "default", set: |_| () };
-/// What each switch does: every mode is measured on the same slots.
-const SWITCHES: [Mode; 1] = [Mode { name: "late resume", set: |config| config.early_resume = false }];
+/// Each is measured on the same slots, in turn. The first is what the rows are about.
+const MODES: [Mode; 5] = [
+    Mode::DEFAULT,
+    Mode { name: "late resume", set: |config| config.early_resume = false, ..Mode::DEFAULT },
+    Mode { name: "whole pages", set: |config| config.transfer = TransferMode::Pages, ..Mode::DEFAULT },
+    Mode { name: "mc", set: |config| config.transfer = TransferMode::All, both_run: false },
+    Mode {
+        name: "mc, late resume",
+        set: |config| (config.transfer, config.early_resume) = (TransferMode::All, false),
+        both_run: false,
+    },
+];
 
 /// How large everything is.
 #[derive(Clone, Copy, Debug)]
@@ -67,11 +76,10 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         sink(scan(id, dirty, size, effort)?)?;
     }
     let mut pair = Pair::start(size.ram_pages, &[])?;
-    let mut modes = vec![(OURS, Vec::new())];
-    modes.extend(SWITCHES.map(|mode| (mode, Vec::new())));
+    let mut modes = MODES.map(|mode| (mode, Vec::new()));
     measure(&mut pair, &mut modes, size, Shape::REDIS)?;
     rows(&modes, effort)?.into_iter().try_for_each(sink)?;
-    let mut scattered = vec![(OURS, Vec::new())];
+    let mut scattered = [(Mode::DEFAULT, Vec::new())];
     measure(&mut pair, &mut scattered, Size { slots: effort.pick(5, 1), ..size }, Shape::SCATTERED)?;
     print_tables(&modes, &scattered[0].1);
     Ok(())
@@ -97,11 +105,18 @@ fn measure(pair: &mut Pair, modes: &mut [(Mode, Vec<Synced>)], size: Size, shape
 
 fn rows(modes: &[(Mode, Vec<Synced>)], effort: Effort) -> Result<Vec<Row>> {
     let ours = &modes[0].1;
+    let stops = |slots: &[Synced]| slots.iter().map(Synced::stop_ms).collect::<Vec<f64>>();
     let stop = Figure { id: "syncvm.stop_ms", unit: "ms", better: Better::Lower };
-    let bytes = Figure { id: "syncvm.bytes_vs_different", unit: "bytes", better: Better::Lower };
-    let stops: Vec<f64> = ours.iter().map(Synced::stop_ms).collect();
-    let sent: Vec<_> = ours.iter().map(|slot| (slot.bytes() as f64, slot.difference.block_bytes() as f64)).collect();
-    Ok(vec![measured(stop, effort, &stops)?, paired(bytes, effort, "256-byte blocks that differ", &sent)?])
+    let mut rows = vec![measured(stop, effort, &stops(ours))?];
+    for (id, name) in [("syncvm.stop_vs_mc", "mc"), ("syncvm.stop_vs_mc.late_resume", "mc, late resume")] {
+        let (_, mc) = modes.iter().find(|(mode, _)| mode.name == name).context("the mode was measured")?;
+        let pairs: Vec<_> = stops(ours).into_iter().zip(stops(mc)).collect();
+        rows.push(paired(Figure { id, ..stop }, effort, name, &pairs)?);
+    }
+    let figure = Figure { id: "syncvm.bytes_vs_different", unit: "bytes", better: Better::Lower };
+    let bytes: Vec<_> = ours.iter().map(|slot| (slot.bytes() as f64, slot.difference.block_bytes() as f64)).collect();
+    rows.push(paired(figure, effort, "256-byte blocks that differ", &bytes)?);
+    Ok(rows)
 }
 
 /// The harvest of one guest alone, in CPU time of its core.

@@ -29,11 +29,17 @@ const GROUP: u64 = 5;
 pub struct Mode {
     /// For tables.
     pub name: &'static str,
+    /// Whether the follower's guest runs too, and is given what it did differently. Otherwise it stands still and is given all
+    /// that the leader's wrote, as with checkpointing.
+    pub both_run: bool,
     /// What differs from the defaults of the product.
     pub set: fn(&mut ExchangeConfig),
 }
 
 impl Mode {
+    /// As the product does it.
+    pub const DEFAULT: Mode = Mode { name: "default", both_run: true, set: |_| () };
+
     fn config(&self) -> ExchangeConfig {
         // A machine that is busy with something else is no reason to fail.
         let defaults =
@@ -120,7 +126,7 @@ impl Pair {
         let taken = right.bulk.wait(deadline).ok_or_else(|| anyhow!("the connection did not come"))?.link;
         let parts = |side, cpu, link| -> Result<Parts<SyntheticGuest, Lane, Willing>> {
             let guest = SyntheticGuest::start(side, pages, cpu, arguments)?;
-            let config = Mode { name: "", set: |_| () }.config();
+            let config = Mode::DEFAULT.config();
             // No workers: each side has one core, which the calling thread is on.
             let pool = Arc::new(HashPool::new(0));
             Ok(Parts { guest, channel: Lane(link), observer: Willing, config, view: 1, pool })
@@ -128,7 +134,7 @@ impl Pair {
         let leader = LeaderContext::new(parts(Side::Leader, cpus[0], dialed)?, Pairing::fresh(pages));
         let follower = FollowerContext::new(parts(Side::Follower, cpus[1], taken)?);
         let mut pair = Pair { leader, follower, cpus, number: 0, _listeners: listeners };
-        pair.sync(Mode { name: "join", set: |_| () }).context("the first syncvm")?;
+        pair.sync(Mode::DEFAULT).context("the first syncvm")?;
         Ok(pair)
     }
 
@@ -138,7 +144,9 @@ impl Pair {
     /// A guest or the exchange fails, or the guests differ afterwards.
     pub fn slot(&mut self, slot: Slot, mode: Mode) -> Result<Synced> {
         self.leader.guest.run(slot)?;
-        self.follower.guest.run(slot)?;
+        if mode.both_run {
+            self.follower.guest.run(slot)?;
+        }
         let difference = self.difference();
         let (led, followed) = self.sync(mode)?;
         Ok(Synced { difference, led, followed })
@@ -181,6 +189,7 @@ mod tests {
     use super::*;
     use crate::syncvm::guest::tests::arguments;
     use crate::syncvm::workload::Shape;
+    use syncvm::transfer::TransferMode;
 
     #[test]
     fn a_slot_is_reported_as_it_was_and_leaves_equal_guests() {
@@ -190,14 +199,18 @@ mod tests {
         }
         let mut pair = Pair::start(2048, &arguments()).unwrap();
         let slot = Slot { seed: 9, dirty: 500, different: 100, shape: Shape::REDIS };
-        let synced = pair.slot(slot, Mode { name: "default", set: |_| () }).unwrap();
+        let synced = pair.slot(slot, Mode::DEFAULT).unwrap();
         assert_eq!((synced.led.dirty_local, synced.led.union_pages), (500, 500));
         assert_eq!((synced.led.divergent_pages, synced.difference.pages.len()), (100, 100));
         assert!(synced.stop_ms() > 0.0 && synced.bytes() >= synced.difference.block_bytes());
+        let synced = pair
+            .slot(slot, Mode { both_run: false, set: |config| config.transfer = TransferMode::All, ..Mode::DEFAULT });
+        let led = synced.unwrap().led;
+        assert_eq!((led.dirty_local, led.dirty_peer, led.sent_pages, led.compared_pages), (500, 0, 500, 0));
         let written = slot.pages(2048);
         let page = (0..).map(syncvm::PageNumber).find(|page| !written.contains(page)).unwrap();
         pair.follower.guest.ram().zero_page(page);
-        let error = format!("{:#}", pair.slot(slot, Mode { name: "default", set: |_| () }).unwrap_err());
+        let error = format!("{:#}", pair.slot(slot, Mode::DEFAULT).unwrap_err());
         assert!(error.contains("1 pages differ"), "{error}");
     }
 }

@@ -98,8 +98,8 @@ mod tests {
         let slots = [slot(1_000), slot(9_000), slot(2_000)];
         let text = table(&[("pages", &slots)]);
         assert!(text.lines().next().unwrap().ends_with("pages: leader  follower"), "{text}");
-        assert!(text.contains("\nstop                           2.00      0.00\n"), "{text}");
-        assert!(text.contains("\n= guest stood still            8.00      0.00\n"), "{text}");
+        assert!(text.contains("\nstop                          2.00      0.00\n"), "{text}");
+        assert!(text.contains("\n= guest stood still           8.00      0.00\n"), "{text}");
         let text = effects(&[("pages", &slots)]);
         assert!(text.contains("8.00") && text.contains("3.00") && text.contains("1.17 x"), "{text}");
     }
