@@ -168,7 +168,7 @@ impl SyntheticGuest {
     /// # Errors
     /// The process has ended.
     pub fn run(&mut self, slot: Slot) -> Result<()> {
-        let mut random = Random::new(slot.seed ^ self.side as u64);
+        let mut random = Random::new(slot.seed ^ slot.turn << 32 ^ self.side as u64);
         for byte in &mut self.device[..DEVICE_BYTES_CHANGED] {
             *byte = random.next() as u8;
         }
@@ -236,7 +236,7 @@ pub(super) mod tests {
         }
         let mut guest = SyntheticGuest::start(Side::Leader, 2048, pin::two_cpus().unwrap()[0], &arguments()).unwrap();
         for seed in 0..3 {
-            let slot = Slot { seed, dirty: 300, different: 0, shape: Shape::REDIS };
+            let slot = Slot { seed, turn: 0, dirty: 300, different: 0, shape: Shape::REDIS };
             guest.run(slot).unwrap();
             guest.stop().unwrap();
             let mut found = DirtySet::new(2048);
@@ -247,7 +247,7 @@ pub(super) mod tests {
             guest.resume().unwrap();
         }
         guest.stop().unwrap();
-        let slot = Slot { seed: 3, dirty: 1, different: 0, shape: Shape::REDIS };
+        let slot = Slot { seed: 3, turn: 0, dirty: 1, different: 0, shape: Shape::REDIS };
         assert!(guest.run(slot).is_err(), "a guest that stands still does not run");
     }
 }

@@ -57,8 +57,8 @@ impl Size {
         effort.pick(full, Size { ram_pages: (64 << 20) / PAGE_BYTES, dirty: 1_000, ..full })
     }
 
-    fn slot(&self, seed: usize, shape: Shape) -> Slot {
-        Slot { seed: seed as u64, dirty: self.dirty, different: self.dirty / 5, shape }
+    fn slot(&self, seed: usize, turn: usize, shape: Shape) -> Slot {
+        Slot { seed: seed as u64, turn: turn as u64, dirty: self.dirty, different: self.dirty / 5, shape }
     }
 }
 
@@ -94,7 +94,7 @@ fn measure(pair: &mut Pair, modes: &mut [(Mode, Vec<Synced>)], size: Size, shape
         }
         for index in order {
             let (mode, slots) = &mut modes[index];
-            let synced = pair.slot(size.slot(round, shape), *mode)?;
+            let synced = pair.slot(size.slot(round, index, shape), *mode)?;
             if round > 0 {
                 slots.push(synced);
             }
@@ -134,7 +134,7 @@ fn scan_times(dirty: u32, size: Size) -> Result<Vec<f64>> {
     let gib = (size.ram_pages * PAGE_BYTES) as f64 / f64::from(1 << 30);
     let mut times = Vec::new();
     for seed in 0..=size.slots {
-        guest.run(Slot { seed: seed as u64, dirty, different: 0, shape: Shape::REDIS })?;
+        guest.run(Slot { seed: seed as u64, turn: 0, dirty, different: 0, shape: Shape::REDIS })?;
         let mut found = DirtySet::new(size.ram_pages);
         let start = thread_cpu_time();
         guest.harvest(&mut found)?;

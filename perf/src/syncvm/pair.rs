@@ -198,14 +198,17 @@ mod tests {
             return;
         }
         let mut pair = Pair::start(2048, &arguments()).unwrap();
-        let slot = Slot { seed: 9, dirty: 500, different: 100, shape: Shape::REDIS };
+        let slot = Slot { seed: 9, turn: 0, dirty: 500, different: 100, shape: Shape::REDIS };
         let synced = pair.slot(slot, Mode::DEFAULT).unwrap();
         assert_eq!((synced.led.dirty_local, synced.led.union_pages), (500, 500));
         assert_eq!((synced.led.divergent_pages, synced.difference.pages.len()), (100, 100));
         assert!(synced.stop_ms() > 0.0 && synced.bytes() >= synced.difference.block_bytes());
-        let synced = pair
-            .slot(slot, Mode { both_run: false, set: |config| config.transfer = TransferMode::All, ..Mode::DEFAULT });
-        let led = synced.unwrap().led;
+        let synced = pair.slot(
+            Slot { turn: 1, ..slot },
+            Mode { both_run: false, set: |config| config.transfer = TransferMode::All, ..Mode::DEFAULT },
+        );
+        let Synced { difference, led, .. } = synced.unwrap();
+        assert_eq!(difference.pages.len(), 500);
         assert_eq!((led.dirty_local, led.dirty_peer, led.sent_pages, led.compared_pages), (500, 0, 500, 0));
         let written = slot.pages(2048);
         let page = (0..).map(syncvm::PageNumber).find(|page| !written.contains(page)).unwrap();

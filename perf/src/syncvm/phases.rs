@@ -23,22 +23,19 @@ const PHASES: [Phase; 11] = [
     ("load device state", |times| times.load_us),
 ];
 
-/// Medians over the slots of each mode, one column per mode and side.
+/// Medians over the slots of each mode: the leader's and the follower's.
 #[must_use]
 pub fn table(modes: &[(&str, &[Synced])]) -> String {
-    let mut lines = vec![vec!["ms (medians)".to_owned()]];
-    for (name, _) in modes {
-        lines[0].extend([format!("{name}: leader"), "follower".to_owned()]);
-    }
+    let mut lines = vec![vec!["ms, leader | follower".to_owned()]];
+    lines[0].extend(modes.iter().map(|(name, _)| (*name).to_owned()));
     let mut add = |name: &str, of: &dyn Fn(&SyncReport) -> u64| {
-        let mut line = vec![name.to_owned()];
-        for (_, slots) in modes {
-            for side in [|slot: &Synced| slot.led.clone(), |slot: &Synced| slot.followed.clone()] {
-                let us = median(slots.iter().map(|slot| of(&side(slot)) as f64).collect());
-                line.push(format!("{:.2}", us / 1_000.0));
-            }
-        }
-        lines.push(line);
+        let median_ms = |reports: Vec<&SyncReport>| median(reports.into_iter().map(|r| of(r) as f64 / 1e3).collect());
+        let cells = modes.iter().map(|(_, slots)| {
+            let led = median_ms(slots.iter().map(|slot| &slot.led).collect());
+            let followed = median_ms(slots.iter().map(|slot| &slot.followed).collect());
+            format!("{led:.2} | {followed:6.2}")
+        });
+        lines.push(std::iter::once(name.to_owned()).chain(cells).collect());
     };
     for (name, of) in PHASES {
         add(name, &|report| of(&report.phases));
@@ -97,9 +94,9 @@ mod tests {
         };
         let slots = [slot(1_000), slot(9_000), slot(2_000)];
         let text = table(&[("pages", &slots)]);
-        assert!(text.lines().next().unwrap().ends_with("pages: leader  follower"), "{text}");
-        assert!(text.contains("\nstop                          2.00      0.00\n"), "{text}");
-        assert!(text.contains("\n= guest stood still           8.00      0.00\n"), "{text}");
+        assert!(text.lines().next().unwrap().ends_with("          pages"), "{text}");
+        assert!(text.contains("\nstop                   2.00 |   0.00\n"), "{text}");
+        assert!(text.contains("\n= guest stood still    8.00 |   0.00\n"), "{text}");
         let text = effects(&[("pages", &slots)]);
         assert!(text.contains("8.00") && text.contains("3.00") && text.contains("1.17 x"), "{text}");
     }

@@ -76,8 +76,10 @@ impl Shape {
 /// What both guests write between two syncvms.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Slot {
-    /// Decides everything.
+    /// Decides which pages and lines.
     pub seed: u64,
+    /// Decides, with the seed, what is written: the same slot in another turn changes the same places again.
+    pub turn: u64,
     /// Pages that both write, at random places.
     pub dirty: u32,
     /// How many of them come out different.
@@ -119,10 +121,13 @@ impl Slot {
 
     fn change(&self, bytes: &mut [u8; PAGE_BYTES], page: PageNumber, side: Side, different: bool) {
         let mut random = Random::new(self.seed ^ (u64::from(page.0) << 32));
+        let turn = Random::new(self.turn).next();
         let touched = self.shape.lines(&mut random);
         for line in set_bits(touched) {
             let line = &mut bytes[line * LINE_BYTES..][..LINE_BYTES];
-            line.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_le_bytes()));
+            for word in line.chunks_exact_mut(8) {
+                word.copy_from_slice(&(random.next() ^ turn).to_le_bytes());
+            }
         }
         if !different {
             return;
@@ -130,7 +135,7 @@ impl Slot {
         let flip = if side == Side::Leader { 0 } else { u64::MAX };
         for line in set_bits(self.shape.lines(&mut random)) {
             let at = line * LINE_BYTES + random.below(8) as usize * 8;
-            bytes[at..at + 8].copy_from_slice(&(random.next() ^ flip).to_le_bytes());
+            bytes[at..at + 8].copy_from_slice(&(random.next() ^ turn ^ flip).to_le_bytes());
         }
     }
 }
@@ -176,10 +181,12 @@ mod tests {
         fill(&a, 1);
         fill(&b, 1);
         assert!(compare(&a, &b).pages.is_empty());
-        let slot = Slot { seed: 7, dirty: 1000, different: 200, shape: Shape::REDIS };
+        let slot = Slot { seed: 7, turn: 0, dirty: 1000, different: 200, shape: Shape::REDIS };
         slot.write(&a, Side::Leader);
         slot.write(&b, Side::Leader);
         assert!(compare(&a, &b).pages.is_empty(), "the same side twice is the same");
+        Slot { turn: 1, ..slot }.write(&b, Side::Leader);
+        assert_eq!(compare(&a, &b).pages.len(), 1000, "another turn changes every page");
         slot.write(&b, Side::Follower);
         let difference = compare(&a, &b);
         let mut expected: Vec<_> = slot.pages(4096)[..200].iter().map(|page| page.0).collect();
