@@ -34,14 +34,14 @@ pub const GROUPS: [Group; 7] = [
         run: dataplane::run,
     },
     Group {
-        name: "services",
-        about: "Redis and other services in protected guests: throughput, latency and cost under each policy",
-        run: services::run,
-    },
-    Group {
         name: "syncvm",
         about: "making two guests equal again: stop time, bytes, scan and hashes, with synthetic guests",
         run: syncvm::run,
+    },
+    Group {
+        name: "services",
+        about: "Redis and other services in protected guests: throughput, latency and cost under each policy",
+        run: services::run,
     },
 ];
 
@@ -90,7 +90,7 @@ mod tests {
         let error = Group::find("cor").unwrap_err().to_string();
         assert!(
             error.contains("«cor»")
-                && error.ends_with("there are: core, fabric, log, consensus, dataplane, services, syncvm"),
+                && error.ends_with("there are: core, fabric, log, consensus, dataplane, syncvm, services"),
             "{error}"
         );
     }

@@ -54,41 +54,28 @@ pub fn compare(
     let mut run_peer = || checked(peer()).with_context(|| what(peer_name));
     run_ours()?;
     run_peer()?;
-    let mut pairs = Vec::new();
+    let (mut values, mut peer_values) = (Vec::new(), Vec::new());
     for run in 0..effort.runs() {
+        let (value, peer_value);
         if run % 2 == 0 {
-            let value = run_ours()?;
-            pairs.push((value, run_peer()?));
+            value = run_ours()?;
+            peer_value = run_peer()?;
         } else {
-            let peer_value = run_peer()?;
-            pairs.push((run_ours()?, peer_value));
+            peer_value = run_peer()?;
+            value = run_ours()?;
         }
+        values.push(value);
+        peer_values.push(peer_value);
     }
-    paired(figure, effort, peer_name, &pairs)
+    Ok(paired(figure, effort, peer_name, values, peer_values))
 }
 
-/// The row of what was measured already: ours and the peer's of each run. As [`compare`], for runs that give several figures.
-///
-/// # Errors
-/// There is no run, or a value that is not a positive number.
-pub fn paired(figure: Figure<'_>, effort: Effort, peer_name: &str, pairs: &[(f64, f64)]) -> Result<Row> {
-    let values = checked_all(figure, pairs.iter().map(|pair| pair.0))?;
-    let peer_values = checked_all(figure, pairs.iter().map(|pair| pair.1))?;
-    Ok(side_by_side(figure, effort, peer_name, values, peer_values))
-}
-
-/// As [`paired`], for figures that may be zero: each of ours belongs to the peer's at the same place.
+/// The row of runs that were made elsewhere: each of ours belongs to the peer's at the same place.
 ///
 /// # Panics
 /// When there are none, or not as many on both sides.
 #[must_use]
-pub fn side_by_side(
-    figure: Figure<'_>,
-    effort: Effort,
-    peer_name: &str,
-    values: Vec<f64>,
-    peer_values: Vec<f64>,
-) -> Row {
+pub fn paired(figure: Figure<'_>, effort: Effort, peer_name: &str, values: Vec<f64>, peer_values: Vec<f64>) -> Row {
     assert_eq!(values.len(), peer_values.len(), "{}: runs in pairs", figure.id);
     let ratio = |(value, peer_value): (&f64, &f64)| match figure.better {
         Better::Lower => peer_value / value,
@@ -152,27 +139,6 @@ pub fn measure(figure: Figure<'_>, effort: Effort, mut ours: impl FnMut() -> Res
     Ok(alone(figure, effort, values))
 }
 
-/// The row of what was measured already, without a peer.
-///
-/// # Errors
-/// As [`paired`].
-pub fn measured(figure: Figure<'_>, effort: Effort, values: &[f64]) -> Result<Row> {
-    Ok(alone(figure, effort, checked_all(figure, values.iter().copied())?))
-}
-
-fn checked_all(figure: Figure<'_>, values: impl Iterator<Item = f64>) -> Result<Vec<f64>> {
-    let values = values.map(|value| checked(Ok(value))).collect::<Result<Vec<f64>>>();
-    let values = values.with_context(|| figure.id.to_owned())?;
-    ensure!(!values.is_empty(), "{}: nothing was measured", figure.id);
-    Ok(values)
-}
-
-/// The median; 0 if there is nothing.
-#[must_use]
-pub fn median(values: Vec<f64>) -> f64 {
-    if values.is_empty() { 0.0 } else { quantile(&sorted(values), 0.5) }
-}
-
 fn checked(value: Result<f64>) -> Result<f64> {
     let value = value?;
     ensure!(value.is_finite() && value > 0.0, "a run gave {value}, which is no measurement");
@@ -198,6 +164,15 @@ pub fn alone(figure: Figure<'_>, effort: Effort, values: Vec<f64>) -> Row {
         commit: String::new(),
         smoke: effort == Effort::Smoke,
     }
+}
+
+/// The middle of the values.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn median(values: Vec<f64>) -> f64 {
+    quantile(&sorted(values), 0.5)
 }
 
 fn sorted(mut values: Vec<f64>) -> Vec<f64> {

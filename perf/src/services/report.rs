@@ -2,7 +2,7 @@
 
 use crate::Effort;
 use crate::row::Row;
-use crate::sample::{Better, Figure, alone, median, side_by_side};
+use crate::sample::{Better, Figure, alone, median, paired};
 
 use super::cell::Cell;
 use super::policy::{Policy, UNREPLICATED, VSMR};
@@ -76,7 +76,7 @@ impl Measured<'_> {
         let versus = |row: &str, unit, better, peer: &Column, figure: fn(&Cell) -> f64| {
             let id = id(row);
             let figures = Figure { id: &id, unit, better };
-            side_by_side(figures, effort, peer.policy.name, ours.each(figure), peer.each(figure))
+            paired(figures, effort, peer.policy.name, ours.each(figure), peer.each(figure))
         };
         for name in [UNREPLICATED.name, "mc", "str"] {
             let Some(peer) = self.column(name) else { continue };
@@ -107,7 +107,7 @@ impl Measured<'_> {
                 let shares: Vec<f64> = ours.iter().zip(alone).map(|(ours, alone)| ours / alone).collect();
                 let row = |(row, peer, share): (&str, &str, f64)| {
                     let figure = Figure { id: &id(row), unit: "of alone", better: Better::Higher };
-                    side_by_side(figure, effort, peer, shares.clone(), vec![share; shares.len()])
+                    paired(figure, effort, peer, shares.clone(), vec![share; shares.len()])
                 };
                 COLO.map(row).to_vec()
             }
@@ -116,7 +116,7 @@ impl Measured<'_> {
                 let Some(plain) = plain.and_then(|plain| plain.column(VSMR.name)) else { return Vec::new() };
                 let figure = Figure { id: &id("vs_set"), unit: "1/s", better: Better::Higher };
                 let rate = |cell: &Cell| cell.speed.per_s;
-                vec![side_by_side(figure, effort, "SET under vsmr", ours.each(rate), plain.each(rate))]
+                vec![paired(figure, effort, "SET under vsmr", ours.each(rate), plain.each(rate))]
             }
             _ => Vec::new(),
         }

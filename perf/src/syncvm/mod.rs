@@ -22,7 +22,7 @@ pub use guest::was_guest;
 
 use crate::group::Sink;
 use crate::row::Row;
-use crate::sample::{Better, Figure, measured, paired, thread_cpu_time};
+use crate::sample::{Better, Figure, alone, paired, thread_cpu_time};
 use crate::{Effort, page_hash, pin};
 use guest::SyntheticGuest;
 use pair::{Mode, Pair, Synced};
@@ -46,15 +46,17 @@ const MODES: [Mode; 5] = [
 struct Size {
     ram_pages: usize,
     dirty: u32,
-    /// Dirty pages of a slot in which hardly anything happens.
-    few: u32,
     slots: usize,
 }
 
 impl Size {
+    const DIRTY: u32 = 10_000;
+    /// Dirty pages of a slot in which hardly anything happens.
+    const FEW: u32 = 100;
+
     fn of(effort: Effort) -> Size {
-        let full = Size { ram_pages: (1 << 30) / PAGE_BYTES, dirty: 10_000, few: 100, slots: effort.runs() };
-        effort.pick(full, Size { ram_pages: (64 << 20) / PAGE_BYTES, dirty: 1_000, ..full })
+        let full = Size { ram_pages: (1 << 30) / PAGE_BYTES, dirty: Size::DIRTY, slots: effort.runs() };
+        effort.pick(full, Size { ram_pages: (128 << 20) / PAGE_BYTES, dirty: Size::DIRTY / 10, ..full })
     }
 
     fn slot(&self, seed: usize, turn: usize, shape: Shape) -> Slot {
@@ -68,17 +70,29 @@ impl Size {
 /// Not root, a guest or an exchange that fails, or memories that differ afterwards.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     page_hash::run(effort, sink)?;
-    if !rig::is_root() {
+    let scans = [("syncvm.scan_ms_per_gib", Size::DIRTY), ("syncvm.scan_ms_per_gib.few", Size::FEW)];
+    let exchanges = ["syncvm.stop", "syncvm.bytes"].iter().any(|area| sink.wants_some(area));
+    if !rig::is_root() && (exchanges || sink.wants_some("syncvm.scan")) {
         bail!("the other figures of this group track the memory of another process: start this again as root");
     }
     let size = Size::of(effort);
-    for (id, dirty) in [("syncvm.scan_ms_per_gib", size.dirty), ("syncvm.scan_ms_per_gib.few", size.few)] {
-        sink(scan(id, dirty, size, effort)?)?;
+    for (id, dirty) in scans {
+        if sink.wants(id) {
+            sink(scan(id, dirty, size, effort)?)?;
+        }
     }
+    if exchanges { exchange(size, effort, sink) } else { Ok(()) }
+}
+
+fn exchange(size: Size, effort: Effort, sink: Sink<'_>) -> Result<()> {
     let mut pair = Pair::start(size.ram_pages, &[])?;
     let mut modes = MODES.map(|mode| (mode, Vec::new()));
     measure(&mut pair, &mut modes, size, Shape::REDIS)?;
-    rows(&modes, effort)?.into_iter().try_for_each(&mut **sink)?;
+    for row in rows(&modes, effort)? {
+        if sink.wants(&row.id) {
+            sink(row)?;
+        }
+    }
     let mut scattered = [(Mode::DEFAULT, Vec::new())];
     measure(&mut pair, &mut scattered, Size { slots: effort.pick(5, 1), ..size }, Shape::SCATTERED)?;
     print_tables(&modes, &scattered[0].1);
@@ -107,15 +121,15 @@ fn rows(modes: &[(Mode, Vec<Synced>)], effort: Effort) -> Result<Vec<Row>> {
     let ours = &modes[0].1;
     let stops = |slots: &[Synced]| slots.iter().map(Synced::stop_ms).collect::<Vec<f64>>();
     let stop = Figure { id: "syncvm.stop_ms", unit: "ms", better: Better::Lower };
-    let mut rows = vec![measured(stop, effort, &stops(ours))?];
+    let mut rows = vec![alone(stop, effort, stops(ours))];
     for (id, name) in [("syncvm.stop_vs_mc", "mc"), ("syncvm.stop_vs_mc.late_resume", "mc, late resume")] {
         let (_, mc) = modes.iter().find(|(mode, _)| mode.name == name).context("the mode was measured")?;
-        let pairs: Vec<_> = stops(ours).into_iter().zip(stops(mc)).collect();
-        rows.push(paired(Figure { id, ..stop }, effort, name, &pairs)?);
+        rows.push(paired(Figure { id, ..stop }, effort, name, stops(ours), stops(mc)));
     }
     let figure = Figure { id: "syncvm.bytes_vs_different", unit: "bytes", better: Better::Lower };
-    let bytes: Vec<_> = ours.iter().map(|slot| (slot.bytes() as f64, slot.difference.block_bytes() as f64)).collect();
-    rows.push(paired(figure, effort, "256-byte blocks that differ", &bytes)?);
+    let of = |bytes: fn(&Synced) -> u64| ours.iter().map(|slot| bytes(slot) as f64).collect();
+    let (sent, different) = (of(Synced::bytes), of(|slot| slot.difference.block_bytes()));
+    rows.push(paired(figure, effort, "256-byte blocks that differ", sent, different));
     Ok(rows)
 }
 
@@ -124,7 +138,7 @@ fn scan(id: &str, dirty: u32, size: Size, effort: Effort) -> Result<Row> {
     let figure = Figure { id, unit: "ms", better: Better::Lower };
     // In a thread of its own, because it is pinned.
     let times = std::thread::scope(|scope| scope.spawn(|| scan_times(dirty, size)).join());
-    measured(figure, effort, &times.map_err(|_| anyhow!("the harvesting thread panicked"))??)
+    Ok(alone(figure, effort, times.map_err(|_| anyhow!("the harvesting thread panicked"))??))
 }
 
 fn scan_times(dirty: u32, size: Size) -> Result<Vec<f64>> {
