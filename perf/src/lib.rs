@@ -22,6 +22,8 @@ pub mod results;
 pub mod row;
 pub mod rows;
 pub mod sample;
+pub mod services;
+pub mod syncvm;
 pub mod table;
 
 /// How much work to do.
