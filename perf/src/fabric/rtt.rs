@@ -36,7 +36,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // In a thread of its own, because it is pinned.
     let measuring = std::thread::spawn(move || measure(effort));
     let rows = measuring.join();
-    rows.map_err(|_| anyhow!("the measuring thread panicked"))??.into_iter().try_for_each(sink)
+    rows.map_err(|_| anyhow!("the measuring thread panicked"))??.into_iter().try_for_each(&mut **sink)
 }
 
 fn measure(effort: Effort) -> Result<[Row; 2]> {
