@@ -151,7 +151,7 @@ enum Found {
     /// These pages, whole.
     Whole(Vec<PageNumber>),
     /// Blocks of divergent pages.
-    Blocks(Delta),
+    Blocks(Box<Delta>),
 }
 
 struct Run<'a, G, C, O> {
@@ -268,7 +268,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 Ok(Found::Whole(union.iter().collect()))
             }
             TransferMode::Pages => Ok(Found::Whole(self.compare(union)?)),
-            TransferMode::Delta => Ok(Found::Blocks(self.compare_short(union)?)),
+            TransferMode::Delta => Ok(Found::Blocks(Box::new(self.compare_short(union)?))),
         }
     }
 
