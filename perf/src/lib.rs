@@ -23,6 +23,7 @@ pub mod row;
 pub mod rows;
 pub mod sample;
 pub mod services;
+pub mod syncvm;
 pub mod table;
 
 /// How much work to do.
