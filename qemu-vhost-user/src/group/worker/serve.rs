@@ -287,7 +287,8 @@ impl Serve {
                 },
                 early_resume: policy.early_resume,
                 transfer: match policy.sync {
-                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::default(),
+                    SyncPolicy::Vsmr | SyncPolicy::Str if policy.delta => TransferMode::Delta,
+                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::Pages,
                     SyncPolicy::Mc => TransferMode::All,
                 },
                 verify: policy.verify,
