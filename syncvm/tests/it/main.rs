@@ -4,4 +4,5 @@ mod common;
 mod delta;
 mod exchange;
 mod rejoin;
+mod traced;
 mod tracker;
