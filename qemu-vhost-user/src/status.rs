@@ -25,6 +25,21 @@ pub struct SyncStatus {
     pub phases_us: Vec<(String, u64)>,
 }
 
+/// A distribution of times.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    /// What was timed.
+    pub name: String,
+    /// How many.
+    pub count: u64,
+    /// Median, ms.
+    pub p50_ms: f64,
+    /// 99th percentile, ms.
+    pub p99_ms: f64,
+    /// The longest, ms.
+    pub max_ms: f64,
+}
+
 /// Sums over all syncvms since the daemon started.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SyncTotals {
@@ -53,6 +68,11 @@ pub struct SyncTotals {
     pub whole_us: Vec<(u64, u64)>,
     /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
+    /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to commit),
+    /// `stop` (to the stop of the guest), `sync` (to the acknowledgement), `release` (until all frames have left); and `held`:
+    /// how long each frame of the guest was held.
+    #[serde(default)]
+    pub slot_times: Vec<Times>,
     /// Full comparisons of RAM and device state that found no difference (`verify = true`).
     pub verified: u64,
     /// Full comparisons that found one: must stay 0.
@@ -184,6 +204,9 @@ pub struct GroupStatus {
     /// Rules of the uplink's filter and the frames that each decided on; the last is the default.
     #[serde(default)]
     pub filter: Vec<(String, u64)>,
+    /// When the guests are made identical: vsmr, or str or mc with its interval.
+    #[serde(default)]
+    pub policy: String,
     /// Dirty tracker in use and why.
     pub tracker: String,
     /// The last acknowledged syncvm.
@@ -300,7 +323,8 @@ impl GroupStatus {
         let totals = &self.totals;
         let _ = writeln!(
             text,
-            "  syncvm    {} done, {} failed, stop p50 {:.1} ms p99 {:.1} ms, {} bytes sent (full transfer: {}); tracker {}",
+            "  syncvm    {}; {} done, {} failed, stop p50 {:.1} ms p99 {:.1} ms, {} bytes sent (full transfer: {}); tracker {}",
+            self.policy,
             totals.count,
             totals.failed,
             totals.stop_ms_p50,
@@ -312,6 +336,13 @@ impl GroupStatus {
         let ends: Vec<String> = totals.slot_ends.iter().map(|(end, count)| format!("{end} {count}")).collect();
         if !ends.is_empty() {
             let _ = writeln!(text, "  slots     ended by {}", ends.join(", "));
+        }
+        if totals.slot_times.iter().any(|part| part.count > 0) {
+            let parts = totals.slot_times.iter();
+            let parts: Vec<String> = parts
+                .map(|part| format!("{} {:.1}/{:.1}/{:.1}", part.name, part.p50_ms, part.p99_ms, part.max_ms))
+                .collect();
+            let _ = writeln!(text, "  slot      p50/p99/max ms: {}", parts.join(", "));
         }
         if let Some(last) = &self.last_sync {
             let phases: Vec<String> = last.phases_us.iter().map(|(name, us)| format!("{name} {us}")).collect();

@@ -116,7 +116,7 @@ impl Turns for Reactor<'_> {
         self.pace.stages.lap(Stage::Deliver, delivered.frames);
         self.decide(now);
         self.pace.stages.lap(Stage::Decide, 0);
-        let released = self.egress.go_on_releasing(self.ordering.replica());
+        let released = self.egress.go_on_releasing(now, self.ordering.replica());
         let ended = self.end_turn();
         self.pace.stages.lap(Stage::Release, released);
         ended?;
@@ -307,7 +307,7 @@ impl Reactor<'_> {
                 | Report::Halted => {
                     self.guest_report(now, report);
                 }
-                Report::Stopped { number } => self.guest_stopped(number),
+                Report::Stopped { number } => self.guest_stopped(now, number),
                 Report::Joining
                 | Report::Staged { .. }
                 | Report::Applied { .. }

@@ -4,10 +4,12 @@ use hdrhistogram::Histogram;
 use syncvm::exchange::SyncReport;
 use syncvm::slot::SlotEnd;
 
+use super::slots::SlotTimes;
 use crate::status::{SyncStatus, SyncTotals};
 
 /// Every reason, in the order of its number.
-const SLOT_ENDS: [SlotEnd; 4] = [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength];
+const SLOT_ENDS: [SlotEnd; 5] =
+    [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength, SlotEnd::Interval];
 
 /// What has been counted so far.
 pub struct Totals {
@@ -20,8 +22,8 @@ pub struct Totals {
     pub failed: u64,
     /// Verifications that found a difference.
     pub diverged: u64,
-    /// What the last syncvm took from stop to acknowledgement.
-    pub last_cost_us: u64,
+    /// Where the time of slots goes.
+    pub slots: SlotTimes,
 }
 
 impl Totals {
@@ -36,7 +38,7 @@ impl Totals {
             slot_ends: [0; SLOT_ENDS.len()],
             failed: 0,
             diverged: 0,
-            last_cost_us: 0,
+            slots: SlotTimes::new(),
         }
     }
 
@@ -50,7 +52,6 @@ impl Totals {
         self.sums.bytes_sent += report.bytes_sent + report.bytes_received;
         self.sums.full_transfer_bytes += report.full_transfer_bytes;
         self.sums.verified += u64::from(report.verified);
-        self.last_cost_us = report.total_us;
         self.last = Some(status_of(report));
     }
 
@@ -69,6 +70,7 @@ impl Totals {
         SyncTotals {
             failed: self.failed,
             diverged: self.diverged,
+            slot_times: self.slots.summary(),
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
             stop_us: occurrences(&self.stop_us),

@@ -17,12 +17,13 @@ use syncvm::exchange::{
 use syncvm::hash::{HashKind, HashPool};
 use syncvm::pairing::Pairing;
 use syncvm::rejoin::{RejoinPolicy, follow_rejoin, lead_rejoin};
+use syncvm::transfer::TransferMode;
 
 use super::attach::{QemuGuest, QemuNews, Sockets};
 use super::link::BulkChannel;
 use super::observer::WorkerObserver;
 use super::{Command, CrashPoints, Report, Worker, WorkerPort, queues};
-use crate::config::{self, Scheduling, VmConfig};
+use crate::config::{self, Scheduling, SyncPolicy, VmConfig};
 use crate::device::BackendDirty;
 use crate::group::scheduling;
 
@@ -284,6 +285,10 @@ impl Serve {
                     config::HashKind::Xxh3 => HashKind::Xxh3_128,
                 },
                 early_resume: policy.early_resume,
+                transfer: match policy.sync {
+                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::default(),
+                    SyncPolicy::Mc => TransferMode::All,
+                },
                 verify: policy.verify,
                 ..ExchangeConfig::new(group_hash(&self.setup.vm.name))
             },
