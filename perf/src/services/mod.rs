@@ -10,6 +10,7 @@ mod cell;
 mod client;
 mod counters;
 mod memcached;
+mod plots;
 mod policy;
 mod postgres;
 mod redis;
@@ -25,7 +26,7 @@ use rig::Testbed;
 use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
-use crate::results::Scratch;
+use crate::results::{self, Scratch};
 use crate::rows::Rows;
 use cell::Cell;
 use client::Client;
@@ -41,7 +42,6 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-services")?;
     boot::copy_programs(scratch.path())?;
     let suites: &[Suite] = effort.pick(&workload::ALL[..], &workload::SMOKE[..]);
-    let policies: &[Policy] = effort.pick(&policy::ALL[..], &policy::SMOKE[..]);
     for suite in suites {
         let wanted = suite.workloads.iter().filter(|workload| sink.wants_some(&format!("{}.", workload.id)));
         let wanted: Vec<&Workload> = wanted.collect();
@@ -49,7 +49,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
             continue;
         }
         let rows: &Rows = sink;
-        let policies = policies.iter().copied().filter(|policy| is_wanted(*policy, &wanted, rows)).collect();
+        let policies = suite.policies.iter().copied().filter(|policy| is_wanted(*policy, &wanted, rows)).collect();
         let run = Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), effort };
         let measured = run.measure()?;
         for one in &measured {
@@ -63,6 +63,9 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
             }
         }
         print!("{LEGEND}");
+        for path in plots::write(&measured, &results::directory())? {
+            println!("plot: {}", path.display());
+        }
     }
     Ok(())
 }
@@ -70,7 +73,9 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
 /// The default policy always is, any other if some row compares with it.
 fn is_wanted(policy: Policy, workloads: &[&Workload], wanted: &Rows) -> bool {
     let rows = report::rows_against(policy);
-    policy == VSMR || workloads.iter().any(|one| rows.iter().any(|row| wanted.wants(&format!("{}.{row}", one.id))))
+    // The last of the switches is the default policy under another name.
+    let ours = policy.lines == VSMR.lines && !policy.unreplicated;
+    ours || workloads.iter().any(|one| rows.iter().any(|row| wanted.wants(&format!("{}.{row}", one.id))))
 }
 
 /// Everything about one service.

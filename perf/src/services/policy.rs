@@ -24,6 +24,15 @@ pub const MC: Policy = protected("mc", "sync = \"mc\"\n");
 /// Both guests run and are made equal every 25 ms.
 pub const STR: Policy = protected("str", "sync = \"str\"\n");
 
+/// What each of our switches adds to the one before it; the last line is the default policy (PLOVER's Figure 7).
+pub const LADDER: [Policy; 5] = [
+    UNREPLICATED,
+    protected("ordering", "sync = \"str\"\ndelta = false\n"),
+    protected("idle", "early_resume = false\ndelta = false\n"),
+    protected("early_resume", "delta = false\n"),
+    protected("delta", ""),
+];
+
 /// All that each workload is measured under. The first is what the others are compared with.
 pub const ALL: [Policy; 4] = [UNREPLICATED, VSMR, STR, MC];
 /// What a smoke run does.
