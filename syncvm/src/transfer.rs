@@ -6,6 +6,7 @@
 //! [`MAX_MESSAGE_BYTES`]; what is longer goes in pieces.
 
 mod blocks;
+mod buffer;
 mod divergent;
 mod mode;
 mod outgoing;

@@ -183,6 +183,7 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
         Err(error) => Err(run.fail(error)),
     };
     let report = result.map(|()| run.finish());
+    staging.trim();
     ctx.staging = staging;
     report
 }

@@ -362,6 +362,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     fn finish(self) -> SyncReport {
+        self.ctx.outgoing.trim();
         SyncReport {
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,

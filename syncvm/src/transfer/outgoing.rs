@@ -3,6 +3,7 @@
 use xxhash_rust::xxh3::Xxh3;
 
 use super::blocks::{BlockSize, encode_blocks};
+use super::buffer::PageBuffer;
 use super::{ENTRY_BYTES, End, FLAG_ZERO, Kind, MAX_BODY_BYTES, Piece};
 use crate::page::{PAGE_BYTES, PageNumber, is_zero};
 use crate::ram::GuestRam;
@@ -11,9 +12,8 @@ use crate::ram::GuestRam;
 #[derive(Debug, Default)]
 pub struct Outgoing {
     pages: Vec<(PageNumber, bool)>,
-    /// The pages that are not zero, in order. Only grows, so that a stop never waits for zeroed memory.
-    data: Vec<u8>,
-    data_bytes: usize,
+    /// The pages that are not zero, in order.
+    data: PageBuffer,
     device: Vec<u8>,
     body: Vec<u8>,
 }
@@ -27,13 +27,10 @@ impl Outgoing {
     /// As [`Self::copy_pages`], of pages of which it is known whether they are zero.
     pub fn copy_from(&mut self, ram: &GuestRam, pages: impl ExactSizeIterator<Item = (PageNumber, Option<bool>)>) {
         self.pages.clear();
-        self.data_bytes = 0;
-        let room = pages.len() * PAGE_BYTES;
-        if self.data.len() < room {
-            self.data.resize(room, 0);
-        }
+        self.data.clear();
+        self.data.reserve(pages.len());
         for (number, known) in pages {
-            let slot = &mut self.data[self.data_bytes..][..PAGE_BYTES];
+            let slot = self.data.slot();
             let zero = known.unwrap_or_else(|| {
                 ram.read_page(number, slot);
                 is_zero(slot)
@@ -42,10 +39,15 @@ impl Outgoing {
                 if known.is_some() {
                     ram.read_page(number, slot);
                 }
-                self.data_bytes += PAGE_BYTES;
+                self.data.keep();
             }
             self.pages.push((number, zero));
         }
+    }
+
+    /// Gives back memory that only an unusually large transfer needed. Takes its time: not for the stop.
+    pub fn trim(&mut self) {
+        self.data.trim();
     }
 
     /// Replaces the device state.
@@ -68,12 +70,12 @@ impl Outgoing {
     /// How many of them are zero pages.
     #[must_use]
     pub fn zero_pages(&self) -> usize {
-        self.pages.len() - self.data_bytes / PAGE_BYTES
+        self.pages.len() - self.data.pages()
     }
 
     /// The content of the pages that are not zero, in order.
     pub fn nonzero_pages(&self) -> std::slice::ChunksExact<'_, u8> {
-        self.data[..self.data_bytes].chunks_exact(PAGE_BYTES)
+        self.data.iter()
     }
 
     /// Hands every page message to `send(pages so far, kind, parts)`.
@@ -96,7 +98,7 @@ impl Outgoing {
                 table.extend_from_slice(&number.0.to_le_bytes());
                 table.push(if *zero { FLAG_ZERO } else { 0 });
             }
-            let data = &self.data[data_at..data_at + data_bytes];
+            let data = &self.data.bytes()[data_at..data_at + data_bytes];
             checksum.add(Kind::Pages, &[&table, data]);
             first += count;
             data_at += data_bytes;
@@ -134,10 +136,10 @@ impl Outgoing {
         checksum: &mut Checksum,
         mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
     ) -> Result<usize, E> {
-        assert_eq!(maps.len() * PAGE_BYTES, self.data_bytes, "a bitmap for each page");
+        assert_eq!(maps.len(), self.data.pages(), "a bitmap for each page");
         let (mut first, mut sent) = (0, 0);
         while first < maps.len() {
-            let pages = &self.data[first * PAGE_BYTES..self.data_bytes];
+            let pages = &self.data.bytes()[first * PAGE_BYTES..];
             let (count, blocks) = encode_blocks(size, &maps[first..], pages, &mut self.body);
             checksum.add(Kind::Blocks, &[&self.body]);
             first += count;
@@ -154,9 +156,9 @@ impl Outgoing {
         let numbers: Vec<PageNumber> = self.pages.iter().filter(|(_, zero)| !zero).map(|(number, _)| *number).collect();
         for &place in places {
             again.pages.push((numbers[place], false));
-            again.data.extend_from_slice(&self.data[place * PAGE_BYTES..][..PAGE_BYTES]);
+            again.data.slot().copy_from_slice(&self.data.bytes()[place * PAGE_BYTES..][..PAGE_BYTES]);
+            again.data.keep();
         }
-        again.data_bytes = again.data.len();
         again
     }
 

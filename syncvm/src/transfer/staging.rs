@@ -12,6 +12,7 @@
 use thiserror::Error;
 
 use super::blocks::{BlockSize, BlocksChunk, Differences, digest_page};
+use super::buffer::PageBuffer;
 use super::divergent::{DivergentList, HashOfHashes, short};
 use super::outgoing::Checksum;
 use super::{End, Kind, PagesChunk, Piece, WireError};
@@ -83,9 +84,8 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct Staging {
     pages: Vec<(PageNumber, Option<usize>)>,
-    /// Whole pages. Only grows, so that a stop never waits for zeroed memory.
-    data: Vec<u8>,
-    data_bytes: usize,
+    /// Whole pages.
+    data: PageBuffer,
     device: Vec<u8>,
     device_complete: bool,
     seen: DirtySet,
@@ -104,8 +104,7 @@ impl Staging {
     pub fn new(ram_pages: usize) -> Self {
         Self {
             pages: Vec::new(),
-            data: Vec::new(),
-            data_bytes: 0,
+            data: PageBuffer::default(),
             device: Vec::new(),
             device_complete: false,
             seen: DirtySet::new(ram_pages),
@@ -120,7 +119,7 @@ impl Staging {
     /// Throws away what was collected.
     pub fn begin(&mut self) {
         self.pages.clear();
-        self.data_bytes = 0;
+        self.data.clear();
         self.device.clear();
         self.device_complete = false;
         self.seen.clear();
@@ -139,9 +138,8 @@ impl Staging {
         for (place, zero) in list.iter() {
             let page = union[place];
             let data_at = (!zero).then(|| {
-                let at = self.grow();
-                ram.read_page(page, &mut self.data[at..at + PAGE_BYTES]);
-                at
+                ram.read_page(page, self.data.slot());
+                self.data.keep()
             });
             self.zero_pages += u64::from(zero);
             self.pages.push((page, data_at));
@@ -149,29 +147,20 @@ impl Staging {
         self.patched = Some(0);
     }
 
-    /// Room for another page; where it begins.
-    fn grow(&mut self) -> usize {
-        let at = self.data_bytes;
-        self.data_bytes += PAGE_BYTES;
-        if self.data.len() < self.data_bytes {
-            self.data.resize(self.data_bytes.max(self.data.len() * 2), 0);
-        }
-        at
-    }
-
-    fn nonzero_pages(&self) -> std::slice::ChunksExact<'_, u8> {
-        self.data[..self.data_bytes].chunks_exact(PAGE_BYTES)
-    }
-
     /// How many pages wait for blocks.
     #[must_use]
     pub fn pages_of_blocks(&self) -> usize {
-        self.data_bytes / PAGE_BYTES
+        self.data.pages()
+    }
+
+    /// Gives back memory that only an unusually large transfer needed. Takes its time.
+    pub fn trim(&mut self) {
+        self.data.trim();
     }
 
     /// Appends the digests of `count` of these pages from `first` on.
     pub fn digests(&self, first: usize, count: usize, size: BlockSize, seed: u64, out: &mut Vec<u8>) {
-        self.nonzero_pages().skip(first).take(count).for_each(|page| digest_page(page, size, seed, out));
+        self.data.iter().skip(first).take(count).for_each(|page| digest_page(page, size, seed, out));
     }
 
     /// Takes the body of a [`Kind::Blocks`] message.
@@ -189,7 +178,7 @@ impl Staging {
         if end > waiting {
             return Err(TransferError::TooManyPages { excess: end - waiting });
         }
-        chunk.patch(&mut self.data[first * PAGE_BYTES..end * PAGE_BYTES]);
+        chunk.patch(&mut self.data.bytes_mut()[first * PAGE_BYTES..end * PAGE_BYTES]);
         self.patched = Some(end);
         self.checksum.add(Kind::Blocks, &[body]);
         Ok(chunk.blocks())
@@ -206,7 +195,7 @@ impl Staging {
             let place = self.pages.binary_search_by_key(&page, |(page, _)| *page);
             let data_at = place.ok().and_then(|place| self.pages[place].1);
             let (Some(at), Some(bytes)) = (data_at, bytes) else { return Err(TransferError::NotInUnion { page }) };
-            self.data[at..at + PAGE_BYTES].copy_from_slice(bytes);
+            self.data.bytes_mut()[at..at + PAGE_BYTES].copy_from_slice(bytes);
             count += 1;
         }
         self.checksum.add(Kind::Pages, &[body]);
@@ -235,9 +224,8 @@ impl Staging {
             self.seen.insert(page);
             self.zero_pages += u64::from(bytes.is_none());
             let data_at = bytes.map(|bytes| {
-                let at = self.grow();
-                self.data[at..at + PAGE_BYTES].copy_from_slice(bytes);
-                at
+                self.data.slot().copy_from_slice(bytes);
+                self.data.keep()
             });
             self.pages.push((page, data_at));
         }
@@ -291,7 +279,7 @@ impl Staging {
     fn content(&mut self, hash: HashKind) -> [u8; 16] {
         let mut hashes = std::mem::take(&mut self.hashes);
         hashes.clear();
-        hashes.extend(self.nonzero_pages().map(hash.function()));
+        hashes.extend(self.data.iter().map(hash.function()));
         let mut content = HashOfHashes::default();
         hashes.iter().for_each(|hash| content.add(hash));
         self.hashes = hashes;
@@ -354,7 +342,7 @@ impl VerifiedTransfer<'_> {
             }
             match data_at {
                 Some(at) => {
-                    let new = &self.staging.data[at..at + PAGE_BYTES];
+                    let new = &self.staging.data.bytes()[at..at + PAGE_BYTES];
                     if blocks {
                         differences.add(&old, new);
                     }
