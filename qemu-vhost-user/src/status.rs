@@ -189,6 +189,9 @@ pub struct GroupStatus {
     pub held_bytes: u64,
     /// Frames of clients that were ordered.
     pub frames_in: u64,
+    /// Pauses between two batches of input because the secondary's guest is behind (leader).
+    #[serde(default)]
+    pub input_pauses: u64,
     /// Frames that left.
     pub frames_out: u64,
     /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers or
@@ -250,6 +253,10 @@ impl GroupStatus {
             "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
             self.frames_in, self.frames_out, self.frames_dropped, self.held_frames, self.held_bytes
         );
+        if self.input_pauses > 0 {
+            let _ =
+                writeln!(text, "  frames    {} pauses of the input, for a secondary that is behind", self.input_pauses);
+        }
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");
         }

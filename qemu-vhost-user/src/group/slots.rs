@@ -20,7 +20,7 @@ use crate::status::Times;
 /// syncvm of its next activity is short ...
 const IDLE_SLOT_US: u64 = 1_000_000;
 /// ... but ever more rarely, up to this, while there is next to nothing to make equal.
-const LONGEST_IDLE_SLOT_US: u64 = 60_000_000;
+const LONGEST_IDLE_SLOT_US: u64 = 10_000_000;
 /// That much is next to nothing.
 const FEW_PAGES: usize = 1024;
 /// Making an idle guest equal takes at most one part in so many of its time.
@@ -185,6 +185,8 @@ impl Reactor<'_> {
             idle_max_slot_us: slots.idle_slot_us,
             consumed_inputs: u64::from(self.delivery.consumed_since_sync),
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
+            quiet_us: now.saturating_sub(self.delivery.last_injected_us),
+            usual_cost_us: slots.costs.usual_us(),
             stop_cost_us: slots.stop_costs.predicted_us(),
             sync_cost_us: slots.costs.predicted_us(),
         };
