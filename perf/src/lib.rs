@@ -20,7 +20,10 @@ pub mod pin;
 pub mod replica_steps;
 pub mod results;
 pub mod row;
+pub mod rows;
 pub mod sample;
+pub mod services;
+pub mod syncvm;
 pub mod table;
 
 /// How much work to do.

@@ -1,11 +1,14 @@
-//! `perf GROUP [--smoke]`: measures, prints a table and appends to `target/perf/results.ndjson`. Started by
+//! `perf GROUP [--smoke] [--only PREFIX]`: measures, prints a table and appends to `target/perf/results.ndjson`. Started by
 //! `cargo xtask perf`, which builds it as it should be built.
 
+use std::cell::RefCell;
 use std::process::ExitCode;
+use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
 use perf::group::{GROUPS, Group};
+use perf::rows::Rows;
 use perf::{Effort, results, table};
 
 #[derive(Parser)]
@@ -16,9 +19,20 @@ struct Arguments {
     /// A few seconds only: shows that the measurement works, its figures mean nothing
     #[arg(long)]
     smoke: bool,
+    /// Only rows whose id begins so; may be given several times
+    #[arg(long, value_name = "PREFIX")]
+    only: Vec<String>,
 }
 
 fn main() -> ExitCode {
+    match perf::syncvm::was_guest() {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => {}
+        Err(error) => {
+            eprintln!("error: a synthetic guest: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    }
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -38,14 +52,17 @@ fn run(arguments: &Arguments) -> Result<()> {
     let group = Group::find(&arguments.group)?;
     let effort = if arguments.smoke { Effort::Smoke } else { Effort::Full };
     let (directory, commit) = (results::directory(), results::commit());
-    let mut rows = Vec::new();
-    let outcome = group.run(effort, &mut |mut row| {
+    let measured = Rc::new(RefCell::new(Vec::new()));
+    let kept = Rc::clone(&measured);
+    let mut rows = Rows::new(arguments.only.clone(), move |mut row| {
         row.commit.clone_from(&commit);
         eprintln!("   measured {}", row.id);
         results::append(&directory, &row)?;
-        rows.push(row);
+        kept.borrow_mut().push(row);
         Ok(())
     });
+    let outcome = group.run(effort, &mut rows);
+    let rows = measured.take();
     // Also after a failure: what was measured before it is good.
     if !rows.is_empty() {
         print!("{}", table::render(&rows));
@@ -53,5 +70,12 @@ fn run(arguments: &Arguments) -> Result<()> {
     if arguments.smoke {
         println!("smoke run: these figures mean nothing");
     }
-    outcome
+    outcome?;
+    ensure!(
+        !rows.is_empty() || arguments.only.is_empty(),
+        "no row of the group {} begins with {}; docs/performance.md names them",
+        group.name,
+        arguments.only.join(" or ")
+    );
+    Ok(())
 }

@@ -39,6 +39,9 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         ("consensus.steps_per_s.wire.1KiB", 1024, Passing::Wire),
     ];
     for (id, entry_bytes, passing) in rows {
+        if !sink.wants(id) {
+            continue;
+        }
         let figure = Figure { id, unit: "1/s", better: Better::Higher };
         let mut first_steps = None;
         let payloads = payloads(entry_bytes);

@@ -59,6 +59,13 @@ pub struct SyncTotals {
     pub stop_ms_p50: f64,
     /// 99th percentile of the guest stop.
     pub stop_ms_p99: f64,
+    /// Guest stops: each time in µs (to 1 %) and how often it occurred, ascending. Of two looks the difference tells what
+    /// lay between them.
+    #[serde(default)]
+    pub stop_us: Vec<(u64, u64)>,
+    /// The same of whole syncvms, from the stop to the acknowledgement.
+    #[serde(default)]
+    pub whole_us: Vec<(u64, u64)>,
     /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
     /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to commit),

@@ -68,6 +68,10 @@ pub enum Service {
     Memcached,
     /// nginx with one small page.
     Nginx,
+    /// lighttpd with a small page that PHP makes.
+    Lighttpd,
+    /// PostgreSQL, its data in memory; anybody is its user `postgres`.
+    Postgres,
     /// Threads that race without locks (rig/guest/racey.rs says how to ask for the result).
     Racey {
         /// How many threads race.
@@ -84,6 +88,8 @@ impl Service {
             Self::Redis => "redis",
             Self::Memcached => "memcached",
             Self::Nginx => "nginx",
+            Self::Lighttpd => "lighttpd",
+            Self::Postgres => "postgres",
             Self::Racey { .. } => "racey",
         }
     }
@@ -93,9 +99,15 @@ impl Service {
         match self {
             Self::Redis => 6379,
             Self::Memcached => 11211,
-            Self::Nginx => 80,
+            Self::Nginx | Self::Lighttpd => 80,
+            Self::Postgres => 5432,
             Self::Racey { .. } => 7000,
         }
+    }
+
+    /// What it needs to run well, MiB.
+    pub fn memory_mib(self) -> u32 {
+        if self == Self::Postgres { 640 } else { 256 }
     }
 }
 
@@ -113,9 +125,9 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest of 256 MiB at [`GUEST_IP`].
+    /// A guest at [`GUEST_IP`] with as much memory as its service needs.
     pub fn new(service: Service) -> Self {
-        Self { service, ip: GUEST_IP, memory_mib: 256, append: String::new() }
+        Self { service, ip: GUEST_IP, memory_mib: service.memory_mib(), append: String::new() }
     }
 
     /// The user's own part of QEMU's command line: everything except machine, memory backend and devices. The

@@ -153,7 +153,7 @@ pub struct ExchangeConfig {
     pub silence_timeout: Duration,
     /// Longest duration of one exchange.
     pub total_timeout: Duration,
-    /// The page hash.
+    /// The page hash. The leader's setting counts, and the follower takes it over.
     pub hash: HashKind,
     /// The leader's guest runs again after the copy, not after the acknowledgement.
     pub early_resume: bool,

@@ -15,6 +15,7 @@ pub use staging::{Staging, TransferError, VerifiedTransfer};
 
 pub use crate::wire::WireError;
 
+use crate::hash::HashKind;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::Basis;
 use crate::wire::Reader;
@@ -164,8 +165,8 @@ impl Header {
 pub struct Terms {
     /// Pages of the RAM file.
     pub ram_pages: u64,
-    /// [`crate::hash::HashKind::code`].
-    pub hash: u8,
+    /// The page hash. The leader's counts.
+    pub hash: HashKind,
     /// Whether invariant I4 is checked afterwards. The leader's counts.
     pub verify: bool,
     /// What the leader sends. The leader's counts.
@@ -244,7 +245,12 @@ impl Terms {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::BYTES);
         out.extend_from_slice(&self.ram_pages.to_le_bytes());
-        out.extend_from_slice(&[self.hash, self.verify.into(), self.transfer.code(), self.basis.is_some().into()]);
+        out.extend_from_slice(&[
+            self.hash.code(),
+            self.verify.into(),
+            self.transfer.code(),
+            self.basis.is_some().into(),
+        ]);
         let basis = self.basis.unwrap_or(Basis { view: 0, number: 0, round: 0 });
         out.extend_from_slice(&basis.view.to_le_bytes());
         out.extend_from_slice(&basis.number.to_le_bytes());
@@ -259,7 +265,8 @@ impl Terms {
     pub fn decode(body: &[u8]) -> Result<(Self, Piece<'_>), WireError> {
         let mut reader = Reader(body);
         let ram_pages = reader.u64("RAM size")?;
-        let hash = reader.u8("hash")?;
+        let code = reader.u8("hash")?;
+        let hash = HashKind::from_code(code).ok_or(WireError::Value { field: "hash", value: code.into() })?;
         let verify = reader.u8("verify")? != 0;
         let code = reader.u8("transfer mode")?;
         let transfer =

@@ -15,6 +15,16 @@ pub struct Arguments {
     /// A few seconds only: shows that the measurement works, its figures mean nothing
     #[arg(long)]
     smoke: bool,
+    /// Only rows whose id begins so, as `vhost.io`; may be given several times
+    #[arg(long, value_name = "PREFIX")]
+    only: Vec<String>,
+}
+
+impl Arguments {
+    /// Whether a row may be wanted whose id begins with `area`.
+    fn wants_some(&self, area: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|prefix| prefix.starts_with(area) || area.starts_with(prefix))
+    }
 }
 
 /// Switches on what consensus is compared with. Half a minute of compilation, so that a plain `cargo test` leaves it
@@ -33,12 +43,17 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
     if group == "dataplane" {
         setup::dpdk()?;
         // Without root there are no guests; what is measured before them still is, then the harness says so.
-        if rig::is_root() {
+        if rig::is_root() && arguments.wants_some("guest.") {
             setup::run(false)?;
             loud_step("programs that the guests run on", test::build_programs)?;
         }
     }
-    if group == "fabric" && !arguments.smoke && rig::is_root() {
+    if group == "services" {
+        setup::run(false)?;
+        setup::load_generators()?;
+        loud_step("programs that the guests run on", test::build_programs)?;
+    }
+    if group == "fabric" && !arguments.smoke && rig::is_root() && arguments.wants_some("fabric.rdma") {
         // For RDMA, in a guest. The smoke run measures it if these are there already.
         setup::run(false)?;
         let program = ["build", "--release", "-p", rig::rdma_guest::PROGRAM];
@@ -46,7 +61,7 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
             run(cargo().current_dir(setup::workspace()).args(program))
         })?;
     }
-    loud_step(format!("perf {group}"), || run(&mut harness(group, arguments.smoke)))
+    loud_step(format!("perf {group}"), || run(&mut harness(arguments)))
 }
 
 /// A smoke run of `group`: that it works, not what it measures.
@@ -54,12 +69,14 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
 /// # Errors
 /// As [`perf`].
 pub fn smoke(group: &str) -> Result<()> {
-    perf(&Arguments { group: group.to_owned(), smoke: true })
+    perf(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new() })
 }
 
-/// The command that measures `group`. A smoke run takes the build that the tests use: it is there already, checks
+/// The command that measures. A smoke run takes the build that the tests use: it is there already, checks
 /// more, and figures do not matter.
-fn harness(group: &str, smoke: bool) -> Command {
+fn harness(arguments: &Arguments) -> Command {
+    let Arguments { group, smoke, only } = arguments;
+    let smoke = *smoke;
     let mut command = cargo();
     command
         .current_dir(setup::workspace())
@@ -67,7 +84,8 @@ fn harness(group: &str, smoke: bool) -> Command {
         .args((smoke || group == "consensus").then_some(PEERS))
         .args((!smoke).then_some("--release"))
         .args(["--", group])
-        .args(smoke.then_some("--smoke"));
+        .args(smoke.then_some("--smoke"))
+        .args(only.iter().flat_map(|prefix| ["--only", prefix]));
     command
 }
 

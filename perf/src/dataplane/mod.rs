@@ -7,7 +7,6 @@
 
 mod backend;
 mod guest;
-mod hugepages;
 mod member;
 mod ordered;
 mod testpmd;
@@ -21,10 +20,9 @@ use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
 use crate::results::Scratch;
-use crate::row::Row;
 use crate::sample::{Better, Figure, compare_best};
 use backend::Backend;
-use hugepages::HugePages;
+use huge_pages::HugePages;
 use testpmd::{Counts, MEMORY_MIB, Options, Testpmd};
 
 /// Long against a look at the counters, short against a run.
@@ -71,8 +69,13 @@ impl Mode {
 /// # Errors
 /// testpmd is missing or fails, or frames are lost or wrong; or what [`guest::run`] says.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    devices(effort, sink)?;
-    guest::run(effort, sink)
+    if sink.wants_some("vhost.") {
+        devices(effort, sink)?;
+    }
+    if sink.wants_some("guest.") {
+        guest::run(effort, sink)?;
+    }
+    Ok(())
 }
 
 fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
@@ -83,7 +86,7 @@ fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // For two processes, and a few for what DPDK cannot place in one piece.
     let huge = HugePages::reserve(2 * (MEMORY_MIB / 2 + 16));
     if let Err(error) = &huge {
-        eprintln!("NOTE: no huge pages ({error:#}): testpmd runs on normal pages, and both sides are slower for it");
+        eprintln!("NOTE: no huge pages ({error}): testpmd runs on normal pages, and both sides are slower for it");
     }
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-dataplane")?;
     for mode in [Mode::Rx, Mode::Tx, Mode::Io] {
@@ -97,11 +100,11 @@ fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
                 directory: scratch.path(),
                 effort,
             };
-            sink(run.compare()?)?;
+            run.compare(sink)?;
         }
     }
     let (mode, directory) = (Mode::Rx, scratch.path());
-    sink(Run { mode, ordered: true, frame_bytes: 64, cpus, huge: huge.is_ok(), directory, effort }.compare()?)
+    Run { mode, ordered: true, frame_bytes: 64, cpus, huge: huge.is_ok(), directory, effort }.compare(sink)
 }
 
 /// What to do in each run.
@@ -117,11 +120,15 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn compare(&self) -> Result<Row> {
+    fn compare(&self, sink: Sink<'_>) -> Result<()> {
         let ordered = if self.ordered { ".ordered" } else { "" };
         let id = format!("vhost.{}.{}{ordered}", self.mode.names().0, self.frame_bytes);
+        if !sink.wants(&id) {
+            return Ok(());
+        }
         let figure = Figure { id: &id, unit: "Mpps", better: Better::Higher };
-        compare_best(figure, self.effort, self.effort.pick(7, 1), PEER, || self.ours(), || self.peer())
+        let runs = self.effort.pick(7, 1);
+        sink(compare_best(figure, self.effort, runs, PEER, || self.ours(), || self.peer())?)
     }
 
     fn ours(&self) -> Result<f64> {

@@ -36,7 +36,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // In a thread of its own, because it is pinned.
     let measuring = std::thread::spawn(move || measure_all(effort));
     let rows = measuring.join().map_err(|_| anyhow!("the measuring thread panicked"))??;
-    rows.into_iter().try_for_each(sink)
+    rows.into_iter().try_for_each(&mut **sink)
 }
 
 fn measure_all(effort: Effort) -> Result<[Row; 2]> {

@@ -15,8 +15,17 @@ use crate::group::Sink;
 /// # Errors
 /// The first measurement that fails, or the sink's error.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    rtt::run(effort, sink)?;
-    rdma::run(effort, sink)?;
-    shm::run(effort, sink)?;
-    bulk::run(effort, sink)
+    if sink.wants_some("fabric.tcp") {
+        rtt::run(effort, sink)?;
+    }
+    if sink.wants(rdma::ID) {
+        rdma::run(effort, sink)?;
+    }
+    if sink.wants(shm::ID) {
+        shm::run(effort, sink)?;
+    }
+    if sink.wants_some("fabric.bulk") {
+        bulk::run(effort, sink)?;
+    }
+    Ok(())
 }

@@ -12,6 +12,8 @@ use crate::Effort;
 use crate::group::Sink;
 use crate::sample::{Better, Figure, compare};
 
+/// Its row.
+pub(super) const ID: &str = "fabric.rdma.rtt";
 /// Under TCG on a busy machine.
 const LIMIT_SECS: u64 = 300;
 
@@ -32,7 +34,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         return Ok(());
     }
     let runs = measure(effort)?;
-    let figure = Figure { id: "fabric.rdma.rtt", unit: "us", better: Better::Lower };
+    let figure = Figure { id: ID, unit: "us", better: Better::Lower };
     let (mut ours, mut bare) = (runs.iter().map(|run| run.ours_us), runs.iter().map(|run| run.bare_us));
     let row = compare(
         figure,

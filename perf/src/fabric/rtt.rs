@@ -36,7 +36,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // In a thread of its own, because it is pinned.
     let measuring = std::thread::spawn(move || measure(effort));
     let rows = measuring.join();
-    rows.map_err(|_| anyhow!("the measuring thread panicked"))??.into_iter().try_for_each(sink)
+    rows.map_err(|_| anyhow!("the measuring thread panicked"))??.into_iter().try_for_each(&mut **sink)
 }
 
 fn measure(effort: Effort) -> Result<[Row; 2]> {
@@ -147,7 +147,7 @@ struct Stop {
 }
 
 /// Two nodes on the loopback interface, and what each needs to know of both.
-pub(super) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Replica>)> {
+pub(crate) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Replica>)> {
     let bind = |name: &str| -> Result<Listener> {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Ok(Listener::bind(addr, NodeIdentity::new(name)?, security.clone())?)

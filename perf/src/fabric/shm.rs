@@ -19,6 +19,8 @@ use crate::row::Row;
 use crate::sample::{Better, Figure, compare};
 use crate::{Effort, pin};
 
+/// Its row.
+pub(super) const ID: &str = "fabric.shm.rtt";
 /// Round trips between two looks at the clock, which costs as much as a transfer.
 const BATCH: u64 = 200;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -46,7 +48,7 @@ fn measure(effort: Effort) -> Result<Row> {
     let mut pair = Pair::connect(there)?;
     // Now, so that the thread made above did not inherit it.
     pin::pin(here)?;
-    let figure = Figure { id: "fabric.shm.rtt", unit: "ns", better: Better::Lower };
+    let figure = Figure { id: ID, unit: "ns", better: Better::Lower };
     let pair_cell = std::cell::RefCell::new(&mut pair);
     let row = compare(
         figure,

@@ -37,6 +37,8 @@ const RECORDS_BYTES: [usize; 2] = [256, 4096];
 /// The record of `log.commit_p50`: with its header it fits a block.
 const SINGLE_BYTES: usize = 1024;
 
+const COMMIT_P50: &str = "log.commit_p50";
+
 /// Measures in a scratch directory under `directory`, whose file system is the one measured.
 ///
 /// # Errors
@@ -49,7 +51,10 @@ pub fn run(effort: Effort, directory: &Path, sink: Sink<'_>) -> Result<()> {
             append(effort, directory, Shape { batch, record_bytes, block_bytes }, sink)?;
         }
     }
-    single(effort, scratch.path(), sink)
+    if sink.wants(COMMIT_P50) {
+        single(effort, scratch.path(), sink)?;
+    }
+    Ok(())
 }
 
 /// What one commit is.
@@ -64,6 +69,9 @@ fn append(effort: Effort, directory: &Path, shape: Shape, sink: Sink<'_>) -> Res
     let Shape { batch, record_bytes, block_bytes } = shape;
     let commits = effort.pick(600, 8);
     let id = format!("log.append.b{batch}.r{record_bytes}");
+    if !sink.wants(&id) {
+        return Ok(());
+    }
     let scratch = Scratch::new(directory, &id)?;
     let place = scratch.path().join("log");
     let fio_bytes = (batch * record_bytes as u64).next_multiple_of(block_bytes as u64);
@@ -99,7 +107,7 @@ fn single(effort: Effort, directory: &Path, sink: Sink<'_>) -> Result<()> {
     let place = directory.join("single");
     let mut log = Engine::create(&place, SINGLE_BYTES)?;
     let mut bare = BareUring::create(&directory.join("bare"))?;
-    let figure = Figure { id: "log.commit_p50", unit: "us", better: Better::Lower };
+    let figure = Figure { id: COMMIT_P50, unit: "us", better: Better::Lower };
     let row = compare(
         figure,
         effort,

@@ -28,26 +28,39 @@ use crate::sample::{Better, Figure, compare};
 use crate::{Effort, pin};
 use trio::Trio;
 
+const COMMIT_P50: &str = "consensus.tcp_commit_p50";
+
 /// Measures.
 ///
 /// # Errors
 /// A replica or a peer fails, or does not commit what it should.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    // In a thread of its own, because it is pinned.
-    let row = std::thread::spawn(move || commit_latency(effort)).join();
-    sink(row.map_err(|_| anyhow!("the measuring thread panicked"))??)?;
+    if sink.wants(COMMIT_P50) {
+        // In a thread of its own, because it is pinned.
+        let row = std::thread::spawn(move || commit_latency(effort)).join();
+        sink(row.map_err(|_| anyhow!("the measuring thread panicked"))??)?;
+    }
     with_peers(effort, sink)
 }
 
 #[cfg(feature = "peers")]
 fn with_peers(effort: Effort, sink: Sink<'_>) -> Result<()> {
-    sink(raft_crate::measure(effort)?)?;
-    sink(etcd::measure(effort)?)
+    if sink.wants("consensus.vs_raft_crate") {
+        sink(raft_crate::measure(effort)?)?;
+    }
+    if sink.wants("consensus.vs_etcd") {
+        sink(etcd::measure(effort)?)?;
+    }
+    Ok(())
 }
 
 #[cfg(not(feature = "peers"))]
-fn with_peers(_: Effort, _: Sink<'_>) -> Result<()> {
-    anyhow::bail!("built without etcd and raft: start the measurement with «cargo xtask perf consensus»")
+fn with_peers(_: Effort, sink: Sink<'_>) -> Result<()> {
+    anyhow::ensure!(
+        !sink.wants_some("consensus.vs_"),
+        "built without etcd and raft: start the measurement with «cargo xtask perf consensus»"
+    );
+    Ok(())
 }
 
 /// The leader has one CPU, both followers another, as far as there are two; the same for both ends of the
@@ -59,7 +72,7 @@ fn commit_latency(effort: Effort) -> Result<Row> {
     let mut bare = BarePair::connect(there)?;
     // Now, so that the threads made above did not inherit it.
     pin::pin(here)?;
-    let figure = Figure { id: "consensus.tcp_commit_p50", unit: "us", better: Better::Lower };
+    let figure = Figure { id: COMMIT_P50, unit: "us", better: Better::Lower };
     let peer = format!("bare TCP ping-pong, {MESSAGE_BYTES} B");
     let row = compare(
         figure,

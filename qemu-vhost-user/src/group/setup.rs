@@ -134,7 +134,7 @@ fn worker_setup(node: &NodeConfig, vm: &VmConfig, bulk: BulkPort, dirty: Backend
         run_dir: node.vm_run_dir(&vm.name),
         vm,
         node: node.name.clone(),
-        hash_workers: node.hash_workers(),
+        hash_cores: node.hash_thread_cores(),
         scheduling: node.scheduling,
         bulk,
         dirty,

@@ -102,7 +102,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     pub(crate) fn terms(&self) -> Terms {
         Terms {
             ram_pages: self.pairing.pages() as u64,
-            hash: self.config.hash.code(),
+            hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.config.transfer,
             basis: self.pairing.basis(),
@@ -213,6 +213,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let terms = self.ctx.terms();
         let (leader, mut union) = self.ctx.link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
         self.check_basis(&leader, &union)?;
+        self.ctx.config.hash = leader.hash;
         // `open` would take a basis for itself when everything is dirty here; the leader's is what counts.
         let basis = self.ctx.pairing.basis();
         self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();

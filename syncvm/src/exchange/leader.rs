@@ -82,7 +82,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     pub(crate) fn terms(&self) -> Terms {
         Terms {
             ram_pages: self.pairing.pages() as u64,
-            hash: self.config.hash.code(),
+            hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.config.transfer,
             basis: self.pairing.basis(),

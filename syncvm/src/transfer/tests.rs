@@ -119,7 +119,7 @@ fn headers_terms_and_aborts_come_back() {
     message.push(7);
     assert_eq!(Header::decode(&message), Ok((header, &[7u8][..])));
     for (basis, transfer) in [(None, TransferMode::All), (Some(header.basis()), TransferMode::Delta)] {
-        let terms = Terms { ram_pages: 5, hash: 1, verify: true, transfer, basis };
+        let terms = Terms { ram_pages: 5, hash: crate::hash::HashKind::Xxh3_128, verify: true, transfer, basis };
         let mut body = terms.encode();
         assert_eq!(body.len(), Terms::BYTES);
         let piece = Piece { total_bytes: 1, offset_bytes: 0, bytes: &[8] };

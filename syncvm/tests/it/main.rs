@@ -3,4 +3,5 @@
 mod common;
 mod exchange;
 mod rejoin;
+mod traced;
 mod tracker;

@@ -45,11 +45,18 @@ fn measure(bed: &Testbed, effort: Effort, sink: Sink<'_>) -> Result<()> {
     let pair = Pair::boot(bed, cpus)?;
     let client = Client { host: bed.client(), cpu: cpus[1], directory: scratch.path() };
     for (id, direction) in [("guest.iperf.in", Direction::In), ("guest.iperf.out", Direction::Out)] {
+        if !sink.wants(id) {
+            continue;
+        }
         let figure = Figure { id, unit: "Gbit/s", better: Better::Higher };
         let run = |guest| client.iperf(guest, direction, effort);
         sink(compare(figure, effort, PEER, || run(pair.ours()), || run(pair.peer()))?)?;
     }
     for (clients, full, smoke) in LOADS {
+        // Both of its rows come from the same runs.
+        if !sink.wants_some(&format!("guest.redis.c{clients}.")) {
+            continue;
+        }
         for row in redis(&client, &pair, clients, effort.pick(full, smoke), effort)? {
             sink(row)?;
         }
