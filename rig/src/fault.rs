@@ -269,7 +269,8 @@ impl Process {
         Ok(Fault::new(format!("{} frozen", self.name()), move || process.thaw()))
     }
 
-    /// Lets it run for a share of the time only, as if others had the rest: stopped and continued in turn, with this period.
+    /// Lets it run for a share of the time only, as if others had the rest: stopped and continued in turn, with this
+    /// period.
     pub fn starved(&self, share_percent: u32, period: Duration) -> Result<Fault> {
         let run = period * share_percent.min(100) / 100;
         let (end, ended) = std::sync::mpsc::channel::<()>();

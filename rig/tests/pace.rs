@@ -1,5 +1,5 @@
-//! The pace of a protected guest: how long its output is held, what it costs while it is idle, and what becomes of it when the
-//! secondary is slower.
+//! The pace of a protected guest: how long its output is held, what it costs while it is idle, and what becomes of it
+//! when the secondary is slower.
 
 use std::time::Duration;
 

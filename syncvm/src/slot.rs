@@ -37,8 +37,8 @@ const RECENT_COSTS: usize = 64;
 /// How many of so many may have cost more than what is predicted.
 const OUTLIERS: usize = 1;
 
-/// What the last syncvms cost, as a prediction for the next. A high quantile and not the mean: a bound on how long frames are
-/// held is worth nothing if half of them miss it. Not the maximum: one outlier would shorten all slots.
+/// What the last syncvms cost, as a prediction for the next. A high quantile and not the mean: a bound on how long
+/// frames are held is worth nothing if half of them miss it. Not the maximum: one outlier would shorten all slots.
 #[derive(Clone, Debug)]
 pub struct SyncCosts {
     recent_us: [u64; RECENT_COSTS],
@@ -178,9 +178,10 @@ impl SlotPolicy {
         (idle && !self.lingers(now)).then_some(SlotEnd::Idle)
     }
 
-    /// An idle guest may get its next input at once: clients that were answered together ask again one after the other. A
-    /// slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end waits for a small part of what
-    /// it costs; but only in a slot that is shorter than a syncvm, or steady traffic would put it off again and again.
+    /// An idle guest may get its next input at once: clients that were answered together ask again one after the
+    /// other. A slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end
+    /// waits for a small part of what it costs; but only in a slot that is shorter than a syncvm, or steady traffic
+    /// would put it off again and again.
     fn lingers(&self, now: &SlotSnapshot) -> bool {
         now.quiet_us < now.usual_cost_us / LINGER_SHARE && now.active_us < now.usual_cost_us
     }

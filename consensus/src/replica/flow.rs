@@ -19,8 +19,8 @@ pub struct Lag {
 }
 
 impl Replica {
-    /// How far the secondary's guest is behind, by what it last said. Nothing without a secondary: a witness is never waited
-    /// for, and neither is a secondary once `Second(none)` is committed.
+    /// How far the secondary's guest is behind, by what it last said. Nothing without a secondary: a witness is never
+    /// waited for, and neither is a secondary once `Second(none)` is committed.
     pub fn second_lag(&self, now_us: u64) -> Lag {
         let Phase::Leader(leading) = &self.phase else {
             return Lag::default();

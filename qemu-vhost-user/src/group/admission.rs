@@ -1,13 +1,15 @@
 //! How fast inputs are admitted: as they come, unless the secondary's guest falls behind.
 //!
-//! A secondary that is slower than the leader (a busy host, fewer cores) must not be lost, and must not make the leader stand still for
-//! seconds either, which is what the hard limits of consensus (R16) do once they are reached. So the further it is behind, the longer the
-//! leader pauses between two batches, and clients slow down because their answers do. Rejected: a rate that is learnt from
-//! what the secondary consumes, because that comes in bursts, one per slot, and says little about what it could.
+//! A secondary that is slower than the leader (a busy host, fewer cores) must not be lost, and must not make the
+//! leader stand still for seconds either, which is what the hard limits of consensus (R16) do once they are reached.
+//! So the further it is behind, the longer the leader pauses between two batches, and clients slow down because their
+//! answers do. Rejected: a rate that is learnt from what the secondary consumes, because that comes in bursts, one
+//! per slot, and says little about what it could.
 
 use consensus::Lag;
 
-/// A lag of this time is usual: while a syncvm is applied, the secondary consumes nothing, and it reports with its next answer.
+/// A lag of this time is usual: while a syncvm is applied, the secondary consumes nothing, and it reports with its
+/// next answer.
 const USUAL_US: u64 = 100_000;
 /// So many entries too.
 const USUAL_ENTRIES: u64 = 512;

@@ -52,7 +52,8 @@ pub fn shared(bytes: ArenaBytes) -> Payload {
     Payload::within(chunk, at, len)
 }
 
-/// A page of 1 GiB for a guard of 32 MiB would waste most of what is scarcest: only memory that fills half of one gets it.
+/// A page of 1 GiB for a guard of 32 MiB would waste most of what is scarcest: only memory that fills half of one
+/// gets it.
 fn page_size(wanted: HugePages, bytes: usize) -> PageSize {
     match wanted {
         HugePages::Size1G if bytes >= PageSize::Huge1G.bytes() / 2 => PageSize::Huge1G,
