@@ -25,5 +25,5 @@ pub use effects::{Effects, Event, Notice, Persist};
 pub use entry::{Base, Entry, HardState, Payload};
 pub use ids::{Index, PersistId, ReplicaId, View, Viewstamp};
 pub use message::Message;
-pub use replica::{ProposeError, Release, Replica, Role};
+pub use replica::{Lag, ProposeError, Release, Replica, Role};
 pub use wire::WireError;

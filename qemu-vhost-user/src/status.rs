@@ -59,8 +59,8 @@ pub struct SyncTotals {
     pub stop_ms_p50: f64,
     /// 99th percentile of the guest stop.
     pub stop_ms_p99: f64,
-    /// Guest stops: each time in µs (to 1 %) and how often it occurred, ascending. Of two looks the difference tells what
-    /// lay between them.
+    /// Guest stops: each time in µs (to 1 %) and how often it occurred, ascending. Of two looks the difference tells
+    /// what lay between them.
     #[serde(default)]
     pub stop_us: Vec<(u64, u64)>,
     /// The same of whole syncvms, from the stop to the acknowledgement.
@@ -68,9 +68,9 @@ pub struct SyncTotals {
     pub whole_us: Vec<(u64, u64)>,
     /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
-    /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to commit),
-    /// `stop` (to the stop of the guest), `sync` (to the acknowledgement), `release` (until all frames have left); and `held`:
-    /// how long each frame of the guest was held.
+    /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to
+    /// commit), `stop` (to the stop of the guest), `sync` (to the acknowledgement), `release` (until all frames have
+    /// left); and `held`: how long each frame of the guest was held.
     #[serde(default)]
     pub slot_times: Vec<Times>,
     /// Full comparisons of RAM and device state that found no difference (`verify = true`).
@@ -121,8 +121,8 @@ pub struct StageStatus {
     pub busy_us: u64,
     /// Time in this stage when it found none, µs.
     pub idle_us: u64,
-    /// How much a turn found (frames, messages or records), in powers of two: the number at place n counts turns that found
-    /// 2^n to 2^(n+1) - 1. Zeros at the end are left out.
+    /// How much a turn found (frames, messages or records), in powers of two: the number at place n counts turns that
+    /// found 2^n to 2^(n+1) - 1. Zeros at the end are left out.
     pub sizes: Vec<u64>,
 }
 
@@ -196,10 +196,13 @@ pub struct GroupStatus {
     pub held_bytes: u64,
     /// Frames of clients that were ordered.
     pub frames_in: u64,
+    /// Pauses between two batches of input because the secondary's guest is behind (leader).
+    #[serde(default)]
+    pub input_pauses: u64,
     /// Frames that left.
     pub frames_out: u64,
-    /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers or
-    /// of a driver.
+    /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers
+    /// or of a driver.
     pub frames_dropped: u64,
     /// Rules of the uplink's filter and the frames that each decided on; the last is the default.
     #[serde(default)]
@@ -257,6 +260,10 @@ impl GroupStatus {
             "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
             self.frames_in, self.frames_out, self.frames_dropped, self.held_frames, self.held_bytes
         );
+        if self.input_pauses > 0 {
+            let _ =
+                writeln!(text, "  frames    {} pauses of the input, for a secondary that is behind", self.input_pauses);
+        }
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");
         }

@@ -1,4 +1,5 @@
-//! The policies of syncvm other than the default: a guest under each loses its leader, and nobody notices more than time.
+//! The policies of syncvm other than the default: a guest under each loses its leader, and nobody notices more than
+//! time.
 
 use std::time::Duration;
 

@@ -30,23 +30,26 @@ impl Default for SlotConfig {
     }
 }
 
+/// The end of an idle guest's slot waits for one part in so many of what a syncvm usually takes.
+const LINGER_SHARE: u64 = 16;
 /// How many syncvms are remembered.
 const RECENT_COSTS: usize = 64;
 /// How many of so many may have cost more than what is predicted.
 const OUTLIERS: usize = 1;
 
-/// What the last syncvms cost, as a prediction for the next. A high quantile and not the mean: a bound on how long frames are
-/// held is worth nothing if half of them miss it. Not the maximum: one outlier would shorten all slots.
+/// What the last syncvms cost, as a prediction for the next. A high quantile and not the mean: a bound on how long
+/// frames are held is worth nothing if half of them miss it. Not the maximum: one outlier would shorten all slots.
 #[derive(Clone, Debug)]
 pub struct SyncCosts {
     recent_us: [u64; RECENT_COSTS],
     noted: usize,
     predicted_us: u64,
+    usual_us: u64,
 }
 
 impl Default for SyncCosts {
     fn default() -> Self {
-        Self { recent_us: [0; RECENT_COSTS], noted: 0, predicted_us: 0 }
+        Self { recent_us: [0; RECENT_COSTS], noted: 0, predicted_us: 0, usual_us: 0 }
     }
 }
 
@@ -60,6 +63,13 @@ impl SyncCosts {
         sorted[..known].sort_unstable();
         let outliers = if known < RECENT_COSTS / 4 { 0 } else { OUTLIERS };
         self.predicted_us = sorted[known - 1 - outliers];
+        self.usual_us = sorted[known / 2];
+    }
+
+    /// What one usually costs; 0 before the first.
+    #[must_use]
+    pub fn usual_us(&self) -> u64 {
+        self.usual_us
     }
 
     /// What the next will cost at most, probably; 0 before the first.
@@ -90,9 +100,13 @@ pub struct SlotSnapshot {
     pub consumed_inputs: u64,
     /// Inputs that are proposed or committed but not yet in the guest.
     pub pending_inputs: u64,
+    /// Time since the guest last got an input, in µs.
+    pub quiet_us: u64,
+    /// What a syncvm usually takes from its proposal until the slot's frames have left, in µs.
+    pub usual_cost_us: u64,
     /// What the next syncvm will probably take from its proposal to the stop of the guest, in µs.
     pub stop_cost_us: u64,
-    /// What it will probably take from its proposal until the slot's frames have left, in µs.
+    /// What it will take at most, probably, from its proposal until the slot's frames have left, in µs.
     pub sync_cost_us: u64,
 }
 
@@ -161,7 +175,15 @@ impl SlotPolicy {
         if now.active_us >= self.config.max_slot_us {
             return Some(SlotEnd::MaxLength);
         }
-        idle.then_some(SlotEnd::Idle)
+        (idle && !self.lingers(now)).then_some(SlotEnd::Idle)
+    }
+
+    /// An idle guest may get its next input at once: clients that were answered together ask again one after the
+    /// other. A slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end
+    /// waits for a small part of what it costs; but only in a slot that is shorter than a syncvm, or steady traffic
+    /// would put it off again and again.
+    fn lingers(&self, now: &SlotSnapshot) -> bool {
+        now.quiet_us < now.usual_cost_us / LINGER_SHARE && now.active_us < now.usual_cost_us
     }
 }
 
@@ -179,6 +201,8 @@ mod tests {
         idle_max_slot_us: 1_000_000,
         consumed_inputs: 0,
         pending_inputs: 0,
+        quiet_us: 1_000,
+        usual_cost_us: 4_000,
         stop_cost_us: 1_000,
         sync_cost_us: 5_000,
     };
@@ -203,6 +227,11 @@ mod tests {
         assert_eq!(decide(consumed), Some(SlotEnd::Idle));
         let more_to_come = SlotSnapshot { pending_inputs: 1, ..held };
         assert_eq!(decide(more_to_come), None, "not idle with inputs on the way");
+        let just_asked = SlotSnapshot { quiet_us: 249, ..held };
+        assert_eq!(decide(just_asked), None, "a sixteenth of 4 ms for the next to ask");
+        assert_eq!(decide(SlotSnapshot { quiet_us: 250, ..held }), Some(SlotEnd::Idle));
+        let long = SlotSnapshot { active_us: 4_000, ..just_asked };
+        assert_eq!(decide(long), Some(SlotEnd::Idle), "steady traffic puts no slot off for ever");
         for activity in [Activity::Busy, Activity::Unknown] {
             assert_eq!(decide(SlotSnapshot { activity, ..held }), None);
         }
@@ -248,7 +277,7 @@ mod tests {
         for cost_us in 1..=RECENT_COSTS as u64 {
             costs.note(cost_us * 100);
         }
-        assert_eq!(costs.predicted_us(), 6_300, "one of 64 may be longer");
+        assert_eq!((costs.predicted_us(), costs.usual_us()), (6_300, 3_300), "one of 64 may be longer");
         (0..RECENT_COSTS).for_each(|_| costs.note(50));
         costs.note(90_000);
         assert_eq!(costs.predicted_us(), 50, "a single outlier decides nothing");

@@ -82,8 +82,8 @@ pub enum SocketSide {
     Plover,
 }
 
-/// When the guests are made identical, and what the secondary's does meanwhile. All but the default are what others do, by the
-/// same engine, so that they can be compared.
+/// When the guests are made identical, and what the secondary's does meanwhile. All but the default are what others
+/// do, by the same engine, so that they can be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum SyncPolicy {
@@ -92,8 +92,8 @@ pub enum SyncPolicy {
     Vsmr,
     /// Both guests run; slots have a fixed length; divergent pages are sent.
     Str,
-    /// Micro-checkpointing as in Remus: the secondary's guest stands still, slots have a fixed length, and every dirty page is
-    /// sent.
+    /// Micro-checkpointing as in Remus: the secondary's guest stands still, slots have a fixed length, and every
+    /// dirty page is sent.
     Mc,
 }
 

@@ -1,9 +1,9 @@
 //! What a leader is about, besides ordering inputs: who is secondary, what a syncvm leads to, when frames leave.
 //!
-//! A new leader first commits `Second(none)`: whoever was secondary is now itself or gone. From then on it serves without
-//! the hold (or with it, if the operator says so) and brings a joiner in: rounds while the guest runs, one syncvm, and
-//! `Second(joiner)`. From the stop of that syncvm on frames are held again, because the joiner may lead from that state as
-//! soon as `Second(joiner)` is chosen.
+//! A new leader first commits `Second(none)`: whoever was secondary is now itself or gone. From then on it serves
+//! without the hold (or with it, if the operator says so) and brings a joiner in: rounds while the guest runs, one
+//! syncvm, and `Second(joiner)`. From the stop of that syncvm on frames are held again, because the joiner may lead
+//! from that state as soon as `Second(joiner)` is chosen.
 
 use std::sync::atomic::Ordering;
 
@@ -142,8 +142,8 @@ impl Reactor<'_> {
             // It may have stood still so far, because of the policy.
             self.worker.standing.may_run.store(true, Ordering::Release);
             if !self.follow.is_running() {
-                // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must not
-                // wait: that one resumes by itself, if its outcome allows.
+                // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must
+                // not wait: that one resumes by itself, if its outcome allows.
                 self.guest.stopped_for_hand_over = false;
                 self.worker.send(Command::Resume);
             }

@@ -3,6 +3,7 @@
 //! Read [`reactor`] first (the loop), then `delivery` (committed entries to the guest), `lead` (what a leader decides),
 //! `slots` (when it does), `follow` (what a secondary does at a syncvm), `guest` (whether the local guest counts).
 
+mod admission;
 mod delivery;
 mod egress;
 mod follow;

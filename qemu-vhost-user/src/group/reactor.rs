@@ -138,6 +138,7 @@ impl Turns for Reactor<'_> {
         next = next.min(self.ordering.fabric_deadline_us());
         next = next.min(self.follow.next_deadline_us(now));
         next = next.min(self.delivery.next_deadline_us());
+        next = next.min(self.ingress.next_deadline_us(now));
         if let Some(lead) = &self.lead {
             next = next.min(lead.next_deadline_us(now));
         }

@@ -241,6 +241,7 @@ impl Reactor<'_> {
             held_bytes: self.egress.guard().bytes() as u64,
             frames_in: self.ingress.frames_in,
             frames_out,
+            input_pauses: self.ingress.pauses,
             frames_dropped: self.delivery.frames_dropped + uplink_dropped,
             filter: self.ingress.filter_counts(&self.vm.uplink),
             policy: self.vm.policy.describe_sync(),

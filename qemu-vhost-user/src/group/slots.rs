@@ -1,8 +1,9 @@
 //! When a leader's slots end, and where their time goes.
 //!
-//! The decision is [`SlotPolicy`]'s, a pure function; here is what it is asked with: what the slot holds, how old it is, and what
-//! the next syncvm will probably cost by what the last ones did. Each look costs a wake-up of the reactor, so
-//! [`Slots::next_look_us`] says when the next one can find something: soon only while the guest might become idle.
+//! The decision is [`SlotPolicy`]'s, a pure function; here is what it is asked with: what the slot holds, how old it
+//! is, and what the next syncvm will probably cost by what the last ones did. Each look costs a wake-up of the
+//! reactor, so [`Slots::next_look_us`] says when the next one can find something: soon only while the guest might
+//! become idle.
 
 use consensus::{Entry, ReplicaId};
 use hdrhistogram::Histogram;
@@ -16,11 +17,11 @@ use super::reactor::Reactor;
 use crate::config::Policy;
 use crate::status::Times;
 
-/// A guest that is idle, holds nothing and consumed nothing is made equal all the same after this time, so that the first
-/// syncvm of its next activity is short ...
+/// A guest that is idle, holds nothing and consumed nothing is made equal all the same after this time, so that the
+/// first syncvm of its next activity is short ...
 const IDLE_SLOT_US: u64 = 1_000_000;
 /// ... but ever more rarely, up to this, while there is next to nothing to make equal.
-const LONGEST_IDLE_SLOT_US: u64 = 60_000_000;
+const LONGEST_IDLE_SLOT_US: u64 = 10_000_000;
 /// That much is next to nothing.
 const FEW_PAGES: usize = 1024;
 /// Making an idle guest equal takes at most one part in so many of its time.
@@ -91,8 +92,8 @@ impl Slots {
         self.active_since_us.take().is_some()
     }
 
-    /// When the slot may end at the earliest, as far as time alone decides that. Never in the past: looking may be held up for
-    /// reasons of its own.
+    /// When the slot may end at the earliest, as far as time alone decides that. Never in the past: looking may be
+    /// held up for reasons of its own.
     pub fn next_look_us(&self, now_us: u64) -> u64 {
         self.next_look_us.max(now_us + SHORTEST_REST_US)
     }
@@ -185,6 +186,8 @@ impl Reactor<'_> {
             idle_max_slot_us: slots.idle_slot_us,
             consumed_inputs: u64::from(self.delivery.consumed_since_sync),
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
+            quiet_us: now.saturating_sub(self.delivery.last_injected_us),
+            usual_cost_us: slots.costs.usual_us(),
             stop_cost_us: slots.stop_costs.predicted_us(),
             sync_cost_us: slots.costs.predicted_us(),
         };
