@@ -83,7 +83,8 @@ impl<'a> Pair<'a> {
 /// Huge pages for both guests: a guest on small ones is slower by more than what is measured here, whoever moves its frames.
 fn huge_pages() -> Option<HugePages> {
     let per_guest = u64::from(Guest::new(Service::Redis).memory_mib).div_ceil(2);
-    let reserved = HugePages::reserve(2 * per_guest);
+    // And a few for the daemon's own memory.
+    let reserved = HugePages::reserve(2 * per_guest + 16);
     if let Err(error) = &reserved {
         eprintln!("NOTE: no huge pages ({error:#}): both guests run on normal pages and are slower for it");
     }
