@@ -122,12 +122,39 @@ pub struct Guest {
     pub memory_mib: u32,
     /// More words for the kernel command line.
     pub append: String,
+    /// What an unprotected guest's memory consists of; a protected one's is the daemon's business.
+    pub plain_memory: PlainMemory,
+}
+
+/// What the memory of an unprotected guest consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlainMemory {
+    /// QEMU's own choice: private memory, for which it asks the kernel for huge pages.
+    Private,
+    /// Shared anonymous memory, as protected guests have by default.
+    Memfd,
+    /// The same of huge pages of 2 MiB, which must be reserved.
+    HugePages,
+}
+
+impl PlainMemory {
+    /// QEMU's options for it, and the machine's.
+    fn arguments(self, memory_mib: u32) -> (Vec<String>, &'static str) {
+        let pages = match self {
+            Self::Private => return (Vec::new(), ""),
+            Self::Memfd => "",
+            Self::HugePages => ",hugetlb=on,hugetlbsize=2M",
+        };
+        let object = format!("memory-backend-memfd,id=ram0,size={memory_mib}M,share=on{pages}");
+        (vec!["-object".to_owned(), object], ",memory-backend=ram0")
+    }
 }
 
 impl Guest {
     /// A guest at [`GUEST_IP`] with as much memory as its service needs.
     pub fn new(service: Service) -> Self {
-        Self { service, ip: GUEST_IP, memory_mib: service.memory_mib(), append: String::new() }
+        let memory_mib = service.memory_mib();
+        Self { service, ip: GUEST_IP, memory_mib, append: String::new(), plain_memory: PlainMemory::Private }
     }
 
     /// The user's own part of QEMU's command line: everything except machine, memory backend and devices. The
@@ -185,7 +212,9 @@ impl Guest {
     /// # Errors
     /// [`RigError::NotSetUp`].
     pub fn plain_args(&self, serial: &Path, tap: &str) -> Result<Vec<String>> {
-        let mut arguments = vec!["-machine".to_owned(), "pc".to_owned()];
+        let (memory, machine) = self.plain_memory.arguments(self.memory_mib);
+        let mut arguments = vec!["-machine".to_owned(), format!("pc{machine}")];
+        arguments.extend(memory);
         let [.., low] = self.ip.octets();
         let fixed = [
             "-nodefaults",
