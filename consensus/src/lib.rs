@@ -27,5 +27,5 @@ pub use entry::{Base, Entry, HardState, Payload};
 pub use ids::{Index, PersistId, ReplicaId, View, Viewstamp};
 pub use message::Message;
 pub use parts::Encoder;
-pub use replica::{ProposeError, Release, Replica, Role};
+pub use replica::{Lag, ProposeError, Release, Replica, Role};
 pub use wire::WireError;

@@ -1,8 +1,8 @@
 //! Rules of docs/consensus.md that chance rarely tries: single replicas, driven message by message.
 
 use consensus::{
-    Base, Config, Effects, Entry, Event, HardState, Index, Message, Notice, Payload, Persist, PersistId, ProposeError,
-    Recovered, Release, Replica, ReplicaId, View, Viewstamp,
+    Base, Config, Effects, Entry, Event, HardState, Index, Lag, Message, Notice, Payload, Persist, PersistId,
+    ProposeError, Recovered, Release, Replica, ReplicaId, View, Viewstamp,
 };
 
 const R0: ReplicaId = ReplicaId(0);
@@ -248,11 +248,16 @@ fn a_secondary_that_lags_is_waited_for() {
     alone.acknowledge(R1, base + 5);
     assert!(alone.propose(input()).is_ok());
     // The time limit: it has not consumed what was there 50 ms ago.
-    alone.now_us += 50_000;
+    alone.now_us += 49_999;
+    let lag = alone.replica.second_lag(alone.now_us);
+    assert_eq!((lag.entries, lag.for_us < 50_000), (6, true), "{lag:?}");
+    alone.now_us += 1;
+    assert_eq!(alone.replica.second_lag(alone.now_us).for_us, 50_000);
     assert_eq!(alone.propose(input()), Err(ProposeError::SecondaryLags));
     assert!(alone.propose(Entry::SyncVm { with: R1 }).is_ok() && alone.propose(NONE).is_ok());
     alone.acknowledge(R2, 0);
     assert!(alone.propose(input()).is_ok(), "nobody waits for a witness");
+    assert_eq!(alone.replica.second_lag(alone.now_us), Lag::default());
 }
 
 #[test]

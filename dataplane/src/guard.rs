@@ -147,12 +147,12 @@ impl Guard {
         mark
     }
 
-    /// Gives every frame up to `through` to `visit`, in arrival order, and forgets it. Returns how
+    /// Gives every frame up to `through` and the time of its arrival to `visit`, in arrival order, and forgets it. Returns how
     /// many there were; a mark that was passed before has none.
     ///
     /// # Panics
     /// If `through` did not come from [`seal`](Self::seal) of this guard.
-    pub fn release(&mut self, through: SlotMark, visit: impl FnMut(&[u8])) -> usize {
+    pub fn release(&mut self, through: SlotMark, visit: impl FnMut(&[u8], u64)) -> usize {
         self.release_some(through, usize::MAX, visit)
     }
 
@@ -160,7 +160,12 @@ impl Guard {
     ///
     /// # Panics
     /// As [`release`](Self::release).
-    pub fn release_some(&mut self, through: SlotMark, budget_frames: usize, mut visit: impl FnMut(&[u8])) -> usize {
+    pub fn release_some(
+        &mut self,
+        through: SlotMark,
+        budget_frames: usize,
+        mut visit: impl FnMut(&[u8], u64),
+    ) -> usize {
         assert!(through.0 < self.slot, "mark {} was not sealed; the present slot is {}", through.0, self.slot);
         let mut released = 0;
         while released < budget_frames
@@ -169,7 +174,7 @@ impl Guard {
             if record.slot > through.0 {
                 break;
             }
-            visit(&self.ring[at + HEADER_BYTES..at + HEADER_BYTES + record.len]);
+            visit(&self.ring[at + HEADER_BYTES..at + HEADER_BYTES + record.len], record.arrival_us);
             self.pop(at, record);
             released += 1;
         }
@@ -181,7 +186,7 @@ impl Guard {
     /// # Panics
     /// As [`release`](Self::release).
     pub fn discard(&mut self, through: SlotMark) -> usize {
-        self.release(through, |_| {})
+        self.release(through, |_, _| {})
     }
 
     /// Throws away everything, also the present slot's frames so far; returns how many. Slot
@@ -334,14 +339,14 @@ mod tests {
                     Op::Release(pick) if !marks.is_empty() => {
                         let mark = marks[pick % marks.len()];
                         let mut out = Vec::new();
-                        let count = guard.release(mark, |frame| out.push(frame.to_vec()));
+                        let count = guard.release(mark, |frame, _| out.push(frame.to_vec()));
                         prop_assert_eq!(count, out.len());
                         prop_assert_eq!(out, model.take(mark));
                     }
                     Op::ReleaseSome(pick, budget) if !marks.is_empty() => {
                         let mark = marks[pick % marks.len()];
                         let mut out = Vec::new();
-                        let count = guard.release_some(mark, budget, |frame| out.push(frame.to_vec()));
+                        let count = guard.release_some(mark, budget, |frame, _| out.push(frame.to_vec()));
                         prop_assert_eq!(count, out.len());
                         prop_assert_eq!(out, model.take_some(mark, budget));
                     }
@@ -369,7 +374,7 @@ mod tests {
             guard.push(0, &vec![3; 50_000]).unwrap();
             guard.push(0, &vec![4; MAX_FRAME_BYTES]).unwrap();
             let mark = guard.seal();
-            assert_eq!(guard.release(mark, |_| {}), 2);
+            assert_eq!(guard.release(mark, |_, _| {}), 2);
         }
     }
 
@@ -388,7 +393,7 @@ mod tests {
         guard.push(0, &[2; 60]).unwrap();
         let mark = guard.seal();
         let mut out = Vec::new();
-        guard.release(mark, |frame| out.push(frame.to_vec()));
+        guard.release(mark, |frame, _| out.push(frame.to_vec()));
         assert_eq!(out, [vec![1; 100], vec![2; 60]]);
     }
 
@@ -406,6 +411,6 @@ mod tests {
     fn releasing_the_present_slot_is_a_bug() {
         let mut other = small();
         let mark = other.seal();
-        small().release(mark, |_| {});
+        small().release(mark, |_, _| {});
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::rows::Rows;
-use crate::{Effort, dataplane, fabric, log, ordering, page_hash, replica_steps, results};
+use crate::{Effort, dataplane, fabric, log, ordering, page_hash, replica_steps, results, services, syncvm};
 
 /// Takes each row as soon as it is measured, so that a later failure loses nothing, and knows which are wanted.
 pub type Sink<'a> = &'a mut Rows;
@@ -19,7 +19,7 @@ pub struct Group {
 }
 
 /// All groups.
-pub const GROUPS: [Group; 5] = [
+pub const GROUPS: [Group; 7] = [
     Group { name: "core", about: "parts that need no peer: page hashes", run: core },
     Group { name: "fabric", about: "round trips and bulk transfers between replicas, per transport", run: fabric::run },
     Group { name: "log", about: "the durable log, against fio and a bare io_uring loop", run: durable_log },
@@ -32,6 +32,16 @@ pub const GROUPS: [Group; 5] = [
         name: "dataplane",
         about: "our vhost-user-net device against DPDK's, DPDK being the guest; a Linux guest against QEMU's own backend",
         run: dataplane::run,
+    },
+    Group {
+        name: "syncvm",
+        about: "making two guests equal again: stop time, bytes, scan and hashes, with synthetic guests",
+        run: syncvm::run,
+    },
+    Group {
+        name: "services",
+        about: "Redis and other services in protected guests: throughput, latency and cost under each policy",
+        run: services::run,
     },
 ];
 
@@ -79,7 +89,8 @@ mod tests {
         assert_eq!(Group::find("core").unwrap().name, "core");
         let error = Group::find("cor").unwrap_err().to_string();
         assert!(
-            error.contains("«cor»") && error.ends_with("there are: core, fabric, log, consensus, dataplane"),
+            error.contains("«cor»")
+                && error.ends_with("there are: core, fabric, log, consensus, dataplane, syncvm, services"),
             "{error}"
         );
     }

@@ -17,11 +17,14 @@ pub mod ordering;
 pub mod page_hash;
 pub mod peers;
 pub mod pin;
+pub mod plot;
 pub mod replica_steps;
 pub mod results;
 pub mod row;
 pub mod rows;
 pub mod sample;
+pub mod services;
+pub mod syncvm;
 pub mod table;
 
 /// How much work to do.

@@ -25,6 +25,14 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    match perf::syncvm::was_guest() {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => {}
+        Err(error) => {
+            eprintln!("error: a synthetic guest: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    }
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

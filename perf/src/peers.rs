@@ -92,6 +92,12 @@ impl Running {
         Ok(Running(child))
     }
 
+    /// Its process number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// The pipe to its input, once, if it was started with one.
     pub fn stdin(&mut self) -> Option<ChildStdin> {
         self.0.stdin.take()

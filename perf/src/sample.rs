@@ -54,7 +54,7 @@ pub fn compare(
     let mut run_peer = || checked(peer()).with_context(|| what(peer_name));
     run_ours()?;
     run_peer()?;
-    let (mut values, mut peer_values, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut values, mut peer_values) = (Vec::new(), Vec::new());
     for run in 0..effort.runs() {
         let (value, peer_value);
         if run % 2 == 0 {
@@ -66,18 +66,28 @@ pub fn compare(
         }
         values.push(value);
         peer_values.push(peer_value);
-        ratios.push(match figure.better {
-            Better::Lower => peer_value / value,
-            Better::Higher => value / peer_value,
-        });
     }
-    let mut row = row_without_peer(figure, effort, values);
+    Ok(paired(figure, effort, peer_name, values, peer_values))
+}
+
+/// The row of runs that were made elsewhere: each of ours belongs to the peer's at the same place.
+///
+/// # Panics
+/// When there are none, or not as many on both sides.
+#[must_use]
+pub fn paired(figure: Figure<'_>, effort: Effort, peer_name: &str, values: Vec<f64>, peer_values: Vec<f64>) -> Row {
+    assert_eq!(values.len(), peer_values.len(), "{}: runs in pairs", figure.id);
+    let ratio = |(value, peer_value): (&f64, &f64)| match figure.better {
+        Better::Lower => peer_value / value,
+        Better::Higher => value / peer_value,
+    };
+    let ratios = sorted(values.iter().zip(&peer_values).map(ratio).collect());
+    let mut row = alone(figure, effort, values);
     row.peer = Some(peer_name.to_owned());
-    row.peer_value = Some(quantile(&sorted(peer_values), 0.5));
-    let ratios = sorted(ratios);
+    row.peer_value = Some(median(peer_values));
     row.ratio = Some(quantile(&ratios, 0.5));
     row.spread = spread(&ratios);
-    Ok(row)
+    row
 }
 
 /// As [`compare`], but for speeds that a disturbance can only lower: the best of `runs` on each side counts, and `ratio` is the
@@ -108,7 +118,7 @@ pub fn compare_best(
     }
     let ratios = sorted(values.iter().zip(&peer_values).map(|(value, peer)| value / peer).collect());
     let best = |values: Vec<f64>| values.into_iter().fold(0.0, f64::max);
-    let mut row = row_without_peer(figure, effort, values.clone());
+    let mut row = alone(figure, effort, values.clone());
     let (value, peer_value) = (best(values), best(peer_values));
     row.value = value;
     row.peer = Some(peer_name.to_owned());
@@ -126,7 +136,7 @@ pub fn measure(figure: Figure<'_>, effort: Effort, mut ours: impl FnMut() -> Res
     let mut run = || checked(ours()).with_context(|| figure.id.to_owned());
     run()?;
     let values = (0..effort.runs()).map(|_| run()).collect::<Result<Vec<f64>>>()?;
-    Ok(row_without_peer(figure, effort, values))
+    Ok(alone(figure, effort, values))
 }
 
 fn checked(value: Result<f64>) -> Result<f64> {
@@ -135,7 +145,12 @@ fn checked(value: Result<f64>) -> Result<f64> {
     Ok(value)
 }
 
-fn row_without_peer(figure: Figure<'_>, effort: Effort, values: Vec<f64>) -> Row {
+/// The row of runs that were made elsewhere and have no peer.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn alone(figure: Figure<'_>, effort: Effort, values: Vec<f64>) -> Row {
     let values = sorted(values);
     Row {
         id: figure.id.to_owned(),
@@ -151,6 +166,15 @@ fn row_without_peer(figure: Figure<'_>, effort: Effort, values: Vec<f64>) -> Row
     }
 }
 
+/// The middle of the values.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn median(values: Vec<f64>) -> f64 {
+    quantile(&sorted(values), 0.5)
+}
+
 fn sorted(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_by(f64::total_cmp);
     values
@@ -164,7 +188,9 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 }
 
 fn spread(sorted: &[f64]) -> f64 {
-    (quantile(sorted, 0.75) - quantile(sorted, 0.25)) / quantile(sorted, 0.5)
+    let width = quantile(sorted, 0.75) - quantile(sorted, 0.25);
+    // A share may be 0 in every run.
+    if width == 0.0 { 0.0 } else { width / quantile(sorted, 0.5) }
 }
 
 /// What the calling thread has used of its CPU. For work of one thread that never waits: unlike the time of
@@ -198,6 +224,12 @@ impl Latencies {
     #[must_use]
     pub fn p50_us(&self) -> f64 {
         self.0.value_at_quantile(0.5) as f64 / 1_000.0
+    }
+
+    /// The time within which 99 % were done, in microseconds; 0 if nothing was added.
+    #[must_use]
+    pub fn p99_us(&self) -> f64 {
+        self.0.value_at_quantile(0.99) as f64 / 1_000.0
     }
 }
 

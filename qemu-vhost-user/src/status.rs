@@ -25,6 +25,21 @@ pub struct SyncStatus {
     pub phases_us: Vec<(String, u64)>,
 }
 
+/// A distribution of times.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    /// What was timed.
+    pub name: String,
+    /// How many.
+    pub count: u64,
+    /// Median, ms.
+    pub p50_ms: f64,
+    /// 99th percentile, ms.
+    pub p99_ms: f64,
+    /// The longest, ms.
+    pub max_ms: f64,
+}
+
 /// Sums over all syncvms since the daemon started.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SyncTotals {
@@ -44,8 +59,20 @@ pub struct SyncTotals {
     pub stop_ms_p50: f64,
     /// 99th percentile of the guest stop.
     pub stop_ms_p99: f64,
+    /// Guest stops: each time in µs (to 1 %) and how often it occurred, ascending. Of two looks the difference tells
+    /// what lay between them.
+    #[serde(default)]
+    pub stop_us: Vec<(u64, u64)>,
+    /// The same of whole syncvms, from the stop to the acknowledgement.
+    #[serde(default)]
+    pub whole_us: Vec<(u64, u64)>,
     /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
+    /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to
+    /// commit), `stop` (to the stop of the guest), `sync` (to the acknowledgement), `release` (until all frames have
+    /// left); and `held`: how long each frame of the guest was held.
+    #[serde(default)]
+    pub slot_times: Vec<Times>,
     /// Full comparisons of RAM and device state that found no difference (`verify = true`).
     pub verified: u64,
     /// Full comparisons that found one: must stay 0.
@@ -94,8 +121,8 @@ pub struct StageStatus {
     pub busy_us: u64,
     /// Time in this stage when it found none, µs.
     pub idle_us: u64,
-    /// How much a turn found (frames, messages or records), in powers of two: the number at place n counts turns that found
-    /// 2^n to 2^(n+1) - 1. Zeros at the end are left out.
+    /// How much a turn found (frames, messages or records), in powers of two: the number at place n counts turns that
+    /// found 2^n to 2^(n+1) - 1. Zeros at the end are left out.
     pub sizes: Vec<u64>,
 }
 
@@ -169,14 +196,20 @@ pub struct GroupStatus {
     pub held_bytes: u64,
     /// Frames of clients that were ordered.
     pub frames_in: u64,
+    /// Pauses between two batches of input because the secondary's guest is behind (leader).
+    #[serde(default)]
+    pub input_pauses: u64,
     /// Frames that left.
     pub frames_out: u64,
-    /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers or
-    /// of a driver.
+    /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers
+    /// or of a driver.
     pub frames_dropped: u64,
     /// Rules of the uplink's filter and the frames that each decided on; the last is the default.
     #[serde(default)]
     pub filter: Vec<(String, u64)>,
+    /// When the guests are made identical: vsmr, or str or mc with its interval.
+    #[serde(default)]
+    pub policy: String,
     /// Dirty tracker in use and why.
     pub tracker: String,
     /// The last acknowledged syncvm.
@@ -227,6 +260,10 @@ impl GroupStatus {
             "  frames    in {}, out {}, dropped {}; held {} ({} bytes)",
             self.frames_in, self.frames_out, self.frames_dropped, self.held_frames, self.held_bytes
         );
+        if self.input_pauses > 0 {
+            let _ =
+                writeln!(text, "  frames    {} pauses of the input, for a secondary that is behind", self.input_pauses);
+        }
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");
         }
@@ -293,7 +330,8 @@ impl GroupStatus {
         let totals = &self.totals;
         let _ = writeln!(
             text,
-            "  syncvm    {} done, {} failed, stop p50 {:.1} ms p99 {:.1} ms, {} bytes sent (full transfer: {}); tracker {}",
+            "  syncvm    {}; {} done, {} failed, stop p50 {:.1} ms p99 {:.1} ms, {} bytes sent (full transfer: {}); tracker {}",
+            self.policy,
             totals.count,
             totals.failed,
             totals.stop_ms_p50,
@@ -305,6 +343,13 @@ impl GroupStatus {
         let ends: Vec<String> = totals.slot_ends.iter().map(|(end, count)| format!("{end} {count}")).collect();
         if !ends.is_empty() {
             let _ = writeln!(text, "  slots     ended by {}", ends.join(", "));
+        }
+        if totals.slot_times.iter().any(|part| part.count > 0) {
+            let parts = totals.slot_times.iter();
+            let parts: Vec<String> = parts
+                .map(|part| format!("{} {:.1}/{:.1}/{:.1}", part.name, part.p50_ms, part.p99_ms, part.max_ms))
+                .collect();
+            let _ = writeln!(text, "  slot      p50/p99/max ms: {}", parts.join(", "));
         }
         if let Some(last) = &self.last_sync {
             let phases: Vec<String> = last.phases_us.iter().map(|(name, us)| format!("{name} {us}")).collect();

@@ -159,7 +159,7 @@ impl Group {
                 self.pass_time();
                 for host in &mut self.hosts {
                     let mark = host.guard.seal();
-                    host.guard.release(mark, |frame| assert_eq!(frame.len(), FRAME_BYTES));
+                    host.guard.release(mark, |frame, _| assert_eq!(frame.len(), FRAME_BYTES));
                 }
                 (0..3).for_each(|id| self.step(id, Event::Truncate(last)));
                 self.deliver();

@@ -1,7 +1,7 @@
 #!/bin/sh
 # First process of every guest of the rig. The kernel command line says what it does:
 #   plover.ip=10.77.0.50/24          address of eth0 (required)
-#   plover.service=redis             redis | memcached | nginx | racey (the image must contain it)
+#   plover.service=redis             redis | memcached | nginx | lighttpd | postgres | racey (the image must contain it)
 #   plover.iperf3=on                 redis only: iperf3 serves beside it, on port 5201
 #   plover.on_exit=poweroff          poweroff | reboot | stay: what happens when the service ends
 #   plover.racey=THREADS,ROUNDS      racey only; ROUNDS 0 = for ever
@@ -61,6 +61,15 @@ nginx)
     mkdir -p /tmp/nginx
     nginx -p /tmp/nginx -e /tmp/service.log -c /etc/plover-nginx.conf >>/tmp/service.log 2>&1 &
     port=0050 ;;
+lighttpd)
+    lighttpd -D -f /etc/plover-lighttpd.conf >/tmp/service.log 2>&1 &
+    port=0050 ;;
+postgres)
+    # The image's files belong to root, and PostgreSQL wants to be somebody else and to own its data alone.
+    chown -R postgres:postgres /data && chmod -R u=rwX,go= /data || fail "cannot give /data to postgres"
+    mkdir -p /dev/shm && mount -t tmpfs shm /dev/shm
+    su -s /bin/sh postgres -c "exec postgres -D /data" >/tmp/service.log 2>&1 &
+    port=1538 ;;
 racey)
     racey "${racey%,*}" "${racey#*,}" /tmp/racey.out >/tmp/service.log 2>&1 &
     port=1B58 ;;

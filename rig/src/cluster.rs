@@ -38,6 +38,8 @@ pub struct ClusterOptions {
     pub service: Service,
     /// Lines for the VM's `[policy]` table.
     pub policy: String,
+    /// Lines for the VM's file, before its tables.
+    pub vm: String,
     /// Lines for each node's file.
     pub node: String,
     /// What carries messages between the replicas: words for each one's `transports`.
@@ -62,6 +64,7 @@ impl ClusterOptions {
         Self {
             service,
             policy: String::new(),
+            vm: String::new(),
             node: "debug_hooks = true\n".into(),
             transports: &[],
             programs,
@@ -184,9 +187,10 @@ impl<'a> Cluster<'a> {
             })
             .collect();
         let vm = format!(
-            "mode = {mode:?}\nmemory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n\n[policy]\n{}",
+            "mode = {mode:?}\nmemory_mib = {}\nmac = \"52:54:00:77:00:32\"\nreplicas = [\n{replicas}]\nuplink = {{ tap = \"plv0\", bridge = {:?} }}\n{}\n[policy]\n{}",
             self.guest().memory_mib,
             crate::host::BRIDGE,
+            self.options.vm,
             self.options.policy
         );
         file(vms.join(format!("{VM}.toml")), vm)

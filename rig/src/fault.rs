@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -265,6 +267,34 @@ impl Process {
         self.freeze()?;
         let process = self.clone();
         Ok(Fault::new(format!("{} frozen", self.name()), move || process.thaw()))
+    }
+
+    /// Lets it run for a share of the time only, as if others had the rest: stopped and continued in turn, with this
+    /// period.
+    pub fn starved(&self, share_percent: u32, period: Duration) -> Result<Fault> {
+        let run = period * share_percent.min(100) / 100;
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let process = self.clone();
+        self.freeze()?;
+        let thread = std::thread::spawn(move || {
+            loop {
+                // A process that is being restarted just now cannot be signalled, and the next one can.
+                let _ = process.thaw();
+                if ended.recv_timeout(run) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+                let _ = process.freeze();
+                if ended.recv_timeout(period - run) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+            }
+        });
+        let process = self.clone();
+        Ok(Fault::new(format!("{} at {share_percent} % of its time", self.name()), move || {
+            drop(end);
+            let _ = thread.join();
+            process.thaw()
+        }))
     }
 
     /// SIGKILL now, and no restart until undone.

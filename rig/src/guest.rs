@@ -68,6 +68,10 @@ pub enum Service {
     Memcached,
     /// nginx with one small page.
     Nginx,
+    /// lighttpd with a small page that PHP makes.
+    Lighttpd,
+    /// PostgreSQL, its data in memory; anybody is its user `postgres`.
+    Postgres,
     /// Threads that race without locks (rig/guest/racey.rs says how to ask for the result).
     Racey {
         /// How many threads race.
@@ -84,6 +88,8 @@ impl Service {
             Self::Redis => "redis",
             Self::Memcached => "memcached",
             Self::Nginx => "nginx",
+            Self::Lighttpd => "lighttpd",
+            Self::Postgres => "postgres",
             Self::Racey { .. } => "racey",
         }
     }
@@ -93,9 +99,15 @@ impl Service {
         match self {
             Self::Redis => 6379,
             Self::Memcached => 11211,
-            Self::Nginx => 80,
+            Self::Nginx | Self::Lighttpd => 80,
+            Self::Postgres => 5432,
             Self::Racey { .. } => 7000,
         }
+    }
+
+    /// What it needs to run well, MiB.
+    pub fn memory_mib(self) -> u32 {
+        if self == Self::Postgres { 640 } else { 256 }
     }
 }
 
@@ -110,12 +122,39 @@ pub struct Guest {
     pub memory_mib: u32,
     /// More words for the kernel command line.
     pub append: String,
+    /// What an unprotected guest's memory consists of; a protected one's is the daemon's business.
+    pub plain_memory: PlainMemory,
+}
+
+/// What the memory of an unprotected guest consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlainMemory {
+    /// QEMU's own choice: private memory, for which it asks the kernel for huge pages.
+    Private,
+    /// Shared anonymous memory, as protected guests have by default.
+    Memfd,
+    /// The same of huge pages of 2 MiB, which must be reserved.
+    HugePages,
+}
+
+impl PlainMemory {
+    /// QEMU's options for it, and the machine's.
+    fn arguments(self, memory_mib: u32) -> (Vec<String>, &'static str) {
+        let pages = match self {
+            Self::Private => return (Vec::new(), ""),
+            Self::Memfd => "",
+            Self::HugePages => ",hugetlb=on,hugetlbsize=2M",
+        };
+        let object = format!("memory-backend-memfd,id=ram0,size={memory_mib}M,share=on{pages}");
+        (vec!["-object".to_owned(), object], ",memory-backend=ram0")
+    }
 }
 
 impl Guest {
-    /// A guest of 256 MiB at [`GUEST_IP`].
+    /// A guest at [`GUEST_IP`] with as much memory as its service needs.
     pub fn new(service: Service) -> Self {
-        Self { service, ip: GUEST_IP, memory_mib: 256, append: String::new() }
+        let memory_mib = service.memory_mib();
+        Self { service, ip: GUEST_IP, memory_mib, append: String::new(), plain_memory: PlainMemory::Private }
     }
 
     /// The user's own part of QEMU's command line: everything except machine, memory backend and devices. The
@@ -173,7 +212,9 @@ impl Guest {
     /// # Errors
     /// [`RigError::NotSetUp`].
     pub fn plain_args(&self, serial: &Path, tap: &str) -> Result<Vec<String>> {
-        let mut arguments = vec!["-machine".to_owned(), "pc".to_owned()];
+        let (memory, machine) = self.plain_memory.arguments(self.memory_mib);
+        let mut arguments = vec!["-machine".to_owned(), format!("pc{machine}")];
+        arguments.extend(memory);
         let [.., low] = self.ip.octets();
         let fixed = [
             "-nodefaults",

@@ -29,7 +29,7 @@ pub mod wait;
 pub use cluster::{Cluster, ClusterOptions};
 pub use error::{Result, RigError};
 pub use fault::Fault;
-pub use guest::{Artifacts, Guest, Service};
+pub use guest::{Artifacts, Guest, PlainMemory, Service};
 pub use host::Host;
 pub use process::{Process, Spawn};
 pub use programs::{program, release_program};

@@ -3,7 +3,8 @@
 //! A slot ends when the guest is idle, and, so that a busy guest cannot postpone it for ever, when the guard
 //! fills up, when the oldest held frame gets too old, or at the slot's maximum length. Pure: one snapshot
 //! in, one decision out, no memory of its own. Fixed intervals as in Remus were rejected by the
-//! paper: an idle guest with a closed TCP window wastes the rest of the interval.
+//! paper: an idle guest with a closed TCP window wastes the rest of the interval. They are here all the same
+//! ([`SlotConfig::interval_us`]), so that what that rejection gains can be measured.
 
 use std::fmt;
 
@@ -18,13 +19,63 @@ pub struct SlotConfig {
     pub max_hold_us: u64,
     /// Longest slot of a guest that does something, in µs.
     pub max_slot_us: u64,
-    /// Longest slot of a guest that is idle, holds nothing and consumed nothing, in µs.
-    pub idle_max_slot_us: u64,
+    /// Slots have this length in µs, whatever the guest does; only a guard that fills up ends one earlier. The
+    /// other limits mean nothing then.
+    pub interval_us: Option<u64>,
 }
 
 impl Default for SlotConfig {
     fn default() -> Self {
-        Self { guard_pressure_fraction: 0.75, max_hold_us: 50_000, max_slot_us: 100_000, idle_max_slot_us: 1_000_000 }
+        Self { guard_pressure_fraction: 0.75, max_hold_us: 50_000, max_slot_us: 100_000, interval_us: None }
+    }
+}
+
+/// The end of an idle guest's slot waits for one part in so many of what a syncvm usually takes.
+const LINGER_SHARE: u64 = 16;
+/// How many syncvms are remembered.
+const RECENT_COSTS: usize = 64;
+/// How many of so many may have cost more than what is predicted.
+const OUTLIERS: usize = 1;
+
+/// What the last syncvms cost, as a prediction for the next. A high quantile and not the mean: a bound on how long
+/// frames are held is worth nothing if half of them miss it. Not the maximum: one outlier would shorten all slots.
+#[derive(Clone, Debug)]
+pub struct SyncCosts {
+    recent_us: [u64; RECENT_COSTS],
+    noted: usize,
+    predicted_us: u64,
+    usual_us: u64,
+}
+
+impl Default for SyncCosts {
+    fn default() -> Self {
+        Self { recent_us: [0; RECENT_COSTS], noted: 0, predicted_us: 0, usual_us: 0 }
+    }
+}
+
+impl SyncCosts {
+    /// One more.
+    pub fn note(&mut self, cost_us: u64) {
+        self.recent_us[self.noted % RECENT_COSTS] = cost_us;
+        self.noted += 1;
+        let known = self.noted.min(RECENT_COSTS);
+        let mut sorted = self.recent_us;
+        sorted[..known].sort_unstable();
+        let outliers = if known < RECENT_COSTS / 4 { 0 } else { OUTLIERS };
+        self.predicted_us = sorted[known - 1 - outliers];
+        self.usual_us = sorted[known / 2];
+    }
+
+    /// What one usually costs; 0 before the first.
+    #[must_use]
+    pub fn usual_us(&self) -> u64 {
+        self.usual_us
+    }
+
+    /// What the next will cost at most, probably; 0 before the first.
+    #[must_use]
+    pub fn predicted_us(&self) -> u64 {
+        self.predicted_us
     }
 }
 
@@ -40,13 +91,23 @@ pub struct SlotSnapshot {
     /// Age of the oldest held frame in µs; `None` if nothing is held.
     pub oldest_frame_age_us: Option<u64>,
     /// Time since the slot began (the last resume), in µs.
-    pub slot_age_us: u64,
+    pub since_resume_us: u64,
+    /// Time since the slot has had something to release or to reconcile, in µs; 0 if it has not.
+    pub active_us: u64,
+    /// Longest slot of a guest that is idle, holds nothing and consumed nothing, in µs.
+    pub idle_max_slot_us: u64,
     /// Inputs that the guest consumed in this slot.
     pub consumed_inputs: u64,
     /// Inputs that are proposed or committed but not yet in the guest.
     pub pending_inputs: u64,
-    /// What the last syncvm took from proposal to acknowledgement, in µs; 0 if there was none.
-    pub last_sync_cost_us: u64,
+    /// Time since the guest last got an input, in µs.
+    pub quiet_us: u64,
+    /// What a syncvm usually takes from its proposal until the slot's frames have left, in µs.
+    pub usual_cost_us: u64,
+    /// What the next syncvm will probably take from its proposal to the stop of the guest, in µs.
+    pub stop_cost_us: u64,
+    /// What it will take at most, probably, from its proposal until the slot's frames have left, in µs.
+    pub sync_cost_us: u64,
 }
 
 /// Why a slot ends.
@@ -60,6 +121,8 @@ pub enum SlotEnd {
     OldestFrame,
     /// The slot reached its maximum length.
     MaxLength,
+    /// The slot has its fixed length.
+    Interval,
 }
 
 impl fmt::Display for SlotEnd {
@@ -69,6 +132,7 @@ impl fmt::Display for SlotEnd {
             Self::GuardPressure => "guard-pressure",
             Self::OldestFrame => "oldest-frame",
             Self::MaxLength => "max-length",
+            Self::Interval => "interval",
         })
     }
 }
@@ -93,21 +157,33 @@ impl SlotPolicy {
         if now.guard_bytes > 0 && now.guard_bytes as f64 >= pressure {
             return Some(SlotEnd::GuardPressure);
         }
-        // The frame leaves only after the syncvm, so start early by what the last one took; but never
-        // promise more than half the bound, or a costly syncvm would make slots of no length.
-        let lead_us = now.last_sync_cost_us.min(self.config.max_hold_us / 2);
+        if let Some(interval_us) = self.config.interval_us {
+            let ends = now.since_resume_us.saturating_add(now.stop_cost_us.min(interval_us / 2)) >= interval_us;
+            return ends.then_some(SlotEnd::Interval);
+        }
+        // The frame leaves only after the syncvm, so start early by what that will take. Where the bound cannot
+        // be kept, a slot still has a fifth of it, or a costly syncvm would make slots of no length.
+        let lead_us = now.sync_cost_us.min(self.config.max_hold_us / 5 * 4);
         if now.oldest_frame_age_us.is_some_and(|age| age.saturating_add(lead_us) >= self.config.max_hold_us) {
             return Some(SlotEnd::OldestFrame);
         }
         let idle = now.activity == Activity::Idle && now.pending_inputs == 0;
         let untouched = now.oldest_frame_age_us.is_none() && now.consumed_inputs == 0;
         if idle && untouched {
-            return (now.slot_age_us >= self.config.idle_max_slot_us).then_some(SlotEnd::MaxLength);
+            return (now.since_resume_us >= now.idle_max_slot_us).then_some(SlotEnd::MaxLength);
         }
-        if now.slot_age_us >= self.config.max_slot_us {
+        if now.active_us >= self.config.max_slot_us {
             return Some(SlotEnd::MaxLength);
         }
-        idle.then_some(SlotEnd::Idle)
+        (idle && !self.lingers(now)).then_some(SlotEnd::Idle)
+    }
+
+    /// An idle guest may get its next input at once: clients that were answered together ask again one after the
+    /// other. A slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end
+    /// waits for a small part of what it costs; but only in a slot that is shorter than a syncvm, or steady traffic
+    /// would put it off again and again.
+    fn lingers(&self, now: &SlotSnapshot) -> bool {
+        now.quiet_us < now.usual_cost_us / LINGER_SHARE && now.active_us < now.usual_cost_us
     }
 }
 
@@ -120,10 +196,15 @@ mod tests {
         guard_bytes: 0,
         guard_capacity_bytes: 1000,
         oldest_frame_age_us: None,
-        slot_age_us: 10,
+        since_resume_us: 10,
+        active_us: 0,
+        idle_max_slot_us: 1_000_000,
         consumed_inputs: 0,
         pending_inputs: 0,
-        last_sync_cost_us: 5_000,
+        quiet_us: 1_000,
+        usual_cost_us: 4_000,
+        stop_cost_us: 1_000,
+        sync_cost_us: 5_000,
     };
 
     fn decide(snapshot: SlotSnapshot) -> Option<SlotEnd> {
@@ -133,8 +214,8 @@ mod tests {
     #[test]
     fn an_untouched_idle_guest_rests_until_the_long_limit() {
         assert_eq!(decide(QUIET), None);
-        assert_eq!(decide(SlotSnapshot { slot_age_us: 999_999, ..QUIET }), None);
-        let end = decide(SlotSnapshot { slot_age_us: 1_000_000, ..QUIET });
+        assert_eq!(decide(SlotSnapshot { since_resume_us: 999_999, ..QUIET }), None);
+        let end = decide(SlotSnapshot { since_resume_us: 1_000_000, ..QUIET });
         assert_eq!(end, Some(SlotEnd::MaxLength));
     }
 
@@ -146,6 +227,11 @@ mod tests {
         assert_eq!(decide(consumed), Some(SlotEnd::Idle));
         let more_to_come = SlotSnapshot { pending_inputs: 1, ..held };
         assert_eq!(decide(more_to_come), None, "not idle with inputs on the way");
+        let just_asked = SlotSnapshot { quiet_us: 249, ..held };
+        assert_eq!(decide(just_asked), None, "a sixteenth of 4 ms for the next to ask");
+        assert_eq!(decide(SlotSnapshot { quiet_us: 250, ..held }), Some(SlotEnd::Idle));
+        let long = SlotSnapshot { active_us: 4_000, ..just_asked };
+        assert_eq!(decide(long), Some(SlotEnd::Idle), "steady traffic puts no slot off for ever");
         for activity in [Activity::Busy, Activity::Unknown] {
             assert_eq!(decide(SlotSnapshot { activity, ..held }), None);
         }
@@ -154,16 +240,48 @@ mod tests {
     #[test]
     fn a_busy_guest_cannot_postpone_the_end() {
         let busy = SlotSnapshot { activity: Activity::Busy, pending_inputs: 9, ..QUIET };
-        assert_eq!(decide(SlotSnapshot { slot_age_us: 100_000, ..busy }), Some(SlotEnd::MaxLength));
+        assert_eq!(decide(SlotSnapshot { active_us: 100_000, ..busy }), Some(SlotEnd::MaxLength));
         let aged = SlotSnapshot { oldest_frame_age_us: Some(45_000), guard_bytes: 1, ..busy };
         assert_eq!(decide(aged), Some(SlotEnd::OldestFrame), "45 ms + 5 ms of syncvm");
         let younger = SlotSnapshot { oldest_frame_age_us: Some(44_999), ..aged };
         assert_eq!(decide(younger), None);
-        let costly = SlotSnapshot { last_sync_cost_us: 1_000_000, ..younger };
+        let costly = SlotSnapshot { sync_cost_us: 1_000_000, ..younger };
         assert_eq!(decide(costly), Some(SlotEnd::OldestFrame));
-        let fresh = SlotSnapshot { oldest_frame_age_us: Some(24_999), ..costly };
-        assert_eq!(decide(fresh), None, "half the bound is always left");
+        let fresh = SlotSnapshot { oldest_frame_age_us: Some(9_999), ..costly };
+        assert_eq!(decide(fresh), None, "a fifth of the bound is always left");
         let full = SlotSnapshot { guard_bytes: 750, oldest_frame_age_us: Some(0), ..busy };
         assert_eq!(decide(full), Some(SlotEnd::GuardPressure));
+    }
+
+    #[test]
+    fn a_fixed_interval_counts_from_the_resume_to_the_stop_and_asks_nothing_else() {
+        let policy = SlotPolicy::new(SlotConfig { interval_us: Some(25_000), ..SlotConfig::default() });
+        let held = SlotSnapshot { oldest_frame_age_us: Some(24_000), guard_bytes: 60, consumed_inputs: 1, ..QUIET };
+        for snapshot in [QUIET, held, SlotSnapshot { activity: Activity::Busy, pending_inputs: 3, ..held }] {
+            let at = |since_resume_us| policy.decide(&SlotSnapshot { since_resume_us, ..snapshot });
+            assert_eq!(at(23_999), None, "the stop comes 1 ms after the proposal");
+            assert_eq!(at(24_000), Some(SlotEnd::Interval));
+        }
+        let slow = SlotSnapshot { stop_cost_us: 900_000, since_resume_us: 12_499, ..held };
+        assert_eq!(policy.decide(&slow), None, "half of it is always left");
+        let full = SlotSnapshot { guard_bytes: 750, ..QUIET };
+        assert_eq!(policy.decide(&full), Some(SlotEnd::GuardPressure));
+    }
+
+    #[test]
+    fn costs_predict_a_high_quantile_of_the_recent_and_forget_the_old() {
+        let mut costs = SyncCosts::default();
+        assert_eq!(costs.predicted_us(), 0);
+        costs.note(7_000);
+        assert_eq!(costs.predicted_us(), 7_000);
+        for cost_us in 1..=RECENT_COSTS as u64 {
+            costs.note(cost_us * 100);
+        }
+        assert_eq!((costs.predicted_us(), costs.usual_us()), (6_300, 3_300), "one of 64 may be longer");
+        (0..RECENT_COSTS).for_each(|_| costs.note(50));
+        costs.note(90_000);
+        assert_eq!(costs.predicted_us(), 50, "a single outlier decides nothing");
+        costs.note(90_000);
+        assert_eq!(costs.predicted_us(), 90_000);
     }
 }

@@ -48,6 +48,11 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
             loud_step("programs that the guests run on", test::build_programs)?;
         }
     }
+    if group == "services" {
+        setup::run(false)?;
+        setup::load_generators()?;
+        loud_step("programs that the guests run on", test::build_programs)?;
+    }
     if group == "fabric" && !arguments.smoke && rig::is_root() && arguments.wants_some("fabric.rdma") {
         // For RDMA, in a guest. The smoke run measures it if these are there already.
         setup::run(false)?;

@@ -103,6 +103,7 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
     loud_step("test bed", || setup::run(false))?;
     dpdk_tests(filters)?;
     if filters.is_empty() {
+        loud_step("measurements of syncvm work", || perf::smoke("syncvm"))?;
         loud_step("measurements against peers work", || perf::smoke("log").and_then(|()| perf::smoke("consensus")))?;
     }
     loud_step("programs under test", || {
@@ -113,7 +114,7 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         Ok(())
     })?;
     if filters.is_empty() {
-        loud_step("measurements of the data plane work", || perf::smoke("dataplane"))?;
+        loud_step("measurements with guests work", || perf::smoke("dataplane").and_then(|()| perf::smoke("services")))?;
     }
     loud_step("end-to-end tests", || {
         let mut command = cargo();

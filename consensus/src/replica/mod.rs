@@ -27,6 +27,7 @@ use crate::rng::Rng;
 use durable::Durability;
 use release::SyncVm;
 
+pub use flow::Lag;
 pub use release::Release;
 
 /// What the committed log makes of this replica.

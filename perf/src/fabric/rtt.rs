@@ -147,7 +147,7 @@ struct Stop {
 }
 
 /// Two nodes on the loopback interface, and what each needs to know of both.
-pub(super) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Replica>)> {
+pub(crate) fn two_nodes(security: &Security) -> Result<([Listener; 2], Vec<Replica>)> {
     let bind = |name: &str| -> Result<Listener> {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         Ok(Listener::bind(addr, NodeIdentity::new(name)?, security.clone())?)

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 pub use node::{DEFAULT_FABRIC_KEY, HugePages, Idle, NodeConfig, Scheduling};
 pub use uplink::{Uplink, UplinkKind};
-pub use vm::{Degraded, HashKind, MemoryBackend, Mode, Policy, ReplicaConfig, SocketSide, TrackerChoice, VmConfig};
+pub use vm::{
+    Degraded, HashKind, MemoryBackend, Mode, Policy, ReplicaConfig, SocketSide, SyncPolicy, TrackerChoice, VmConfig,
+};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -110,6 +110,31 @@ fn values_out_of_range_name_the_field() {
 }
 
 #[test]
+fn policies_with_a_fixed_interval_have_one_and_vsmr_has_none() {
+    let files = Files::new("sync");
+    for (policy, passive, interval_us, shown) in [
+        ("", false, None, "vsmr"),
+        ("sync = \"vsmr\"", false, None, "vsmr"),
+        ("sync = \"str\"", false, Some(25_000), "str every 25 ms"),
+        ("sync = \"mc\"", true, Some(100_000), "mc every 100 ms"),
+        ("sync = \"mc\", interval_ms = 7", true, Some(7_000), "mc every 7 ms"),
+    ] {
+        let text = VM.replace("uplink =", &format!("policy = {{ {policy} }}\nuplink ="));
+        let policy = VmConfig::load(&files.write("redis.toml", &text)).unwrap().policy;
+        assert_eq!((policy.sync.is_passive(), policy.interval_us()), (passive, interval_us));
+        assert_eq!(policy.describe_sync(), shown);
+    }
+    for (policy, expected) in [
+        ("interval_ms = 25", "policy.interval_ms: means nothing with sync = \"vsmr\""),
+        ("sync = \"str\", interval_ms = 0", "policy.interval_ms: is 0"),
+        ("sync = \"remus\"", "unknown variant `remus`"),
+    ] {
+        let text = vm_error("sync-wrong", "uplink =", &format!("policy = {{ {policy} }}\nuplink ="));
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
 fn a_missing_file_is_named() {
     let error = NodeConfig::load(Path::new("/nonexistent/node.toml")).unwrap_err();
     assert!(matches!(error, ConfigError::Unreadable { .. }) && error.to_string().contains("/nonexistent/node.toml"));
@@ -202,4 +227,22 @@ fn an_unreplicated_vm_has_one_node_and_a_replicated_one_three() {
     let text =
         VmConfig::load(&files.write("redis.toml", &format!("mode = \"unreplicated\"\n{VM}"))).unwrap_err().to_string();
     assert!(text.contains("names 3 nodes"), "{text}");
+}
+
+#[test]
+fn a_core_that_nothing_can_be_pinned_to_is_refused() {
+    let files = Files::new("cores");
+    files.write("vms/redis.toml", VM);
+    for field in ["reactor_cores", "hash_cores"] {
+        let text = format!("{NODE}{field} = [0, 1024]\n");
+        let text = NodeConfig::load(&files.write("node.toml", &text)).unwrap_err().to_string();
+        assert!(text.contains(field) && text.contains("1024"), "{text}");
+    }
+    let text = format!("{NODE}hash_cores = [5, 1023]\n");
+    let node = NodeConfig::load(&files.write("node.toml", &text)).unwrap();
+    assert_eq!(node.hash_thread_cores(), [Some(5), Some(1023)]);
+    let three = NodeConfig { hash_workers: Some(3), ..node };
+    assert_eq!(three.hash_thread_cores(), [Some(5), Some(1023), Some(5)]);
+    let free = NodeConfig { hash_cores: Vec::new(), ..three };
+    assert_eq!(free.hash_thread_cores(), [None; 3]);
 }

@@ -82,6 +82,47 @@ pub enum SocketSide {
     Plover,
 }
 
+/// When the guests are made identical, and what the secondary's does meanwhile. All but the default are what others
+/// do, by the same engine, so that they can be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum SyncPolicy {
+    /// Both guests run; a slot ends when the guest is idle; divergent pages are sent (PLOVER).
+    #[default]
+    Vsmr,
+    /// Both guests run; slots have a fixed length; divergent pages are sent.
+    Str,
+    /// Micro-checkpointing as in Remus: the secondary's guest stands still, slots have a fixed length, and every
+    /// dirty page is sent.
+    Mc,
+}
+
+impl SyncPolicy {
+    /// Length of a slot where that is fixed and nobody says otherwise.
+    fn usual_interval_ms(self) -> Option<u64> {
+        match self {
+            Self::Vsmr => None,
+            Self::Str => Some(25),
+            Self::Mc => Some(100),
+        }
+    }
+
+    /// Whether the secondary's guest stands still until it takes over.
+    pub fn is_passive(self) -> bool {
+        self == Self::Mc
+    }
+}
+
+impl std::fmt::Display for SyncPolicy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Vsmr => "vsmr",
+            Self::Str => "str",
+            Self::Mc => "mc",
+        })
+    }
+}
+
 /// One member of the group.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -104,12 +145,18 @@ fn transports<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Transport>, D::E
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
+    /// When the guests are made identical, and what the secondary's does meanwhile.
+    pub sync: SyncPolicy,
+    /// With `str` and `mc`: from the end of one syncvm until the next stops the guest.
+    pub interval_ms: Option<u64>,
     /// What to do while only one replica has the guest.
     pub degraded: Degraded,
     /// After every syncvm both sides hash all RAM and compare it and the device state (I4). Slow; for tests and doubts.
     pub verify: bool,
     /// The leader's guest runs again after the copy, not after the transfer.
     pub early_resume: bool,
+    /// Of pages that differ, only the blocks that differ are sent.
+    pub delta: bool,
     /// A peer that says nothing for this long counts as failed.
     pub failure_timeout_ms: u64,
     /// The guest counts as idle when its vCPUs stood still for this long (PLOVER §4.3).
@@ -135,9 +182,12 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
+            sync: SyncPolicy::Vsmr,
+            interval_ms: None,
             degraded: Degraded::Serve,
             verify: false,
             early_resume: true,
+            delta: true,
             failure_timeout_ms: 100,
             idle_threshold_us: 100,
             max_hold_ms: 50,
@@ -148,6 +198,22 @@ impl Default for Policy {
             arena_mib: 64,
             hash: HashKind::City128,
             tracker: TrackerChoice::Auto,
+        }
+    }
+}
+
+impl Policy {
+    /// The fixed length of slots, if it is fixed.
+    pub fn interval_us(&self) -> Option<u64> {
+        let usual_ms = self.sync.usual_interval_ms()?;
+        Some(self.interval_ms.unwrap_or(usual_ms) * 1000)
+    }
+
+    /// The same for people.
+    pub fn describe_sync(&self) -> String {
+        match self.interval_us() {
+            Some(interval_us) => format!("{} every {} ms", self.sync, interval_us / 1000),
+            None => self.sync.to_string(),
         }
     }
 }
@@ -243,7 +309,12 @@ impl VmConfig {
     }
 
     fn check_policy(&self) -> Result<(), ConfigError> {
+        if self.policy.interval_ms.is_some() && self.policy.sync == SyncPolicy::Vsmr {
+            let message = "means nothing with sync = \"vsmr\"; leave it out, or set sync = \"str\" or \"mc\"";
+            return Err(invalid(&self.path, "policy.interval_ms", message.to_owned()));
+        }
         let ranges = [
+            ("policy.interval_ms", self.policy.interval_ms.unwrap_or(1), 1, 60_000),
             ("policy.failure_timeout_ms", self.policy.failure_timeout_ms, 20, 60_000),
             ("policy.idle_threshold_us", self.policy.idle_threshold_us, 20, 100_000),
             ("policy.max_hold_ms", self.policy.max_hold_ms, 1, 60_000),

@@ -8,6 +8,7 @@ mod features;
 mod handler;
 mod link;
 mod memory;
+mod moderation;
 mod net;
 mod ring;
 mod session;

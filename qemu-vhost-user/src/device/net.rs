@@ -20,6 +20,7 @@ use thiserror::Error;
 use super::features::{Features, Offloads};
 use super::link::{Answer, Command, ReactorEnd, RingStart, drain, signal};
 use super::memory::{BackendDirty, RamIdentity};
+use super::moderation::{Debt, are_many};
 use super::ring::{Ring, RingFault};
 use super::traffic::Scratch;
 
@@ -169,6 +170,8 @@ pub(super) struct Slot {
     pub kick: Option<Arc<OwnedFd>>,
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
+    /// An interrupt that waits; of transmit rings only.
+    debt: Option<Debt>,
 }
 
 impl Slot {
@@ -442,11 +445,58 @@ impl NetDevice {
         }
     }
 
+    /// As [`Self::flush_signals`], but an interrupt for frames that the guest sent may wait until [`Self::signal_due_us`] (see
+    /// `moderation`). For a caller that calls this again by then.
+    #[inline]
+    pub fn flush_signals_in_time(&mut self, now_us: u64) {
+        for pair in 0..self.pairs_in_use {
+            let receive = RingIndex::receive(pair);
+            let ring = self.slots[usize::from(receive.0)].ring.as_deref();
+            let gives = ring.is_some_and(|ring| ring.unsignalled() > 0);
+            self.signal_ring(receive);
+            let transmit = RingIndex::transmit(pair);
+            if !self.may_wait(transmit, now_us, gives) {
+                self.signal_ring(transmit);
+            }
+        }
+    }
+
+    /// When [`Self::flush_signals_in_time`] must be called again.
+    #[inline]
+    pub fn signal_due_us(&self) -> u64 {
+        let debts = self.slots[..2 * self.pairs_in_use].iter().filter_map(|slot| slot.debt);
+        debts.map(|debt| debt.due_us()).min().unwrap_or(u64::MAX)
+    }
+
+    /// Whether a transmit ring's interrupt can wait, if one is due. `gives`: the guest was just given frames.
+    #[inline]
+    fn may_wait(&mut self, index: RingIndex, now_us: u64, gives: bool) -> bool {
+        let slot = &mut self.slots[usize::from(index.0)];
+        let Some(ring) = slot.ring.as_deref_mut().filter(|_| slot.call.is_some()) else { return false };
+        ring.settle();
+        let published = ring.published();
+        if are_many(ring.unsignalled(), ring.size()) {
+            return false;
+        }
+        if ring.unsignalled() > 0 && slot.debt.is_none_or(|debt| debt.upto() != published) {
+            // Looked at once per change: each look takes the line from the driver. What was owed before may be forgiven now.
+            let kept = slot.debt.take().filter(|debt| !ring.forgives(debt.upto()));
+            if !ring.forgives(published) {
+                slot.debt = kept.or(Some(Debt::new(now_us, published)));
+                slot.debt.iter_mut().for_each(|debt| debt.extend(published));
+            }
+        } else if let (Some(debt), true) = (&mut slot.debt, gives) {
+            debt.note_received();
+        }
+        slot.debt.is_none_or(|debt| now_us < debt.due_us())
+    }
+
     #[inline]
     fn signal_ring(&mut self, index: RingIndex) {
         let Some(slot) = self.slots.get_mut(usize::from(index.0)) else {
             return;
         };
+        slot.debt = None;
         let Some(ring) = slot.ring.as_deref_mut() else {
             return;
         };

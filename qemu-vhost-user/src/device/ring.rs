@@ -538,16 +538,40 @@ impl Ring {
             // First call after a start: an interrupt may have been lost with the device's previous life.
             return true;
         };
-        if old == self.published {
-            return false;
+        old != self.published && self.wants_signal_between(old, self.published)
+    }
+
+    /// The used index as the guest sees it.
+    pub fn published(&self) -> u16 {
+        self.published
+    }
+
+    /// How many entries the guest can see that `wants_signal` was not asked for yet; after a start, more than any ring has.
+    pub fn unsignalled(&self) -> u16 {
+        self.signalled.map_or(u16::MAX, |old| self.published.wrapping_sub(old))
+    }
+
+    /// Whether the guest wants no interrupt for what was published up to `index`. Then none will be due for that. Settles.
+    #[inline]
+    pub fn forgives(&mut self, index: u16) -> bool {
+        self.settle();
+        let Some(old) = self.signalled else { return false };
+        let forgives = old == index || !self.wants_signal_between(old, index);
+        if forgives {
+            self.signalled = Some(index);
         }
+        forgives
+    }
+
+    #[inline]
+    fn wants_signal_between(&self, old: u16, new: u16) -> bool {
         // The used index must be visible before the driver's wish is read; pairs with the driver's barrier. The fence between the
         // two is the one in `settle`.
         if !self.event_idx {
             return u32::from(self.available.load_u16(0, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
         let event = self.available.load_u16(RING_HEADER_BYTES + 2 * usize::from(self.size), Ordering::Relaxed);
-        self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 }
 

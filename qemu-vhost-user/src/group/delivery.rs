@@ -3,6 +3,9 @@
 //! The queue blocks at a `SyncVm` that concerns this replica until the syncvm lets it go on: nothing behind it may reach
 //! the guest before (architecture.md, «edge cases»). A guest that offers no buffers gets a short while to catch up, and
 //! then frames are dropped as a NIC's would be, so that a guest that never reads cannot stop the group.
+//!
+//! A secondary whose guest stands still (`sync = "mc"`) keeps the inputs since the last syncvm instead, and delivers
+//! them when it takes over: the syncvm that covers them makes them needless.
 
 use std::collections::VecDeque;
 
@@ -37,6 +40,8 @@ pub struct Delivered {
 #[derive(Debug, Default)]
 pub struct Delivery {
     queue: VecDeque<Committed>,
+    /// Inputs that came before the queue's and wait until a syncvm makes them needless or this replica leads.
+    kept: VecDeque<Committed>,
     backlog_bytes: usize,
     /// Bytes of the first entry whose frames are not delivered yet; `None` before it was checked.
     left_bytes: Option<usize>,
@@ -80,6 +85,33 @@ impl Delivery {
     /// The last entry that the guest has consumed.
     pub fn applied(&self) -> Index {
         self.applied
+    }
+
+    /// The last entry that the guest has consumed, or would have consumed if it were to run.
+    fn seen(&self) -> Index {
+        self.kept.back().map_or(self.applied, |kept| kept.index)
+    }
+
+    /// A syncvm made the guest what its leader's was after all of the kept inputs.
+    pub fn forget_kept(&mut self) {
+        self.kept.clear();
+    }
+
+    /// Moves the input at the head to those that are kept.
+    fn keep(&mut self) {
+        let Some(input) = self.queue.pop_front() else { return };
+        self.backlog_bytes -= input.entry.payload().len();
+        self.left_bytes = None;
+        self.kept.push_back(input);
+    }
+
+    /// The kept inputs are for the guest now, before all others.
+    fn deliver_kept(&mut self) {
+        while let Some(input) = self.kept.pop_back() {
+            self.backlog_bytes += input.entry.payload().len();
+            self.left_bytes = None;
+            self.queue.push_front(input);
+        }
     }
 
     /// When a stalled delivery should be looked at again.
@@ -130,6 +162,10 @@ impl Reactor<'_> {
     /// Delivers as much as the guest takes and the turn's budget allows.
     pub(super) fn deliver(&mut self, now: u64) -> Delivered {
         let mut left = DELIVER_BUDGET_FRAMES;
+        let passive = self.is_passive();
+        if !passive && !self.follow.is_running() {
+            self.delivery.deliver_kept();
+        }
         while let Some(committed) = self.ordering.committed.pop_front() {
             if matches!(committed.entry, Entry::SyncVm { with } if with == self.me) {
                 self.leave_older_exchange(committed.index);
@@ -151,6 +187,10 @@ impl Reactor<'_> {
                     Step::Done
                 }
                 Entry::Input(_) if !consumes => Step::Done,
+                Entry::Input(_) if passive => {
+                    self.delivery.keep();
+                    continue;
+                }
                 Entry::Input(_) => self.deliver_input(now, &mut left),
                 Entry::SyncVm { with } => self.reach_sync(now, index, view, with),
             };
@@ -163,11 +203,16 @@ impl Reactor<'_> {
         Delivered { frames: DELIVER_BUDGET_FRAMES - left, more: false }
     }
 
+    /// Whether the guest stands still until this replica leads.
+    pub(super) fn is_passive(&self) -> bool {
+        self.vm.policy.sync.is_passive() && self.lead.is_none()
+    }
+
     /// Tells consensus how far the guest is: the leader waits for its secondary.
     pub(super) fn tell_consumed(&mut self, now: u64) {
-        let applied = self.delivery.applied;
-        if std::mem::replace(&mut self.delivery.told, applied) != applied {
-            self.ordering.step(now, Event::Consumed(applied));
+        let seen = self.delivery.seen();
+        if std::mem::replace(&mut self.delivery.told, seen) != seen {
+            self.ordering.step(now, Event::Consumed(seen));
         }
     }
 
@@ -247,7 +292,42 @@ impl Reactor<'_> {
     /// A `SyncVm` is at the head: it is ours to lead, ours to follow, or nothing to us.
     fn reach_sync(&mut self, now: u64, index: Index, view: View, with: ReplicaId) -> Step {
         let concerned =
-            if with == self.me { self.reach_followed_sync(now, index, view) } else { self.reach_led_sync(index) };
+            if with == self.me { self.reach_followed_sync(now, index, view) } else { self.reach_led_sync(now, index) };
         if concerned { Step::Blocked } else { Step::Done }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use consensus::Payload;
+
+    use super::*;
+
+    const ME: ReplicaId = ReplicaId(1);
+
+    fn input(index: u64) -> Committed {
+        Committed { index: Index(index), view: View(1), entry: Entry::Input(Payload::from(vec![0; 10])) }
+    }
+
+    fn order(delivery: &Delivery) -> Vec<u64> {
+        delivery.queue.iter().map(|committed| committed.index.0).collect()
+    }
+
+    #[test]
+    fn kept_inputs_come_back_in_order_before_all_others_or_are_forgotten() {
+        let mut delivery = Delivery::default();
+        (1..=5).for_each(|index| delivery.push(input(index), ME));
+        delivery.pop(ME);
+        (2..=4).for_each(|_| delivery.keep());
+        assert_eq!((delivery.applied(), delivery.seen()), (Index(1), Index(4)), "the leader waits for nothing");
+        assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![5], 10));
+        delivery.deliver_kept();
+        assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![2, 3, 4, 5], 40));
+        delivery.pop(ME);
+        assert_eq!((delivery.applied(), delivery.seen()), (Index(2), Index(2)));
+        delivery.keep();
+        delivery.forget_kept();
+        delivery.deliver_kept();
+        assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![4, 5], 20));
     }
 }

@@ -6,7 +6,9 @@
 use consensus::{Release, Replica, View};
 use dataplane::guard::{Guard, SlotMark};
 use dataplane::uplink::Uplink;
+use hdrhistogram::Histogram;
 
+use super::slots::histogram;
 use crate::device::{FrameSink, NetDevice};
 
 /// Frames taken from the guest in one turn of the reactor.
@@ -32,6 +34,7 @@ pub struct Egress {
     port: Port,
     direct: bool,
     releasing: Option<Releasing>,
+    held_us: Histogram<u64>,
 }
 
 /// The guard as the place where the guest's frames go: copied once, from the ring into it.
@@ -95,7 +98,13 @@ impl Port {
 impl Egress {
     /// Holds everything until told otherwise.
     pub fn new(guard: Guard, uplink: Box<dyn Uplink>) -> Self {
-        Self { guard, port: Port { uplink, handed: 0, failure: None }, direct: false, releasing: None }
+        Self {
+            guard,
+            port: Port { uplink, handed: 0, failure: None },
+            direct: false,
+            releasing: None,
+            held_us: histogram(),
+        }
     }
 
     /// Takes what the guest has sent. It leaves at once if that is the mode and there is proof; without proof the mode
@@ -131,8 +140,8 @@ impl Egress {
     }
 
     /// As [`Egress::release`], at once and whatever it takes.
-    pub fn release_all(&mut self, through: SlotMark, proof: ReleaseProof) {
-        while self.release_some(through, &proof) == RELEASE_BUDGET_FRAMES {}
+    pub fn release_all(&mut self, now_us: u64, through: SlotMark, proof: ReleaseProof) {
+        while self.release_some(now_us, through, &proof) == RELEASE_BUDGET_FRAMES {}
     }
 
     /// Whether frames that may leave are still held.
@@ -142,13 +151,13 @@ impl Egress {
 
     /// Lets a turn's worth of frames leave, if they still may. Frames that may not any more stay held, and leave with a
     /// later slot or are forgotten with it. Returns how many left.
-    pub fn go_on_releasing(&mut self, replica: &Replica) -> usize {
+    pub fn go_on_releasing(&mut self, now_us: u64, replica: &Replica) -> usize {
         let Some(Releasing { through, view, reason }) = self.releasing else { return 0 };
         let Some(proof) = ReleaseProof::new(replica, view, reason) else {
             self.releasing = None;
             return 0;
         };
-        let released = self.release_some(through, &proof);
+        let released = self.release_some(now_us, through, &proof);
         if released < RELEASE_BUDGET_FRAMES {
             self.releasing = None;
             self.direct = matches!(reason, Release::Alone) && self.guard.frames() == 0;
@@ -156,9 +165,12 @@ impl Egress {
         released
     }
 
-    fn release_some(&mut self, through: SlotMark, _proof: &ReleaseProof) -> usize {
-        let port = &mut self.port;
-        self.guard.release_some(through, RELEASE_BUDGET_FRAMES, |frame| port.send(frame))
+    fn release_some(&mut self, now_us: u64, through: SlotMark, _proof: &ReleaseProof) -> usize {
+        let (port, held_us) = (&mut self.port, &mut self.held_us);
+        self.guard.release_some(through, RELEASE_BUDGET_FRAMES, |frame, arrival_us| {
+            held_us.saturating_record(now_us.saturating_sub(arrival_us));
+            port.send(frame);
+        })
     }
 
     /// From now on frames leave at once, or as soon as those that are held have left.
@@ -211,6 +223,11 @@ impl Egress {
     /// The uplink, for receiving and settings.
     pub fn uplink(&mut self) -> &mut dyn Uplink {
         &mut *self.port.uplink
+    }
+
+    /// How long frames were held before they left.
+    pub fn held_us(&self) -> &Histogram<u64> {
+        &self.held_us
     }
 
     /// The guard, for looking at.

@@ -73,8 +73,12 @@ impl Reactor<'_> {
         if !current || self.guest.attached.is_none() {
             return false;
         }
-        let idle_wait_us = if self.guest.intact { self.vm.policy.max_idle_wait_ms * 1000 } else { 0 };
-        self.guest.watch_idle();
+        // Only slots that end when the leader's guest is idle gain from an idle guest here.
+        let waits = self.guest.intact && self.vm.policy.interval_us().is_none();
+        let idle_wait_us = if waits { self.vm.policy.max_idle_wait_ms * 1000 } else { 0 };
+        if idle_wait_us > 0 {
+            self.guest.watch_idle();
+        }
         self.follow = Follow::Waiting { number, view, deadline_us: now + idle_wait_us };
         true
     }
@@ -133,14 +137,16 @@ impl Reactor<'_> {
                     self.egress.discard(mark);
                 }
                 // Permission first: the worker resumes the guest as soon as the slot is ended.
-                self.worker.standing.may_run.store(!abandoned, Ordering::Release);
+                let runs = !abandoned && !self.is_passive();
+                self.worker.standing.may_run.store(runs, Ordering::Release);
                 self.worker.standing.sealed.store(number.0, Ordering::Release);
                 self.delivery.pass_sync(number, self.me);
+                self.delivery.forget_kept();
                 self.delivery.consumed_since_sync = false;
                 if abandoned {
                     self.invalidate_guest(now, "the group went on without it");
                 } else {
-                    self.guest.whole_since(leader);
+                    self.guest.whole_since(leader, runs);
                     self.delivery.forget_stall();
                     self.ordering.step(now, Event::GuestIntact(true));
                 }
@@ -162,13 +168,13 @@ impl Reactor<'_> {
     }
 
     /// The worker stopped the guest for a syncvm: the slot ends here.
-    pub(super) fn guest_stopped(&mut self, number: Index) {
+    pub(super) fn guest_stopped(&mut self, now: u64, number: Index) {
         // The rings are stopped, so whatever is in the guard was said before the sync point.
         let slot_end = self.egress.seal();
         match &mut self.follow {
             Follow::Running { number: present, mark, .. } if *present == number => *mark = Some(slot_end),
             _ => {
-                self.led_guest_stopped(number, slot_end);
+                self.led_guest_stopped(now, number, slot_end);
                 self.worker.standing.sealed.store(number.0, Ordering::Release);
             }
         }

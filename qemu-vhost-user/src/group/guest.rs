@@ -81,10 +81,10 @@ impl LocalGuest {
         self.intact
     }
 
-    /// The guest is whole as of a syncvm led by `leader`.
-    pub fn whole_since(&mut self, leader: Option<ReplicaId>) {
+    /// The guest is whole as of a syncvm led by `leader`, and runs again or stands still until this replica leads.
+    pub fn whole_since(&mut self, leader: Option<ReplicaId>, runs: bool) {
         self.intact = true;
-        self.running = true;
+        self.running = runs;
         self.rings_ran = true;
         self.lineage = leader;
         if let Some(attached) = &mut self.attached {
@@ -237,6 +237,7 @@ impl Reactor<'_> {
         self.guest.cold_start = false;
         self.guest.stopped_for_hand_over = false;
         self.delivery.skip_through = Index(0);
+        self.delivery.forget_kept();
         self.worker.standing.may_run.store(false, Ordering::Release);
         self.egress.set_held();
         self.egress.discard_all();

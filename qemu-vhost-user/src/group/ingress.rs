@@ -10,6 +10,7 @@ use dataplane::stages::Sizes;
 use dataplane::uplink::filter::{Filter, Rule};
 use dataplane::uplink::{Burst, Intake};
 
+use super::admission;
 use super::memory::shared;
 use super::reactor::Reactor;
 use crate::config::Uplink;
@@ -28,6 +29,10 @@ pub struct Ingress {
     filter: Filter,
     watched: bool,
     last_proposed: u64,
+    /// No input is taken before this time: the secondary is behind.
+    pub not_before_us: u64,
+    /// How often that was so.
+    pub pauses: u64,
     /// The last burst did not empty the uplink, which may say so no more.
     pub more: bool,
     /// The uplink is gone: the group must be started anew.
@@ -47,6 +52,8 @@ impl Ingress {
             filter,
             watched: true,
             last_proposed: 0,
+            not_before_us: 0,
+            pauses: 0,
             more: false,
             failure: None,
             frames_in: 0,
@@ -71,6 +78,11 @@ impl Ingress {
         rules.chain([default]).zip(self.filter.hits().map(|(_, hits)| hits)).collect()
     }
 
+    /// When inputs that are held back may be taken.
+    pub fn next_deadline_us(&self, now_us: u64) -> u64 {
+        if self.not_before_us > now_us { self.not_before_us } else { u64::MAX }
+    }
+
     /// Whether inputs were proposed that are not committed yet.
     pub fn in_flight(&self, commit_index: u64) -> bool {
         self.last_proposed > commit_index
@@ -91,6 +103,7 @@ impl Reactor<'_> {
             && self.delivery.backlog_bytes() < BACKLOG_BYTES
             && !self.ordering.log().is_filling_up()
             && !replica.second_lags(now)
+            && now >= self.ingress.not_before_us
             && self.arena.has_room(MIN_BATCH_BYTES)
     }
 
@@ -115,6 +128,9 @@ impl Reactor<'_> {
             if let Some(index) = self.ordering.propose(now, Entry::Input(payload)) {
                 self.ingress.last_proposed = index.0;
                 self.ingress.frames_in += frames as u64;
+                let pause_us = admission::pause_us(self.ordering.replica().second_lag(now));
+                self.ingress.not_before_us = now + pause_us;
+                self.ingress.pauses += u64::from(pause_us > 0);
             }
             // Not proposed (the lead was just lost): the frames are dropped, and the clients' TCP sends them again.
         }

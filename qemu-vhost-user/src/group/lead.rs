@@ -1,22 +1,20 @@
-//! What a leader is about, besides ordering inputs: who is secondary, when a slot ends, when frames leave.
+//! What a leader is about, besides ordering inputs: who is secondary, what a syncvm leads to, when frames leave.
 //!
-//! A new leader first commits `Second(none)`: whoever was secondary is now itself or gone. From then on it serves without
-//! the hold (or with it, if the operator says so) and brings a joiner in: rounds while the guest runs, one syncvm, and
-//! `Second(joiner)`. From the stop of that syncvm on frames are held again, because the joiner may lead from that state as
-//! soon as `Second(joiner)` is chosen.
+//! A new leader first commits `Second(none)`: whoever was secondary is now itself or gone. From then on it serves
+//! without the hold (or with it, if the operator says so) and brings a joiner in: rounds while the guest runs, one
+//! syncvm, and `Second(joiner)`. From the stop of that syncvm on frames are held again, because the joiner may lead
+//! from that state as soon as `Second(joiner)` is chosen.
 
 use std::sync::atomic::Ordering;
 
 use consensus::{Entry, Event, Index, Release, ReplicaId, View};
 use dataplane::guard::SlotMark;
 use dataplane::uplink::announce;
-use syncvm::idle::Activity;
-use syncvm::slot::{SlotConfig, SlotPolicy, SlotSnapshot};
 
 use super::egress::ReleaseProof;
-use super::follow::IDLE_POLL_US;
 use super::reactor::Reactor;
 use super::requests::HandOver;
+use super::slots::Slots;
 use super::worker::{Command, Report};
 use crate::config::{Degraded, Policy};
 
@@ -80,14 +78,12 @@ pub struct Lead {
     /// The `Second` that names the joiner, once proposed.
     naming: Option<Index>,
     named_since_us: Option<u64>,
-    dropping: Option<Index>,
+    pub(super) dropping: Option<Index>,
     failures: u32,
     announced: usize,
     serving_since_us: Option<u64>,
-    slot_since_us: u64,
-    /// Since when the slot has something to release or to reconcile.
-    active_since_us: Option<u64>,
-    policy: SlotPolicy,
+    /// When slots end.
+    pub slots: Slots,
     /// A planned hand-over.
     pub hand_over: Option<HandOver>,
     /// A syncvm was asked for.
@@ -95,7 +91,7 @@ pub struct Lead {
 }
 
 impl Lead {
-    fn new(view: View, now_us: u64, policy: SlotPolicy) -> Self {
+    fn new(view: View, now_us: u64, policy: &Policy) -> Self {
         Self {
             view,
             none_index: None,
@@ -107,9 +103,7 @@ impl Lead {
             failures: 0,
             announced: 0,
             serving_since_us: None,
-            slot_since_us: now_us,
-            active_since_us: None,
-            policy,
+            slots: Slots::new(policy, now_us),
             hand_over: None,
             forced_sync: false,
         }
@@ -122,12 +116,8 @@ impl Lead {
             (Some(since), Some(after)) => (since + after).max(now_us + 1_000),
             _ => u64::MAX,
         };
-        let idle = if self.sync == LeadSync::Resting && self.active_since_us.is_some() {
-            now_us + IDLE_POLL_US
-        } else {
-            u64::MAX
-        };
-        announce.min(idle)
+        let slot = if self.sync == LeadSync::Resting { self.slots.next_look_us(now_us) } else { u64::MAX };
+        announce.min(slot)
     }
 }
 
@@ -142,17 +132,21 @@ impl Reactor<'_> {
     pub(super) fn begin_lead(&mut self, now: u64, view: View) {
         // An exchange with the old leader that was not acknowledged is void; one that was is applied first.
         self.leave_exchange_of_another_view();
-        self.lead = Some(Lead::new(view, now, SlotPolicy::new(slot_config(&self.vm.policy))));
+        self.lead = Some(Lead::new(view, now, &self.vm.policy));
         if !self.guest.running && self.guest.attached.as_ref().is_some_and(|attached| attached.fresh) {
             // What was committed so far was for the guests that are lost.
             self.delivery.skip_through = self.ordering.replica().commit_index();
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.worker.send(Command::RunFresh);
-        } else if self.guest.intact && !self.follow.is_running() {
-            // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must not
-            // wait: that one resumes by itself, if its outcome allows.
-            self.guest.stopped_for_hand_over = false;
-            self.worker.send(Command::Resume);
+        } else if self.guest.intact {
+            // It may have stood still so far, because of the policy.
+            self.worker.standing.may_run.store(true, Ordering::Release);
+            if !self.follow.is_running() {
+                // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must
+                // not wait: that one resumes by itself, if its outcome allows.
+                self.guest.stopped_for_hand_over = false;
+                self.worker.send(Command::Resume);
+            }
         }
         self.ingress.forget_proposals();
     }
@@ -317,7 +311,7 @@ impl Reactor<'_> {
                 lead.rejoin = Rejoin::Resting;
                 lead.naming = None;
                 lead.named_since_us = Some(now);
-                lead.slot_since_us = now;
+                lead.slots.begin(now);
                 self.peers.get_mut(peer).seen_intact = self.peers.get(peer).report.intact;
                 tracing::info!(vm = %self.vm.name, secondary = %self.peers.name(peer), "protected");
             }
@@ -362,7 +356,7 @@ impl Reactor<'_> {
         if !joining {
             self.truncate_alone(now);
         }
-        if self.lead.as_mut().is_some_and(|lead| lead.active_since_us.take().is_some()) {
+        if self.lead.as_mut().is_some_and(|lead| lead.slots.suspend()) {
             self.guest.unwatch_idle();
         }
         let lead = self.lead.as_ref().expect("planning needs a leader");
@@ -388,56 +382,8 @@ impl Reactor<'_> {
         }
     }
 
-    /// There is a secondary: end the slot when it is time.
-    fn plan_slot(&mut self, now: u64, second: ReplicaId) {
-        self.egress.set_held();
-        let commit = self.ordering.replica().commit_index().0;
-        let lead = self.lead.as_mut().expect("planning needs a leader");
-        // The proof for the last slot's frames ends with the next proposal: first they leave.
-        if lead.sync != LeadSync::Resting || lead.dropping.is_some() || self.egress.is_releasing() {
-            return;
-        }
-        let guard = self.egress.guard();
-        let something = guard.frames() > 0 || self.delivery.consumed_since_sync;
-        let age_us = if something {
-            self.guest.watch_idle();
-            now.saturating_sub(*lead.active_since_us.get_or_insert(now))
-        } else {
-            now.saturating_sub(lead.slot_since_us)
-        };
-        let state = SlotSnapshot {
-            activity: if something { self.guest.activity(now, self.delivery.last_injected_us) } else { Activity::Idle },
-            guard_bytes: guard.bytes(),
-            guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
-            oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
-            slot_age_us: age_us,
-            consumed_inputs: u64::from(self.delivery.consumed_since_sync),
-            pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
-            last_sync_cost_us: self.totals.last_cost_us,
-        };
-        // A full arena takes no input until a syncvm has let the log be cut.
-        let forced = lead.forced_sync || lead.hand_over.is_some() || (something && self.arena.is_exhausted());
-        let end = lead.policy.decide(&state);
-        if let Some(end) = end {
-            self.totals.slot_ended(end);
-        }
-        if forced || end.is_some() {
-            self.propose_sync(now, second);
-        }
-    }
-
-    fn propose_sync(&mut self, now: u64, with: ReplicaId) {
-        if let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) {
-            self.guest.unwatch_idle();
-            if let Some(lead) = &mut self.lead {
-                lead.sync = LeadSync::Proposed { number, with };
-                lead.forced_sync = false;
-            }
-        }
-    }
-
     /// The head of the queue is a `SyncVm` with another replica. Returns whether it is ours and blocks the queue.
-    pub(super) fn reach_led_sync(&mut self, number: Index) -> bool {
+    pub(super) fn reach_led_sync(&mut self, now: u64, number: Index) -> bool {
         let Some(lead) = &mut self.lead else { return false };
         match lead.sync {
             // Its partner was given up meanwhile: opening a connection to a dead host would cost a second.
@@ -447,6 +393,7 @@ impl Reactor<'_> {
             }
             LeadSync::Proposed { number: present, with } if present == number => {
                 lead.sync = LeadSync::Running { number, with, mark: None, resumed_us: None };
+                lead.slots.stopping(now);
                 let last = lead.hand_over.is_some();
                 let view = lead.view;
                 self.guest.stopped_for_hand_over = last;
@@ -459,12 +406,13 @@ impl Reactor<'_> {
     }
 
     /// The worker stopped our guest for the syncvm that we lead.
-    pub(super) fn led_guest_stopped(&mut self, number: Index, slot_end: SlotMark) {
+    pub(super) fn led_guest_stopped(&mut self, now: u64, number: Index, slot_end: SlotMark) {
         let Some(lead) = &mut self.lead else { return };
         if let LeadSync::Running { number: present, mark, .. } = &mut lead.sync
             && *present == number
         {
             *mark = Some(slot_end);
+            lead.slots.stopped(now);
             // From this state on a joiner may come to lead.
             self.egress.set_held();
             self.delivery.consumed_since_sync = false;
@@ -476,7 +424,7 @@ impl Reactor<'_> {
         match report {
             Report::Resumed { number } => self.led_guest_resumed(now, number),
             Report::Acknowledged { number, view } => self.sync_acknowledged(now, number, view),
-            Report::Led(report) => self.totals.led(&report),
+            Report::Led(report) => self.led(&report),
             Report::LeadFailed { number, error, diverged } => self.sync_failed(now, number, error, diverged),
             Report::RejoinReady { peer, summary } => {
                 tracing::info!(vm = %self.vm.name, peer = %self.peers.name(peer), summary, "joiner is near");
@@ -498,8 +446,7 @@ impl Reactor<'_> {
     fn led_guest_resumed(&mut self, now: u64, number: Index) {
         self.delivery.pass_sync(number, self.me);
         let Some(lead) = &mut self.lead else { return };
-        lead.slot_since_us = now;
-        lead.active_since_us = None;
+        lead.slots.begin(now);
         if let LeadSync::Running { number: present, resumed_us, .. } = &mut lead.sync
             && *present == number
         {
@@ -517,10 +464,11 @@ impl Reactor<'_> {
             return;
         }
         lead.sync = LeadSync::Resting;
+        lead.slots.acknowledged(now);
         lead.failures = 0;
         if self.guest.stopped_for_hand_over {
             // The lead, and with it the right to release, is about to pass on.
-            self.egress.release_all(mark, proof);
+            self.egress.release_all(now, mark, proof);
         } else {
             self.egress.release(mark, view, reason, proof);
         }
@@ -545,6 +493,7 @@ impl Reactor<'_> {
         let Some(lead) = &mut self.lead else { return };
         self.guest.stopped_for_hand_over = false;
         lead.sync = LeadSync::Resting;
+        lead.slots.failed();
         lead.failures += 1;
         if lead.rejoin == Rejoin::Final(with) {
             lead.rejoin = Rejoin::Resting;
@@ -581,13 +530,5 @@ impl Reactor<'_> {
         if let Some(lead) = &mut self.lead {
             lead.rejoin = rejoin;
         }
-    }
-}
-
-fn slot_config(policy: &Policy) -> SlotConfig {
-    SlotConfig {
-        max_hold_us: policy.max_hold_ms * 1000,
-        max_slot_us: policy.max_slot_ms * 1000,
-        ..SlotConfig::default()
     }
 }

@@ -38,7 +38,7 @@ impl Memory {
 /// There is not even that much normal memory.
 pub fn map(node: &NodeConfig, place: Place, bytes: usize) -> Result<Region, GroupError> {
     let near = node.numa_node.map(NumaNode).or_else(|| NumaNode::of_core(place.core?));
-    let mapped = Region::map_or_normal(bytes, page_size(node.hugepages), near);
+    let mapped = Region::map_or_normal(bytes, page_size(node.hugepages, bytes), near);
     let (region, fallback) = mapped.map_err(|error| GroupError::Memory(error.to_string()))?;
     if let Some(why) = fallback {
         say_once(node.hugepages, &why.to_string());
@@ -52,10 +52,12 @@ pub fn shared(bytes: ArenaBytes) -> Payload {
     Payload::within(chunk, at, len)
 }
 
-fn page_size(wanted: HugePages) -> PageSize {
+/// A page of 1 GiB for a guard of 32 MiB would waste most of what is scarcest: only memory that fills half of one
+/// gets it.
+fn page_size(wanted: HugePages, bytes: usize) -> PageSize {
     match wanted {
-        HugePages::Auto | HugePages::Size2M => PageSize::Huge2M,
-        HugePages::Size1G => PageSize::Huge1G,
+        HugePages::Size1G if bytes >= PageSize::Huge1G.bytes() / 2 => PageSize::Huge1G,
+        HugePages::Auto | HugePages::Size2M | HugePages::Size1G => PageSize::Huge2M,
         HugePages::Off => PageSize::Normal,
     }
 }
@@ -72,6 +74,15 @@ fn say_once(wanted: HugePages, why: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_a_gibibyte_are_for_memory_that_fills_them() {
+        let small = (HugePages::Size1G, 64 << 20);
+        assert_eq!(page_size(small.0, small.1), PageSize::Huge2M);
+        assert_eq!(page_size(HugePages::Size1G, 512 << 20), PageSize::Huge1G);
+        assert_eq!(page_size(HugePages::Size2M, 4 << 30), PageSize::Huge2M);
+        assert_eq!(page_size(HugePages::Off, 4 << 30), PageSize::Normal);
+    }
 
     #[test]
     fn a_group_gets_its_memory_whatever_pages_there_are() {

@@ -1,8 +1,9 @@
 //! One VM group on this node: the reactor thread, the guest worker, and what they share.
 //!
 //! Read [`reactor`] first (the loop), then `delivery` (committed entries to the guest), `lead` (what a leader decides),
-//! `follow` (what a secondary does at a syncvm), `guest` (whether the local guest counts).
+//! `slots` (when it does), `follow` (what a secondary does at a syncvm), `guest` (whether the local guest counts).
 
+mod admission;
 mod delivery;
 mod egress;
 mod follow;
@@ -18,6 +19,7 @@ mod reactor;
 mod requests;
 mod scheduling;
 mod setup;
+mod slots;
 mod stalls;
 mod totals;
 mod turns;

@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
 
 use dataplane::batch::{self, BatchBuilder};
 use dataplane::idle::Found;
+use dataplane::mailbox;
 use dataplane::region::Region;
 use dataplane::stages::{Sizes, Stage};
 use dataplane::uplink::filter::Filter;
@@ -70,7 +70,7 @@ pub struct Parts<'a> {
     /// The loop's state.
     pub pace: Pace,
     /// Requests of the command line.
-    pub requests: Receiver<GroupRequest>,
+    pub requests: mailbox::Receiver<GroupRequest>,
     /// Rung for them.
     pub wake: Arc<Bell>,
     /// At least [`BURST_BYTES`].
@@ -149,7 +149,7 @@ impl Turns for Passthrough<'_> {
         if let Err(error) = self.parts.uplink.flush() {
             self.failure = Some(error);
         }
-        self.parts.device.flush_signals();
+        self.parts.device.flush_signals_in_time(now);
         self.parts.pace.stages.lap(Stage::Collect, collected);
         let reports = self.look_after(due);
         self.parts.pace.stages.lap(Stage::Decide, reports);
@@ -161,7 +161,8 @@ impl Turns for Passthrough<'_> {
     }
 
     fn next_deadline_us(&self, now: u64) -> u64 {
-        if self.waiting.bytes > 0 { now + RETRY_US } else { u64::MAX }
+        let retry_us = if self.waiting.bytes > 0 { now + RETRY_US } else { u64::MAX };
+        retry_us.min(self.parts.device.signal_due_us())
     }
 
     fn arm(&mut self) {

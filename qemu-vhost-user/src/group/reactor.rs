@@ -7,12 +7,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::arena::Arena;
 use dataplane::fabric::{Fabric, FabricEvent, PeerFabric};
 use dataplane::idle::Found;
+use dataplane::mailbox;
 use dataplane::region::PageSize;
 use dataplane::stages::Stage;
 use dataplane::uplink::Burst;
@@ -66,7 +66,7 @@ pub struct Reactor<'a> {
     pub(super) totals: Totals,
     pub(super) last_error: Option<String>,
     pub(super) pace: Pace,
-    pub(super) requests: Receiver<GroupRequest>,
+    pub(super) requests: mailbox::Receiver<GroupRequest>,
     pub(super) wake: Arc<Bell>,
     pub(super) next_progress_us: u64,
     pub(super) next_report_us: u64,
@@ -116,7 +116,7 @@ impl Turns for Reactor<'_> {
         self.pace.stages.lap(Stage::Deliver, delivered.frames);
         self.decide(now);
         self.pace.stages.lap(Stage::Decide, 0);
-        let released = self.egress.go_on_releasing(self.ordering.replica());
+        let released = self.egress.go_on_releasing(now, self.ordering.replica());
         let ended = self.end_turn();
         self.pace.stages.lap(Stage::Release, released);
         ended?;
@@ -138,6 +138,7 @@ impl Turns for Reactor<'_> {
         next = next.min(self.ordering.fabric_deadline_us());
         next = next.min(self.follow.next_deadline_us(now));
         next = next.min(self.delivery.next_deadline_us());
+        next = next.min(self.ingress.next_deadline_us(now));
         if let Some(lead) = &self.lead {
             next = next.min(lead.next_deadline_us(now));
         }
@@ -307,7 +308,7 @@ impl Reactor<'_> {
                 | Report::Halted => {
                     self.guest_report(now, report);
                 }
-                Report::Stopped { number } => self.guest_stopped(number),
+                Report::Stopped { number } => self.guest_stopped(now, number),
                 Report::Joining
                 | Report::Staged { .. }
                 | Report::Applied { .. }

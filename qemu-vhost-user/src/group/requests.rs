@@ -8,10 +8,11 @@ use storage_log::LegState;
 
 use super::lead::Rejoin;
 use super::reactor::Reactor;
+use super::slots::times;
 use super::turns::Pace;
 use super::worker::{Command, CrashAction};
 use crate::control::{GroupRequest, Request, Response};
-use crate::status::{GroupStatus, LogFigures, MemoryStatus, PeerStatus, ReactorStatus, StageStatus};
+use crate::status::{GroupStatus, LogFigures, MemoryStatus, PeerStatus, ReactorStatus, StageStatus, SyncTotals};
 
 /// Characters of a peer's problem in the one line that says why the VM is not protected.
 const REASON_CHARS: usize = 200;
@@ -240,11 +241,13 @@ impl Reactor<'_> {
             held_bytes: self.egress.guard().bytes() as u64,
             frames_in: self.ingress.frames_in,
             frames_out,
+            input_pauses: self.ingress.pauses,
             frames_dropped: self.delivery.frames_dropped + uplink_dropped,
             filter: self.ingress.filter_counts(&self.vm.uplink),
+            policy: self.vm.policy.describe_sync(),
             tracker: self.guest.attached.as_ref().map(|attached| attached.tracker.clone()).unwrap_or_default(),
             last_sync: self.totals.last(),
-            totals: self.totals.sums(),
+            totals: self.totals_with_held(),
             peers: self.peers.iter().map(|peer| self.peer_status(peer.id, now)).collect(),
             last_error: self.last_error.clone(),
             busy_us: loops.busy_us,
@@ -252,6 +255,12 @@ impl Reactor<'_> {
             memory: self.memory_status(),
             reactor: reactor_status(&self.pace, &self.ingress.proposal_bytes),
         }
+    }
+
+    fn totals_with_held(&self) -> SyncTotals {
+        let mut totals = self.totals.sums();
+        totals.slot_times.push(times("held", self.egress.held_us()));
+        totals
     }
 
     fn memory_status(&self) -> MemoryStatus {

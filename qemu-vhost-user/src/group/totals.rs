@@ -4,14 +4,17 @@ use hdrhistogram::Histogram;
 use syncvm::exchange::SyncReport;
 use syncvm::slot::SlotEnd;
 
+use super::slots::SlotTimes;
 use crate::status::{SyncStatus, SyncTotals};
 
 /// Every reason, in the order of its number.
-const SLOT_ENDS: [SlotEnd; 4] = [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength];
+const SLOT_ENDS: [SlotEnd; 5] =
+    [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength, SlotEnd::Interval];
 
 /// What has been counted so far.
 pub struct Totals {
     stop_us: Histogram<u64>,
+    whole_us: Histogram<u64>,
     sums: SyncTotals,
     last: Option<SyncStatus>,
     slot_ends: [u64; SLOT_ENDS.len()],
@@ -19,34 +22,36 @@ pub struct Totals {
     pub failed: u64,
     /// Verifications that found a difference.
     pub diverged: u64,
-    /// What the last syncvm took from stop to acknowledgement.
-    pub last_cost_us: u64,
+    /// Where the time of slots goes.
+    pub slots: SlotTimes,
 }
 
 impl Totals {
     /// Nothing yet.
     pub fn new() -> Self {
+        let histogram = || Histogram::new_with_bounds(1, 600_000_000, 2).expect("constant bounds are valid");
         Self {
-            stop_us: Histogram::new_with_bounds(1, 600_000_000, 3).expect("constant bounds are valid"),
+            stop_us: histogram(),
+            whole_us: histogram(),
             sums: SyncTotals::default(),
             last: None,
             slot_ends: [0; SLOT_ENDS.len()],
             failed: 0,
             diverged: 0,
-            last_cost_us: 0,
+            slots: SlotTimes::new(),
         }
     }
 
     /// A syncvm that this replica led was acknowledged.
     pub fn led(&mut self, report: &SyncReport) {
         self.stop_us.saturating_record(report.guest_stop_us.max(1));
+        self.whole_us.saturating_record(report.total_us.max(1));
         self.sums.count += 1;
         self.sums.dirty_pages += report.union_pages as u64;
         self.sums.divergent_pages += report.divergent_pages as u64;
         self.sums.bytes_sent += report.bytes_sent + report.bytes_received;
         self.sums.full_transfer_bytes += report.full_transfer_bytes;
         self.sums.verified += u64::from(report.verified);
-        self.last_cost_us = report.total_us;
         self.last = Some(status_of(report));
     }
 
@@ -65,8 +70,11 @@ impl Totals {
         SyncTotals {
             failed: self.failed,
             diverged: self.diverged,
+            slot_times: self.slots.summary(),
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
+            stop_us: occurrences(&self.stop_us),
+            whole_us: occurrences(&self.whole_us),
             slot_ends: SLOT_ENDS
                 .iter()
                 .map(|end| (end.to_string(), self.slot_ends[*end as usize]))
@@ -80,6 +88,11 @@ impl Totals {
     pub fn last(&self) -> Option<SyncStatus> {
         self.last.clone()
     }
+}
+
+/// Each value that occurred, and how often.
+fn occurrences(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
+    histogram.iter_recorded().map(|bucket| (bucket.value_iterated_to(), bucket.count_at_value())).collect()
 }
 
 fn status_of(report: &SyncReport) -> SyncStatus {
@@ -104,8 +117,10 @@ fn phases_of(report: &SyncReport) -> Vec<(String, u64)> {
         ("harvest", times.harvest_us),
         ("exchange", times.exchange_us),
         ("compare", times.compare_us),
+        ("list", times.list_us),
         ("copy", times.copy_us),
         ("resume", times.resume_us),
+        ("digest", times.digest_us),
         ("transfer", times.transfer_us),
         ("ack", times.ack_us),
         ("apply", times.apply_us),
@@ -116,4 +131,22 @@ fn phases_of(report: &SyncReport) -> Vec<(String, u64)> {
     .filter(|(_, us)| *us > 0)
     .map(|(name, us)| (name.to_owned(), us))
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distributions_hold_every_syncvm_once() {
+        let mut totals = Totals::new();
+        for guest_stop_us in [900, 900, 2_000_000] {
+            totals.led(&SyncReport { guest_stop_us, total_us: 3 * guest_stop_us, ..SyncReport::default() });
+        }
+        let sums = totals.sums();
+        let near = |(time, count): (u64, u64), us: u64, times| count == times && time.abs_diff(us) <= us / 100;
+        for (found, us) in [(&sums.stop_us, [900, 2_000_000]), (&sums.whole_us, [2_700, 6_000_000])] {
+            assert!(found.len() == 2 && near(found[0], us[0], 2) && near(found[1], us[1], 1), "{found:?}");
+        }
+    }
 }

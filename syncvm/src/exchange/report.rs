@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::transfer::TransferMode;
+
 /// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PhaseTimes {
@@ -15,10 +17,14 @@ pub struct PhaseTimes {
     pub exchange_us: u64,
     /// Hashing, exchanging hashes and comparing.
     pub compare_us: u64,
+    /// Telling the follower which pages differ (leader), or learning it (follower).
+    pub list_us: u64,
     /// Copying divergent pages to the staging area (leader).
     pub copy_us: u64,
     /// Resuming the guest.
     pub resume_us: u64,
+    /// Receiving and comparing digests of blocks (leader), or making and sending them (follower).
+    pub digest_us: u64,
     /// Sending (leader) or receiving and verifying (follower) the transfer.
     pub transfer_us: u64,
     /// From the last byte sent to the acknowledgement (leader), or sending it (follower).
@@ -42,10 +48,24 @@ pub struct SyncReport {
     pub dirty_peer: usize,
     /// Pages dirty on either.
     pub union_pages: usize,
-    /// Pages of the union that really differed.
+    /// What the leader chose to send.
+    pub transfer: TransferMode,
+    /// Pages whose hashes were compared: the union, or none with [`TransferMode::All`].
+    pub compared_pages: usize,
+    /// Pages of these that really differed.
     pub divergent_pages: usize,
+    /// Pages that were sent: the divergent ones, or all of the union with [`TransferMode::All`].
+    pub sent_pages: usize,
     /// How many of those were zero on the leader.
     pub zero_pages: usize,
+    /// Bytes of one block, if blocks were sent.
+    pub block_bytes: usize,
+    /// Blocks that were sent.
+    pub sent_blocks: usize,
+    /// Pages that were sent whole because a digest had let a difference through.
+    pub resent_pages: usize,
+    /// Bytes of the 256-byte blocks in which the two guests differed (follower, if blocks were sent).
+    pub differing_bytes: u64,
     /// Bytes of device state.
     pub device_bytes: usize,
     /// Bytes sent to the peer.

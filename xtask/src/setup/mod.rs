@@ -10,6 +10,7 @@ mod guests;
 mod host_packages;
 mod kernel;
 mod peers;
+mod postgres;
 mod qemu;
 
 pub use host_packages::{has_library, install_missing};
@@ -71,6 +72,12 @@ pub fn peers() -> Result<()> {
 pub fn dpdk() -> Result<()> {
     let (setup, _lock) = open()?;
     peers::unpack_dpdk(&setup)
+}
+
+/// Makes the load generators that the guests' packages have not. Needs no root.
+pub fn load_generators() -> Result<()> {
+    let (setup, _lock) = open()?;
+    peers::unpack_load(&setup)
 }
 
 /// The place of all parts, for this process alone while the lock lives.

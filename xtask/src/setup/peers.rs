@@ -13,6 +13,8 @@ const PACKAGES: [&str; 2] = ["fio", "etcd-server"];
 /// Where `perf` finds testpmd if it is installed.
 const INSTALLED_TESTPMD: &str = "/usr/bin/dpdk-testpmd";
 
+const INSTALLED_WRK: &str = "/usr/bin/wrk";
+
 /// Downloads and unpacks fio and etcd into `target/rig/peers`, where `perf` looks for them.
 pub fn unpack(setup: &Setup) -> Result<()> {
     let what = "fio and etcd from Debian, unpacked, not installed (30 MB download, 10 s)";
@@ -26,6 +28,14 @@ pub fn unpack_dpdk(setup: &Setup) -> Result<()> {
     }
     let what = "DPDK's testpmd from Debian, unpacked, not installed (30 MB download, 10 s)";
     unpack_into(setup, "dpdk", what, &["dpdk-dev"])
+}
+
+/// The same with the load generator wrk and `target/rig/load`, unless it is installed.
+pub fn unpack_load(setup: &Setup) -> Result<()> {
+    if Path::new(INSTALLED_WRK).exists() {
+        return Ok(());
+    }
+    unpack_into(setup, "load", "wrk from Debian, unpacked, not installed (1 MB download)", &["wrk"])
 }
 
 fn unpack_into(setup: &Setup, path: &str, what: &str, wanted: &[&str]) -> Result<()> {

@@ -7,9 +7,6 @@
 mod pair;
 mod tools;
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
-
 use anyhow::{Context, Result};
 use rig::Testbed;
 
@@ -20,11 +17,13 @@ use crate::results::Scratch;
 use crate::row::Row;
 use crate::sample::{Better, Figure, compare};
 use pair::Pair;
-use tools::{Client, Direction};
+use tools::{Client, Direction, Load};
 
 const PEER: &str = "QEMU tap netdev";
-/// Clients of redis-benchmark, and how many requests of a kind they send in a run: about a second's worth, or very few.
-const LOADS: [(u32, u32, u32); 3] = [(1, 1_500, 100), (16, 5_000, 500), (64, 5_000, 500)];
+/// Clients of redis-benchmark, and how many requests of a kind they send in a turn: about half a second's worth, or very few.
+const LOADS: [(u32, u32, u32); 3] = [(1, 400, 50), (16, 1_300, 100), (64, 1_600, 200)];
+/// Turns of either side in a run.
+const SLICES: usize = 3;
 
 /// Measures everything.
 ///
@@ -64,19 +63,30 @@ fn measure(bed: &Testbed, effort: Effort, sink: Sink<'_>) -> Result<()> {
     pair.check()
 }
 
-/// Both figures come from the same runs: what the second comparison takes was left by the first, which calls in the same order.
+/// Both figures come from the same runs, each of which is [`SLICES`] turns of either side: a virtual CPU's speed changes from one
+/// second to the next, and p99 of one turn is a handful of requests. The comparisons take what was measured before them.
 fn redis(client: &Client<'_>, pair: &Pair<'_>, clients: u32, requests: u32, effort: Effort) -> Result<[Row; 2]> {
-    let p99s = [const { RefCell::new(VecDeque::new()) }; 2];
-    let rate = |side: usize, guest| {
-        let load = client.redis(guest, clients, requests)?;
-        p99s[side].borrow_mut().push_back(load.p99_us);
-        Ok(load.requests_per_s)
+    let guests = [pair.ours(), pair.peer()];
+    let mut loads = [Vec::new(), Vec::new()];
+    for _ in 0..=effort.runs() {
+        let mut run = [Load::default(), Load::default()];
+        for slice in 0..SLICES {
+            // AB BA AB …
+            for side in [slice % 2, 1 - slice % 2] {
+                run[side].add(client.redis(guests[side], clients, requests)?);
+            }
+        }
+        loads.iter_mut().zip(run).for_each(|(loads, load)| loads.push(load));
+    }
+    let [ours, peer] = &loads;
+    let row = |id: &str, unit, better, value: fn(&Load) -> f64| {
+        let id = format!("guest.redis.c{clients}.{id}");
+        let next = |loads: &'_ [Load]| {
+            let values: Vec<f64> = loads.iter().map(value).collect();
+            let mut values = values.into_iter();
+            move || values.next().context("more runs than before")
+        };
+        compare(Figure { id: &id, unit, better }, effort, PEER, next(ours), next(peer))
     };
-    let p99 = |side: usize| p99s[side].borrow_mut().pop_front().context("more runs than before");
-    let ids = ["rps", "p99"].map(|figure| format!("guest.redis.c{clients}.{figure}"));
-    let rates = Figure { id: &ids[0], unit: "1/s", better: Better::Higher };
-    let rates = compare(rates, effort, PEER, || rate(0, pair.ours()), || rate(1, pair.peer()))?;
-    let times = Figure { id: &ids[1], unit: "us", better: Better::Lower };
-    let times = compare(times, effort, PEER, || p99(0), || p99(1))?;
-    Ok([rates, times])
+    Ok([row("rps", "1/s", Better::Higher, Load::requests_per_s)?, row("p99", "us", Better::Lower, Load::p99_us)?])
 }

@@ -6,9 +6,11 @@ use std::net::Ipv4Addr;
 use anyhow::{Context, Result, ensure};
 use rig::guest::BOOT_LIMIT_SECS;
 use rig::testbed::GUEST_IP;
-use rig::{Cluster, ClusterOptions, Deadline, Guest, Process, Service, Testbed, release_program};
+use rig::{Cluster, ClusterOptions, Deadline, Guest, PlainMemory, Process, Service, Testbed, release_program};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::dataplane::hugepages::HugePages;
 
 /// The peer's address. Its MAC address follows from it.
 const PEER_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 51);
@@ -20,6 +22,7 @@ const VCPU: &str = "CPU ";
 /// Both guests on one host. They end with the test bed.
 pub struct Pair<'a> {
     cluster: Cluster<'a>,
+    _memory: Option<HugePages>,
 }
 
 impl<'a> Pair<'a> {
@@ -35,18 +38,21 @@ impl<'a> Pair<'a> {
         options.node = String::new();
         options.append = APPEND.to_owned();
         options.daemon_cores = vec![cpus[1]];
+        let memory = huge_pages();
+        options.vm = if memory.is_some() { "memory_backend = \"hugepages\"\n".to_owned() } else { String::new() };
         let cluster = Cluster::new(bed, options)?;
         let host = bed.host(0);
         cluster.start_daemon(host)?;
         let ours = cluster.start_qemu(host)?;
-        let guest = Guest { ip: PEER_IP, append: APPEND.to_owned(), ..Guest::new(Service::Redis) };
+        let plain_memory = if memory.is_some() { PlainMemory::HugePages } else { PlainMemory::Memfd };
+        let guest = Guest { ip: PEER_IP, append: APPEND.to_owned(), plain_memory, ..Guest::new(Service::Redis) };
         let peer = guest.boot_plain(host, &[])?;
         let deadline = Deadline::after_secs(BOOT_LIMIT_SECS);
         bed.client().wait_for_port(cluster.address(), deadline).map_err(|error| cluster.explain(error))?;
         for qemu in [&ours, &peer] {
             pin_threads(qemu, cpus)?;
         }
-        Ok(Pair { cluster })
+        Ok(Pair { cluster, _memory: memory })
     }
 
     /// Where the guest on our device is.
@@ -72,6 +78,17 @@ impl<'a> Pair<'a> {
         );
         Ok(())
     }
+}
+
+/// Huge pages for both guests: a guest on small ones is slower by more than what is measured here, whoever moves its frames.
+fn huge_pages() -> Option<HugePages> {
+    let per_guest = u64::from(Guest::new(Service::Redis).memory_mib).div_ceil(2);
+    // And a few for the daemon's own memory.
+    let reserved = HugePages::reserve(2 * per_guest + 16);
+    if let Err(error) = &reserved {
+        eprintln!("NOTE: no huge pages ({error:#}): both guests run on normal pages and are slower for it");
+    }
+    reserved.ok()
 }
 
 fn pin_threads(qemu: &Process, cpus: [usize; 2]) -> Result<()> {

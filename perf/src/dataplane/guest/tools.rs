@@ -31,13 +31,42 @@ pub enum Direction {
     Out,
 }
 
-/// What redis-benchmark found.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What redis-benchmark found, in one run or several.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Load {
+    /// Answers, of SETs and GETs.
+    requests: f64,
+    seconds: f64,
+    /// How many answers took this long in microseconds, rounded up to the next time that is reported: near the 99th of a hundred
+    /// that is every eighth of a percent or closer.
+    times: Vec<(f64, u64)>,
+}
+
+impl Load {
+    /// Adds another run's.
+    pub fn add(&mut self, other: Load) {
+        self.requests += other.requests;
+        self.seconds += other.seconds;
+        self.times.extend(other.times);
+    }
+
     /// Over SETs and GETs, which come one after the other.
-    pub requests_per_s: f64,
-    /// The longer one of SETs and GETs.
-    pub p99_us: f64,
+    pub fn requests_per_s(&self) -> f64 {
+        self.requests / self.seconds
+    }
+
+    /// The time within which 99 % are answered.
+    pub fn p99_us(&self) -> f64 {
+        let mut times = self.times.clone();
+        times.sort_by(|one, other| one.0.total_cmp(&other.0));
+        let total: u64 = times.iter().map(|(_, count)| count).sum();
+        let mut seen = 0;
+        let reached = times.iter().find(|(_, count)| {
+            seen += count;
+            100 * seen >= 99 * total
+        });
+        reached.map_or(0.0, |(us, _)| *us)
+    }
 }
 
 /// Where the tools run.
@@ -80,7 +109,7 @@ impl Client<'_> {
     pub fn redis(&self, guest: Ipv4Addr, clients: u32, requests: u32) -> Result<Load> {
         let before = self.commands(guest)?;
         let [guest_text, clients, count] = [guest.to_string(), clients.to_string(), requests.to_string()];
-        let arguments = ["-h", &guest_text, "-c", &clients, "-n", &count, "-d", VALUE_BYTES, "-t", "set,get", "--csv"];
+        let arguments = ["-h", &guest_text, "-c", &clients, "-n", &count, "-d", VALUE_BYTES, "-t", "set,get"];
         let text = self.output("redis-benchmark", &arguments)?;
         let after = self.commands(guest)?;
         for (kind, before, after) in [("set", before[0], after[0]), ("get", before[1], after[1])] {
@@ -137,21 +166,36 @@ fn received(report: &Value) -> Result<f64> {
     Ok(rate / 1e9)
 }
 
-/// From redis-benchmark's table: a line of titles, then one for SET and one for GET.
+/// From redis-benchmark's report: for each kind its name, then a distribution of times with cumulative counts, and the rate. Lines
+/// of progress end with a carriage return.
 fn load(text: &str) -> Result<Load> {
-    let mut lines = text.lines().map(|line| line.split(',').map(|cell| cell.trim_matches('"')).collect::<Vec<_>>());
-    let titles = lines.find(|cells| cells.contains(&"rps")).context("no titles")?;
-    let column = |title: &str| titles.iter().position(|cell| *cell == title).with_context(|| format!("no {title}"));
-    let (rate_at, p99_at) = (column("rps")?, column("p99_latency_ms")?);
-    let (mut kinds, mut seconds, mut p99_ms) = (Vec::new(), 0.0, 0f64);
-    for cells in lines {
-        let number = |at: usize| -> Result<f64> { Ok(cells.get(at).context("a short line")?.parse()?) };
-        kinds.push(cells[0]);
-        seconds += 1.0 / number(rate_at)?;
-        p99_ms = p99_ms.max(number(p99_at)?);
+    let mut load = Load::default();
+    let (mut kinds, mut counts, mut in_percentiles) = (Vec::new(), 0, false);
+    for line in text.split(['\n', '\r']).map(str::trim) {
+        if let Some(kind) = line.strip_prefix("====== ").and_then(|rest| rest.strip_suffix(" ======")) {
+            kinds.push(kind.to_owned());
+            counts = 0;
+        } else if line.ends_with(':') {
+            in_percentiles = line == "Latency by percentile distribution:";
+        } else if let (true, Some((us, cumulative))) = (in_percentiles, percentile(line)) {
+            load.times.push((us, cumulative.checked_sub(counts).context("a cumulative count that falls")?));
+            counts = cumulative;
+        } else if let Some(rest) = line.strip_prefix("throughput summary: ") {
+            let rate: f64 = rest.split(' ').next().context("no rate")?.parse()?;
+            load.requests += counts as f64;
+            load.seconds += counts as f64 / rate;
+        }
     }
-    ensure!(kinds == ["SET", "GET"], "lines for {kinds:?}");
-    Ok(Load { requests_per_s: 2.0 / seconds, p99_us: p99_ms * 1e3 })
+    ensure!(kinds == ["SET", "GET"], "reports for {kinds:?}");
+    ensure!(load.requests > 0.0 && load.seconds.is_finite(), "no rates");
+    Ok(load)
+}
+
+/// `99.219% <= 0.551 milliseconds (cumulative count 1985)`, as microseconds and count.
+fn percentile(line: &str) -> Option<(f64, u64)> {
+    let (_, rest) = line.split_once("% <= ")?;
+    let (ms, rest) = rest.split_once(" milliseconds (cumulative count ")?;
+    Some((ms.parse::<f64>().ok()? * 1e3, rest.strip_suffix(')')?.parse().ok()?))
 }
 
 /// What Redis has counted per command.
@@ -179,16 +223,28 @@ fn calls(info: &str, command: &str) -> u64 {
 mod tests {
     use super::*;
 
+    const REPORT: &str = "SET: rps=0.0 (overall: nan) avg_msec=nan (overall: nan)\r====== SET ======                     \n  \
+        100 requests completed in 0.05 seconds\n\nLatency by percentile distribution:\n\
+        0.000% <= 0.100 milliseconds (cumulative count 1)\n98.000% <= 0.300 milliseconds (cumulative count 98)\n\
+        100.000% <= 2.000 milliseconds (cumulative count 100)\n\nCumulative distribution of latencies:\n\
+        100.000% <= 2.103 milliseconds (cumulative count 100)\n\nSummary:\n  throughput summary: 2000.00 requests per second\n\
+        \n====== GET ======\n\nLatency by percentile distribution:\n99.000% <= 0.500 milliseconds (cumulative count 99)\n\
+        100.000% <= 0.700 milliseconds (cumulative count 100)\n\nSummary:\n  throughput summary: 6000.00 requests per second\n";
+
     #[test]
     fn redis_benchmark_is_understood() {
-        let text = "\"test\",\"rps\",\"avg_latency_ms\",\"min_latency_ms\",\"p50_latency_ms\",\"p95_latency_ms\",\"p99_latency_ms\",\"max_latency_ms\"\n\
-            \"SET\",\"2000.00\",\"0.4\",\"0.1\",\"0.3\",\"0.5\",\"0.900\",\"2.1\"\n\"GET\",\"6000.00\",\"0.4\",\"0.1\",\"0.3\",\"0.5\",\"0.700\",\"2.1\"\n";
-        let load_of_both = load(text).unwrap();
-        assert!((load_of_both.requests_per_s - 3000.0).abs() < 1e-6, "{load_of_both:?}");
-        assert!((load_of_both.p99_us - 900.0).abs() < 1e-6, "{load_of_both:?}");
-        let set_only = text.lines().take(2).collect::<Vec<_>>().join("\n");
-        assert!(load(&set_only).unwrap_err().to_string().contains("SET"));
+        let mut load_of_both = load(REPORT).unwrap();
+        assert!((load_of_both.requests_per_s() - 3000.0).abs() < 1e-6, "{load_of_both:?}");
+        // 197 of 200 within 0.5 ms, 198 within 0.7 ms.
+        assert!((load_of_both.p99_us() - 700.0).abs() < 1e-6, "{load_of_both:?}");
+        load_of_both.add(load(&REPORT.replace("2.000 mill", "0.400 mill")).unwrap());
+        assert!((load_of_both.requests_per_s() - 3000.0).abs() < 1e-6, "{load_of_both:?}");
+        // 396 of 400: two took 2 ms, two 0.7 ms.
+        assert!((load_of_both.p99_us() - 500.0).abs() < 1e-6, "{load_of_both:?}");
+        let set_only = REPORT.split("====== GET").next().unwrap();
+        assert!(load(set_only).unwrap_err().to_string().contains("SET"));
         assert!(load("Could not connect\n").is_err());
+        assert!(load(&REPORT.replace("count 98)", "count 0)")).is_err());
     }
 
     #[test]

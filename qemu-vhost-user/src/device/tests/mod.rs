@@ -4,6 +4,7 @@ mod bed;
 mod corruption;
 mod equivalence;
 mod mapped;
+mod moderation;
 mod pairs;
 mod polling;
 mod system_calls;

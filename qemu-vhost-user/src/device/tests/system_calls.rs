@@ -119,7 +119,7 @@ fn a_spinning_reactor_makes_no_system_call_on_rings() {
         assert!(collected == FRAMES);
         stages.lap(Stage::Collect, FRAMES);
         let mark = guard.seal();
-        assert!(guard.release(mark, |frame| assert!(frame.len() == 112)) == FRAMES);
+        assert!(guard.release(mark, |frame, _| assert!(frame.len() == 112)) == FRAMES);
         bed.device.flush_signals();
         bell.ring();
         stages.lap(Stage::Release, FRAMES);

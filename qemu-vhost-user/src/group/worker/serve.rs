@@ -17,12 +17,13 @@ use syncvm::exchange::{
 use syncvm::hash::{HashKind, HashPool};
 use syncvm::pairing::Pairing;
 use syncvm::rejoin::{RejoinPolicy, follow_rejoin, lead_rejoin};
+use syncvm::transfer::TransferMode;
 
 use super::attach::{QemuGuest, QemuNews, Sockets};
 use super::link::BulkChannel;
 use super::observer::WorkerObserver;
 use super::{Command, CrashPoints, Report, Worker, WorkerPort, queues};
-use crate::config::{self, Scheduling, VmConfig};
+use crate::config::{self, Scheduling, SyncPolicy, VmConfig};
 use crate::device::BackendDirty;
 use crate::group::scheduling;
 
@@ -51,8 +52,8 @@ pub struct WorkerSetup {
     pub node: String,
     /// The VM's sockets and state files.
     pub run_dir: PathBuf,
-    /// Hash threads.
-    pub hash_workers: usize,
+    /// Hash threads: the core of each, if it has one of its own.
+    pub hash_cores: Vec<Option<usize>>,
     /// Whether the thread may go before others.
     pub scheduling: Scheduling,
     /// Bulk connections.
@@ -103,7 +104,7 @@ pub fn start(setup: WorkerSetup) -> std::io::Result<Worker> {
         scheduling::favour(setup.scheduling);
         let mut serve = Serve {
             sockets: Sockets::of(&setup.vm, &setup.run_dir),
-            pool: Arc::new(HashPool::new(setup.hash_workers)),
+            pool: Arc::new(HashPool::on_cores(&setup.hash_cores)),
             port: Arc::new(port),
             poller,
             side: Side::Detached,
@@ -157,7 +158,8 @@ impl Serve {
         self.next_attach = Instant::now() + ATTACH_INTERVAL;
         let attached = QemuGuest::attach(&self.sockets, &self.setup.vm, &self.setup.node, self.setup.dirty.clone());
         match attached {
-            Ok((guest, found)) => {
+            Ok((mut guest, found)) => {
+                guest.use_pool(&self.pool);
                 if let Err(error) = self.poller.add(guest.event_fd(), TOKEN_QEMU, Interest::Read) {
                     tracing::warn!(%error, "QEMU's events are only seen once a second");
                 }
@@ -284,6 +286,11 @@ impl Serve {
                     config::HashKind::Xxh3 => HashKind::Xxh3_128,
                 },
                 early_resume: policy.early_resume,
+                transfer: match policy.sync {
+                    SyncPolicy::Vsmr | SyncPolicy::Str if policy.delta => TransferMode::Delta,
+                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::Pages,
+                    SyncPolicy::Mc => TransferMode::All,
+                },
                 verify: policy.verify,
                 ..ExchangeConfig::new(group_hash(&self.setup.vm.name))
             },

@@ -1,0 +1,270 @@
+//! When a leader's slots end, and where their time goes.
+//!
+//! The decision is [`SlotPolicy`]'s, a pure function; here is what it is asked with: what the slot holds, how old it
+//! is, and what the next syncvm will probably cost by what the last ones did. Each look costs a wake-up of the
+//! reactor, so [`Slots::next_look_us`] says when the next one can find something: soon only while the guest might
+//! become idle.
+
+use consensus::{Entry, ReplicaId};
+use hdrhistogram::Histogram;
+use syncvm::exchange::SyncReport;
+use syncvm::idle::Activity;
+use syncvm::slot::{SlotConfig, SlotPolicy, SlotSnapshot, SyncCosts};
+
+use super::follow::IDLE_POLL_US;
+use super::lead::LeadSync;
+use super::reactor::Reactor;
+use crate::config::Policy;
+use crate::status::Times;
+
+/// A guest that is idle, holds nothing and consumed nothing is made equal all the same after this time, so that the
+/// first syncvm of its next activity is short ...
+const IDLE_SLOT_US: u64 = 1_000_000;
+/// ... but ever more rarely, up to this, while there is next to nothing to make equal.
+const LONGEST_IDLE_SLOT_US: u64 = 10_000_000;
+/// That much is next to nothing.
+const FEW_PAGES: usize = 1024;
+/// Making an idle guest equal takes at most one part in so many of its time.
+const IDLE_SHARE: u64 = 32;
+
+/// Shortest time between two looks that only time brings about.
+const SHORTEST_REST_US: u64 = 100;
+
+/// When the present syncvm passed which point, µs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Marks {
+    /// How long the slot before it was.
+    ran_us: u64,
+    proposed_us: u64,
+    committed_us: u64,
+    stopped_us: u64,
+    acknowledged_us: Option<u64>,
+    /// It ends a slot, and not a rejoin.
+    ends_slot: bool,
+}
+
+/// The slots of one leader.
+pub struct Slots {
+    policy: SlotPolicy,
+    fixed_us: Option<u64>,
+    since_us: u64,
+    /// Since when the slot has something to release or to reconcile.
+    active_since_us: Option<u64>,
+    idle_slot_us: u64,
+    next_look_us: u64,
+    marks: Marks,
+    costs: SyncCosts,
+    stop_costs: SyncCosts,
+}
+
+impl Slots {
+    /// None has ended yet; the first begins at `now_us`.
+    pub fn new(policy: &Policy, now_us: u64) -> Self {
+        let config = SlotConfig {
+            max_hold_us: policy.max_hold_ms * 1000,
+            max_slot_us: policy.max_slot_ms * 1000,
+            interval_us: policy.interval_us(),
+            ..SlotConfig::default()
+        };
+        Self {
+            policy: SlotPolicy::new(config),
+            fixed_us: config.interval_us,
+            since_us: now_us,
+            active_since_us: None,
+            idle_slot_us: IDLE_SLOT_US,
+            next_look_us: u64::MAX,
+            marks: Marks::default(),
+            costs: SyncCosts::default(),
+            stop_costs: SyncCosts::default(),
+        }
+    }
+
+    /// A slot begins: the guest runs again, or there is a secondary from now on.
+    pub fn begin(&mut self, now_us: u64) {
+        self.since_us = now_us;
+        self.active_since_us = None;
+        self.next_look_us = now_us;
+    }
+
+    /// There is nobody to be equal with. Returns whether the guest's clocks were being looked at.
+    pub fn suspend(&mut self) -> bool {
+        self.next_look_us = u64::MAX;
+        self.active_since_us.take().is_some()
+    }
+
+    /// When the slot may end at the earliest, as far as time alone decides that. Never in the past: looking may be
+    /// held up for reasons of its own.
+    pub fn next_look_us(&self, now_us: u64) -> u64 {
+        self.next_look_us.max(now_us + SHORTEST_REST_US)
+    }
+
+    fn proposed(&mut self, now_us: u64, ends_slot: bool) {
+        let ran_us = now_us.saturating_sub(self.since_us);
+        self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, ..Marks::default() };
+    }
+
+    /// The proposal is committed, and the worker told to stop the guest.
+    pub fn stopping(&mut self, now_us: u64) {
+        self.marks.committed_us = now_us;
+    }
+
+    /// The guest stands still.
+    pub fn stopped(&mut self, now_us: u64) {
+        self.marks.stopped_us = now_us;
+        if self.marks.ends_slot {
+            self.stop_costs.note(now_us.saturating_sub(self.marks.proposed_us));
+        }
+    }
+
+    /// The slot's frames may leave.
+    pub fn acknowledged(&mut self, now_us: u64) {
+        self.marks.acknowledged_us = self.marks.ends_slot.then_some(now_us);
+    }
+
+    /// The slot goes on.
+    pub fn failed(&mut self) {
+        self.marks = Marks::default();
+    }
+
+    /// The last slot's frames have left.
+    fn released(&mut self, now_us: u64, times: &mut SlotTimes) {
+        if let Some(acknowledged_us) = self.marks.acknowledged_us.take() {
+            self.costs.note(now_us.saturating_sub(self.marks.proposed_us));
+            times.add(&self.marks, acknowledged_us, now_us);
+        }
+    }
+
+    fn compared(&mut self, report: &SyncReport) {
+        self.idle_slot_us = match report.union_pages {
+            0..=FEW_PAGES => (self.idle_slot_us * 2).min(LONGEST_IDLE_SLOT_US),
+            _ => IDLE_SLOT_US.max(report.total_us * IDLE_SHARE),
+        };
+    }
+
+    fn look_again(&mut self, now_us: u64, active: bool) {
+        self.next_look_us = match self.fixed_us {
+            Some(fixed_us) => self.since_us + fixed_us.saturating_sub(self.stop_costs.predicted_us().min(fixed_us / 2)),
+            None if active => now_us + IDLE_POLL_US,
+            None => self.since_us + self.idle_slot_us,
+        };
+    }
+}
+
+impl Reactor<'_> {
+    /// There is a secondary: end the slot when it is time.
+    pub(super) fn plan_slot(&mut self, now: u64, second: ReplicaId) {
+        self.egress.set_held();
+        let commit = self.ordering.replica().commit_index().0;
+        let lead = self.lead.as_mut().expect("planning needs a leader");
+        // The proof for the last slot's frames ends with the next proposal: first they leave.
+        if lead.sync != LeadSync::Resting || lead.dropping.is_some() || self.egress.is_releasing() {
+            return;
+        }
+        let slots = &mut lead.slots;
+        slots.released(now, &mut self.totals.slots);
+        let guard = self.egress.guard();
+        let something = guard.frames() > 0 || self.delivery.consumed_since_sync;
+        let active_us = match something {
+            true => now.saturating_sub(*slots.active_since_us.get_or_insert(now)),
+            false => 0,
+        };
+        let activity = match (slots.fixed_us, something) {
+            (Some(_), _) => Activity::Unknown,
+            (None, false) => Activity::Idle,
+            (None, true) => {
+                self.guest.watch_idle();
+                self.guest.activity(now, self.delivery.last_injected_us)
+            }
+        };
+        let state = SlotSnapshot {
+            activity,
+            guard_bytes: guard.bytes(),
+            guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
+            oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
+            since_resume_us: now.saturating_sub(slots.since_us),
+            active_us,
+            idle_max_slot_us: slots.idle_slot_us,
+            consumed_inputs: u64::from(self.delivery.consumed_since_sync),
+            pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
+            quiet_us: now.saturating_sub(self.delivery.last_injected_us),
+            usual_cost_us: slots.costs.usual_us(),
+            stop_cost_us: slots.stop_costs.predicted_us(),
+            sync_cost_us: slots.costs.predicted_us(),
+        };
+        // A full arena takes no input until a syncvm has let the log be cut.
+        let forced = lead.forced_sync || lead.hand_over.is_some() || (something && self.arena.is_exhausted());
+        let end = slots.policy.decide(&state);
+        slots.look_again(now, something);
+        if let Some(end) = end {
+            self.totals.slot_ended(end);
+        }
+        if forced || end.is_some() {
+            self.propose_sync(now, second);
+        }
+    }
+
+    pub(super) fn propose_sync(&mut self, now: u64, with: ReplicaId) {
+        let ends_slot = self.ordering.replica().second() == Some(with);
+        if let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) {
+            self.guest.unwatch_idle();
+            if let Some(lead) = &mut self.lead {
+                lead.sync = LeadSync::Proposed { number, with };
+                lead.forced_sync = false;
+                lead.slots.proposed(now, ends_slot);
+            }
+        }
+    }
+
+    /// A syncvm of ours is over, and this is what it did.
+    pub(super) fn led(&mut self, report: &SyncReport) {
+        self.totals.led(report);
+        if let Some(lead) = &mut self.lead {
+            lead.slots.compared(report);
+        }
+    }
+}
+
+/// Names of the parts of a slot.
+const PARTS: [&str; 5] = ["run", "order", "stop", "sync", "release"];
+
+/// Where the time of all slots went.
+pub struct SlotTimes {
+    parts: [Histogram<u64>; PARTS.len()],
+}
+
+impl SlotTimes {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { parts: PARTS.map(|_| histogram()) }
+    }
+
+    fn add(&mut self, marks: &Marks, acknowledged_us: u64, released_us: u64) {
+        let points = [marks.proposed_us, marks.committed_us, marks.stopped_us, acknowledged_us, released_us];
+        self.parts[0].saturating_record(marks.ran_us);
+        for (part, ends) in self.parts[1..].iter_mut().zip(points.windows(2)) {
+            part.saturating_record(ends[1].saturating_sub(ends[0]));
+        }
+    }
+
+    /// For `plover status`.
+    pub fn summary(&self) -> Vec<Times> {
+        PARTS.iter().zip(&self.parts).map(|(name, part)| times(name, part)).collect()
+    }
+}
+
+/// For times from 1 µs to an hour.
+pub fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("constant bounds are valid")
+}
+
+/// A distribution for `plover status`.
+pub fn times(name: &str, of: &Histogram<u64>) -> Times {
+    let ms = |us: u64| us as f64 / 1000.0;
+    Times {
+        name: name.to_owned(),
+        count: of.len(),
+        p50_ms: ms(of.value_at_quantile(0.5)),
+        p99_ms: ms(of.value_at_quantile(0.99)),
+        max_ms: ms(of.max()),
+    }
+}

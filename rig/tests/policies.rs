@@ -1,0 +1,60 @@
+//! The policies of syncvm other than the default: a guest under each loses its leader, and nobody notices more than
+//! time.
+
+use std::time::Duration;
+
+use rig::cluster::VM;
+use rig::scenario::{Expect, Roles, Scenario};
+use rig::{Cluster, ClusterOptions, Deadline, Fault, Result, Service, Testbed, program};
+
+const BRIEF: Duration = Duration::from_millis(300);
+/// A guest that starts from the last syncvm does again what it did since; its clients wait for that.
+const LONGEST_GAP_MS: f64 = 2_500.0;
+
+fn survives_its_leaders(policy: &str, shown: &str, secondary_runs: bool) {
+    let bed = Testbed::new().unwrap();
+    let programs = program("plover").unwrap().parent().unwrap().to_owned();
+    let mut options = ClusterOptions::new(Service::Redis, programs);
+    options.policy = policy.to_owned();
+    let cluster = Cluster::new(&bed, options).unwrap();
+    cluster.start_all().unwrap();
+    let mut scenario = Scenario::start(&cluster, 11).unwrap();
+    let strike = |cluster: &Cluster, roles: &Roles| -> Result<Vec<Fault>> {
+        let leader = cluster.ask(&roles.leader, &["status", VM])?;
+        println!("{leader}");
+        assert!(leader.contains(shown), "{shown:?} is not in:\n{leader}");
+        let secondary = cluster.status(&roles.secondary).expect("its daemon answers");
+        assert_eq!(secondary["guest"], if secondary_runs { "running" } else { "stopped" }, "{secondary}");
+        Ok(vec![roles.leader.crash()?])
+    };
+    for round in 1..=2 {
+        scenario
+            .survive(&format!("{shown}: leader's host killed, {round}"), Expect::Moves, BRIEF, strike)
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+    let hand_over = |cluster: &Cluster, roles: &Roles| -> Result<Vec<Fault>> {
+        cluster.ask(&roles.leader, &["failover", VM]).map(|_| Vec::new())
+    };
+    scenario.survive("plover failover", Expect::Moves, BRIEF, hand_over).unwrap_or_else(|error| panic!("{error}"));
+    let slot_ends = cluster
+        .status(cluster.wait_leader(Deadline::after_secs(10)).unwrap())
+        .map(|status| status["totals"]["slot_ends"].clone())
+        .expect("the leader answers");
+    assert!(slot_ends["idle"].is_null() && slot_ends["interval"].as_u64().unwrap() > 5, "{slot_ends}");
+    let verdict = scenario.finish().unwrap();
+    println!("{}", verdict.table());
+    verdict.assert_flawless();
+    assert!(verdict.load.gap_ms < LONGEST_GAP_MS, "clients had no answer for {} ms", verdict.load.gap_ms);
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn with_checkpoints_the_secondary_stands_still_until_it_leads() {
+    survives_its_leaders("sync = \"mc\"\n", "mc every 100 ms", false);
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn with_a_fixed_interval_both_guests_run() {
+    survives_its_leaders("sync = \"str\"\ninterval_ms = 40\n", "str every 40 ms", true);
+}
