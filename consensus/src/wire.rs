@@ -128,25 +128,9 @@ impl Message {
     /// Appends the bytes that [`Message::decode`] reads.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
-        match self {
-            Message::PreVote { view } => put(out, 1, &[view]),
-            Message::PreVoteReply { view, granted, promised } => put(out, 2, &[view, granted, promised]),
-            Message::Prepare { view, genesis_nonce } => put(out, 3, &[view, genesis_nonce]),
-            Message::Promise { view, last, commit } => put(out, 4, &[view, last, commit]),
-            Message::Fetch { view, from } => put(out, 5, &[view, from]),
-            Message::Fetched { view, prev, entries } => put(out, 6, &[view, prev, entries]),
-            Message::FetchedBase { view, base } => put(out, 7, &[view, base]),
-            Message::Accept { view, prev, commit, base, entries } => put(out, 8, &[view, prev, commit, base, entries]),
-            Message::AcceptOk { view, through, voting, consumed } => put(out, 9, &[view, through, voting, consumed]),
-            Message::Reject { view, prev, have, commit } => put(out, 10, &[view, prev, have, commit]),
-            Message::InstallBase { view, base } => put(out, 11, &[view, base]),
-            Message::Nack { promised } => put(out, 12, &[promised]),
-            Message::TakeOver { view, handover } => put(out, 13, &[view, handover]),
-            Message::Hello { nonce, blank } => put(out, 14, &[nonce, blank]),
-            Message::HelloReply { nonce, promised, last } => put(out, 15, &[nonce, promised, last]),
-        }
-        let checksum = crc32c::crc32c(&out[start..]);
-        out.extend_from_slice(&checksum.to_le_bytes());
+        encode_fields(self, out, |out, payload| out.extend_from_slice(payload));
+        let sum = checksum(0, &out[start..]);
+        out.extend_from_slice(&sum.to_le_bytes());
     }
 
     /// Reads one whole message.
@@ -167,10 +151,10 @@ impl Message {
 
     fn decode_within(bytes: &[u8], home: Option<&Payload>, spare: &mut Spare) -> Result<Message, WireError> {
         let what = "message";
-        let Some((body, checksum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
+        let Some((body, sum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
             return Err(WireError::Truncated { what });
         };
-        let (expected, found) = (u32::from_le_bytes(*checksum), crc32c::crc32c(body));
+        let (expected, found) = (u32::from_le_bytes(*sum), checksum(0, body));
         if expected != found {
             return Err(WireError::Checksum { expected, found });
         }
@@ -213,6 +197,38 @@ impl Message {
                 return Err(WireError::UnknownKind { what: "message", tag });
             }
         })
+    }
+}
+
+/// A message's sum, begun with `sum` over what came before.
+pub(crate) fn checksum(sum: u32, bytes: &[u8]) -> u32 {
+    crc32c::crc32c_append(sum, bytes)
+}
+
+/// Appends a message without its sum. Each payload goes to `put_payload` when it is its turn.
+pub(crate) fn encode_fields(message: &Message, out: &mut Vec<u8>, put_payload: impl FnMut(&mut Vec<u8>, &[u8])) {
+    match message {
+        Message::PreVote { view } => put(out, 1, &[view]),
+        Message::PreVoteReply { view, granted, promised } => put(out, 2, &[view, granted, promised]),
+        Message::Prepare { view, genesis_nonce } => put(out, 3, &[view, genesis_nonce]),
+        Message::Promise { view, last, commit } => put(out, 4, &[view, last, commit]),
+        Message::Fetch { view, from } => put(out, 5, &[view, from]),
+        Message::Fetched { view, prev, entries } => {
+            put(out, 6, &[view, prev]);
+            put_entries(out, entries, put_payload);
+        }
+        Message::FetchedBase { view, base } => put(out, 7, &[view, base]),
+        Message::Accept { view, prev, commit, base, entries } => {
+            put(out, 8, &[view, prev, commit, base]);
+            put_entries(out, entries, put_payload);
+        }
+        Message::AcceptOk { view, through, voting, consumed } => put(out, 9, &[view, through, voting, consumed]),
+        Message::Reject { view, prev, have, commit } => put(out, 10, &[view, prev, have, commit]),
+        Message::InstallBase { view, base } => put(out, 11, &[view, base]),
+        Message::Nack { promised } => put(out, 12, &[promised]),
+        Message::TakeOver { view, handover } => put(out, 13, &[view, handover]),
+        Message::Hello { nonce, blank } => put(out, 14, &[nonce, blank]),
+        Message::HelloReply { nonce, promised, last } => put(out, 15, &[nonce, promised, last]),
     }
 }
 
@@ -276,18 +292,17 @@ impl Put for Base {
 
 /// Lengths are `u32` on the wire: a batch is bounded by `Config::batch_bytes` plus one entry, and an entry by the
 /// largest batch of frames, both far below 4 GiB.
-impl Put for Entries {
-    fn put(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&(self.len() as u32).to_le_bytes());
-        for (view, entry) in self {
-            view.put(out);
-            let length_at = out.len();
-            out.extend_from_slice(&[0; 4]);
-            entry.encode_header(out);
-            out.extend_from_slice(entry.payload());
-            let length = u32::try_from(out.len() - length_at - 4).expect("an entry is far below 4 GiB");
-            out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
-        }
+fn put_entries(out: &mut Vec<u8>, entries: &Entries, mut put_payload: impl FnMut(&mut Vec<u8>, &[u8])) {
+    out.extend_from_slice(&(entries.len() as u32).to_le_bytes());
+    for (view, entry) in entries {
+        view.put(out);
+        let length_at = out.len();
+        out.extend_from_slice(&[0; 4]);
+        entry.encode_header(out);
+        let length = out.len() - length_at - 4 + entry.payload().len();
+        let length = u32::try_from(length).expect("an entry is far below 4 GiB");
+        out[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+        put_payload(out, entry.payload());
     }
 }
 

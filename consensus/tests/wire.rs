@@ -2,7 +2,9 @@
 //! stands in for a fuzzer: half of its inputs are valid messages with a few bytes changed and the checksum made
 //! right again, so that they get past it.
 
-use consensus::{Base, Entry, HardState, Index, Message, Payload, ReplicaId, View, Viewstamp, WireError};
+use consensus::{
+    Base, Effects, Encoder, Entry, HardState, Index, Message, Payload, ReplicaId, View, Viewstamp, WireError,
+};
 use proptest::prelude::*;
 
 fn view() -> impl Strategy<Value = View> {
@@ -42,7 +44,7 @@ fn base() -> impl Strategy<Value = Base> {
 }
 
 fn entries() -> impl Strategy<Value = Vec<(View, Entry)>> {
-    proptest::collection::vec((view(), entry()), 0..8)
+    proptest::collection::vec((view(), entry()), 0..20)
 }
 
 fn message() -> impl Strategy<Value = Message> {
@@ -94,6 +96,28 @@ proptest! {
         let mut bytes = before.clone();
         message.encode(&mut bytes);
         prop_assert_eq!(Message::decode(&bytes[before.len()..]), Ok(message));
+    }
+
+    /// In parts too, whichever message was sent before, and whether that was the same one.
+    #[test]
+    fn parts_are_what_is_encoded_in_one_piece(
+        messages in proptest::collection::vec((message(), 1..4usize), 1..5),
+        prefix in proptest::collection::vec(any::<u8>(), 0..9),
+    ) {
+        let (mut effects, mut encoder) = (Effects::default(), Encoder::default());
+        let mut expected = Vec::new();
+        for (message, times) in messages {
+            let mut bytes = prefix.clone();
+            message.encode(&mut bytes);
+            for to in (0..).map(ReplicaId).take(times) {
+                effects.messages.push((to, message.clone()));
+                expected.push((to, bytes.clone()));
+            }
+        }
+        let mut sent = Vec::new();
+        effects.send_parts(&mut encoder, &prefix, |to, parts| sent.push((to, parts.concat())));
+        prop_assert_eq!(sent, expected);
+        prop_assert!(effects.messages.is_empty());
     }
 
     #[test]

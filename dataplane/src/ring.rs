@@ -1,41 +1,54 @@
 //! A ring of byte records between one producer and one consumer: two threads, or two processes that share memory.
 //!
-//! A record is a header word (kind and length) and its payload in whole words, never wrapped around the end. The header is
-//! written last, so a waiting consumer watches one word, and a short message costs one or two transfers of a cache line,
-//! not one more for an index. What makes that safe: before a record appears, the producer has cleared the word behind it,
-//! so the consumer never takes old payload for a header. The consumer tells now and then how far it has read, and the
-//! producer looks only when its last knowledge leaves no room.
+//! The ring is made of cache lines. Each begins with a mark and has room for [`LINE_BYTES`] of payload; a record takes whole
+//! lines and is never wrapped around the end. The mark of its first line holds kind, length and lap, and is written last: a
+//! waiting consumer watches that one word, and a message of up to [`LINE_BYTES`] is one transfer of one cache line. The lap
+//! tells a record from what an earlier lap left in its place, and the other lines' marks are no records of any lap, so
+//! nothing needs to be cleared and old payload is never taken for a record. The consumer tells now and then how far it has
+//! read, and the producer looks only when its last knowledge leaves no room.
 //!
 //! A ring may be large, for bursts, but as long as the consumer keeps up the producer goes back to its start early and
-//! uses the first [`WINDOW_WORDS`] only: those stay in both first-level caches. Measured on an EPYC: a round trip through
+//! uses the first [`WINDOW_LINES`] only: those stay in both first-level caches. Measured on an EPYC: a round trip through
 //! 4 KiB takes 1.6 times as long as one of a bare line, through 16 KiB and more 3.2 times.
 //!
 //! Every word is an atomic, so that a peer that writes when it should not makes garbage, never undefined behaviour; what
 //! the peer wrote is read once and checked, and no word has two writers. Sleeping works as Dekker's algorithm does: each
 //! side stores, fences, and then looks at what the other stored.
 //!
-//! Rejected: head and tail indices (two lines per message), a memcpy (a data race with a peer that misbehaves), one
-//! mapping twice in a row to hide the wrap (no gain for short records), and a sleep flag that the waker takes down (a
-//! second writer, and one more line that goes to and fro).
+//! Rejected: head and tail indices (two lines per message), records of words that clear the word behind them (the sender
+//! needs a second line for itself before it can publish: a fifth of a round trip), a memcpy (a data race with a peer that
+//! misbehaves), one mapping twice in a row to hide the wrap (no gain for short records), and a sleep flag that the waker
+//! takes down (a second writer, and one more line that goes to and fro).
 //! The loom tests (tests/loom.rs) run this very file.
 
 use super::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
 
-/// Bytes in a word, the unit of positions.
+/// Bytes in a word.
 pub const WORD_BYTES: usize = 8;
+/// Words in a line, the unit of positions: a mark, then payload.
+const LINE_WORDS: usize = 8;
+const PAYLOAD_WORDS: usize = LINE_WORDS - 1;
+/// Payload of a line, bytes.
+pub const LINE_BYTES: usize = PAYLOAD_WORDS * WORD_BYTES;
 /// A record takes at most this part of the ring; then an empty ring has room for any, wherever it ends.
 const RECORD_SHARE: usize = 4;
-/// The consumer tells its position whenever it has read so many words, or this part of a small ring.
-const TELL_WORDS: usize = 64;
+/// The consumer tells its position whenever it has read so many lines, or this part of a small ring.
+const TELL_LINES: usize = 8;
 const TELL_SHARE: usize = 8;
-/// What is used of the ring while the consumer keeps up, words; half of a small ring.
-const WINDOW_WORDS: usize = 512;
-/// The smallest ring, words.
-const MIN_WORDS: usize = 8;
+/// What is used of the ring while the consumer keeps up, lines; half of a small ring.
+const WINDOW_LINES: usize = 64;
+/// The smallest ring, lines.
+const MIN_LINES: usize = RECORD_SHARE;
 
+/// The mark of a line that begins no record, and of one that was never written.
 const NOTHING: u64 = 0;
-const KIND_SHIFT: u32 = 32;
+/// A mark from its lowest bit: length, kind, lap. Laps count from 1.
+const LENGTH_BITS: u32 = 21;
+const KIND_BITS: u32 = 2;
+const LAP_SHIFT: u32 = LENGTH_BITS + KIND_BITS;
+/// No ring turns more often: a mark of that age could be taken for a new one. Months of nothing but messages.
+const MAX_LAP: u64 = (1 << (u64::BITS - LAP_SHIFT)) - 1;
 const KIND_SKIP: u64 = 3;
 
 /// Keeps what different threads write apart: two lines of 64 bytes, because processors fetch them in pairs.
@@ -47,7 +60,7 @@ struct Line<T>(T);
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Control {
-    /// Words read; written by the consumer.
+    /// Lines read; written by the consumer.
     consumed: Line<AtomicU64>,
     /// Odd: the consumer sleeps and wants to know of records. Another number for each sleep.
     sleeping: Line<AtomicU32>,
@@ -59,7 +72,7 @@ pub struct Control {
 pub trait Memory {
     /// The words beside the records.
     fn control(&self) -> &Control;
-    /// Room for records: a power of two, at least 8, and always the same.
+    /// Room for records: a power of two, at least 32, and always the same. Best at the start of a cache line.
     fn words(&self) -> &[AtomicU64];
 }
 
@@ -74,7 +87,7 @@ impl Heap {
     /// An empty ring of that many bytes.
     ///
     /// # Panics
-    /// If `bytes` is no power of two or less than 64.
+    /// If `bytes` is no power of two or less than 256.
     pub fn new(bytes: usize) -> Heap {
         Heap { control: Control::default(), words: (0..bytes / WORD_BYTES).map(|_| AtomicU64::new(0)).collect() }
     }
@@ -106,13 +119,17 @@ impl Kind {
             Kind::More => 2,
         }
     }
+
+    fn of_number(number: u64) -> Option<Kind> {
+        [Kind::Last, Kind::More].into_iter().find(|kind| kind.number() == number)
+    }
 }
 
 /// The other side wrote what no other side of ours writes. The ring must not be used any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
     /// The consumer claims to have read what was not written, or to have gone back.
-    #[error("it says that it has read up to word {said}, which is not in {from}..={to}")]
+    #[error("it says that it has read up to line {said}, which is not in {from}..={to}")]
     Consumed {
         /// What it said.
         said: u64,
@@ -122,13 +139,16 @@ pub enum Violation {
         to: u64,
     },
     /// The producer wrote a header that is none.
-    #[error("it wrote the record header {header:#018x} at word {at}, which is none")]
-    Header {
-        /// The header.
-        header: u64,
+    #[error("it wrote the mark {mark:#018x} at line {at}, which begins no record")]
+    Mark {
+        /// The mark.
+        mark: u64,
         /// Where.
         at: usize,
     },
+    /// Nobody did anything wrong, but the laps cannot be counted any further.
+    #[error("the ring is worn out after {MAX_LAP} laps")]
+    WornOut,
 }
 
 /// Received bytes. Kept and used again; grows to the longest message seen.
@@ -149,16 +169,29 @@ impl Assembly {
         self.filled = 0;
     }
 
+    /// The payload of a record of `length` bytes.
     fn append(&mut self, words: &[AtomicU64], length: usize) {
-        let end = self.filled + words.len() * WORD_BYTES;
+        let (lines, _) = words.as_chunks::<LINE_WORDS>();
+        let end = self.filled + lines.len() * LINE_BYTES;
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
-        let (chunks, _) = self.bytes[self.filled..end].as_chunks_mut::<WORD_BYTES>();
-        for (chunk, word) in chunks.iter_mut().zip(words) {
-            *chunk = word.load(Ordering::Relaxed).to_ne_bytes();
+        let (places, _) = self.bytes[self.filled..end].as_chunks_mut::<LINE_BYTES>();
+        let whole = length / LINE_BYTES;
+        for (place, [_, payload @ ..]) in places[..whole].iter_mut().zip(lines) {
+            read_words(place, payload);
+        }
+        if let (Some(place), Some([_, payload @ ..])) = (places.get_mut(whole), lines.get(whole)) {
+            read_words(place, &payload[..(length % LINE_BYTES).div_ceil(WORD_BYTES)]);
         }
         self.filled += length;
+    }
+}
+
+fn read_words(place: &mut [u8; LINE_BYTES], words: &[AtomicU64]) {
+    let (chunks, _) = place.as_chunks_mut::<WORD_BYTES>();
+    for (chunk, word) in chunks.iter_mut().zip(words) {
+        *chunk = word.load(Ordering::Relaxed).to_ne_bytes();
     }
 }
 
@@ -213,9 +246,11 @@ impl Waker {
 #[derive(Debug)]
 pub struct Producer<M> {
     memory: M,
-    /// Words written.
+    /// Of the ring.
+    lines: usize,
+    /// Lines written.
     written: u64,
-    /// Words that the consumer has read as far as we know.
+    /// Lines that the consumer has read as far as we know.
     consumed: u64,
     /// Where in the ring it is worth trying to go back to the start.
     turn_at: usize,
@@ -229,15 +264,22 @@ impl<M: Memory> Producer<M> {
     /// # Panics
     /// If the memory's size is not what [`Memory::words`] says.
     pub fn new(memory: M) -> Producer<M> {
-        let words = memory.words().len();
-        assert!(words.is_power_of_two() && words >= MIN_WORDS, "a ring of {words} words");
-        let turn_at = window_words(words);
-        Producer { memory, written: 0, consumed: 0, turn_at, sleeper: Sleeper::default(), waker: Waker::default() }
+        let lines = checked_lines(&memory);
+        let turn_at = window_lines(lines);
+        Producer {
+            memory,
+            lines,
+            written: 0,
+            consumed: 0,
+            turn_at,
+            sleeper: Sleeper::default(),
+            waker: Waker::default(),
+        }
     }
 
     /// The longest payload of a record, bytes.
     pub fn max_record_bytes(&self) -> usize {
-        max_record_words(&self.memory) * WORD_BYTES - WORD_BYTES
+        max_record_bytes(self.lines)
     }
 
     /// Writes the concatenation of `parts` as one record; `false` if there is no room.
@@ -253,42 +295,44 @@ impl<M: Memory> Producer<M> {
         if !self.has_room(length)? {
             return Ok(false);
         }
-        let need = record_words(length);
+        let need = record_lines(length);
         let turns = self.turns_early(need)?;
-        let words = self.memory.words();
-        let at = position(self.written, words);
-        let start = if need <= words.len() - at && !turns { at } else { 0 };
-        // First, so that whoever reads this record finds nothing behind it.
-        words[(start + need) & (words.len() - 1)].store(NOTHING, Ordering::Relaxed);
-        write_payload(&words[start + 1..start + need], parts);
-        let header = kind.number() << KIND_SHIFT | length as u64;
-        words[start].store(header, Ordering::Release);
-        if start != at {
-            words[at].store(KIND_SKIP << KIND_SHIFT, Ordering::Release);
-            self.written += (words.len() - at) as u64;
+        let at = position(self.written, self.lines);
+        let behind = self.lines - at;
+        let start = if need <= behind && !turns { self.written } else { self.written + behind as u64 };
+        if lap(start, self.lines) > MAX_LAP {
+            return Err(Violation::WornOut);
         }
-        self.written += need as u64;
+        let words = self.memory.words();
+        let first = position(start, self.lines) * LINE_WORDS;
+        write_payload(&words[first..][..need * LINE_WORDS], parts);
+        words[first].store(mark(lap(start, self.lines), kind.number(), length), Ordering::Release);
+        if start != self.written {
+            let skip = mark(lap(self.written, self.lines), KIND_SKIP, 0);
+            words[at * LINE_WORDS].store(skip, Ordering::Release);
+        }
+        self.written = start + need as u64;
         self.waker.news = true;
         Ok(true)
     }
 
     /// Whether to go back to the start though there is room behind: possible if the consumer has left it.
     fn turns_early(&mut self, need: usize) -> Result<bool, Violation> {
-        let capacity = self.memory.words().len();
-        let at = position(self.written, self.memory.words());
+        let (capacity, window) = (self.lines, window_lines(self.lines));
+        let at = position(self.written, capacity);
         if at < self.turn_at {
-            if at < window_words(capacity) {
-                self.turn_at = window_words(capacity);
+            if at < window {
+                self.turn_at = window;
             }
             return Ok(false);
         }
-        let wanted = (capacity - at + need + 1) as u64;
+        let wanted = (capacity - at + need) as u64;
         let written = self.written;
         let fits = |consumed| written - consumed + wanted <= capacity as u64;
         let turns = fits(self.consumed) || fits(self.look()?);
         if !turns {
             // The consumer is behind. It costs a look, so not with each record.
-            self.turn_at = at + window_words(capacity);
+            self.turn_at = at + window;
         }
         Ok(turns)
     }
@@ -309,12 +353,11 @@ impl<M: Memory> Producer<M> {
     /// # Errors
     /// [`Violation`].
     pub fn has_room(&mut self, length: usize) -> Result<bool, Violation> {
-        let capacity = self.memory.words().len();
-        let need = record_words(length);
-        let behind = capacity - position(self.written, self.memory.words());
+        let capacity = self.lines;
+        let need = record_lines(length);
+        let behind = capacity - position(self.written, capacity);
         let skipped = if need <= behind { 0 } else { behind };
-        // And the word behind the record, which is cleared.
-        let wanted = (skipped + need + 1) as u64;
+        let wanted = (skipped + need) as u64;
         if self.written - self.consumed + wanted <= capacity as u64 {
             return Ok(true);
         }
@@ -349,9 +392,11 @@ impl<M: Memory> Producer<M> {
 #[derive(Debug)]
 pub struct Consumer<M> {
     memory: M,
-    /// Words read.
+    /// Of the ring.
+    lines: usize,
+    /// Lines read.
     read: u64,
-    /// Words read that the producer was told of.
+    /// Lines read that the producer was told of.
     told: u64,
     sleeper: Sleeper,
     waker: Waker,
@@ -363,9 +408,8 @@ impl<M: Memory> Consumer<M> {
     /// # Panics
     /// If the memory's size is not what [`Memory::words`] says.
     pub fn new(memory: M) -> Consumer<M> {
-        let words = memory.words().len();
-        assert!(words.is_power_of_two() && words >= MIN_WORDS, "a ring of {words} words");
-        Consumer { memory, read: 0, told: 0, sleeper: Sleeper::default(), waker: Waker::default() }
+        let lines = checked_lines(&memory);
+        Consumer { memory, lines, read: 0, told: 0, sleeper: Sleeper::default(), waker: Waker::default() }
     }
 
     /// Takes the next record, if there is one, and appends its payload to `into`.
@@ -373,26 +417,23 @@ impl<M: Memory> Consumer<M> {
     /// # Errors
     /// [`Violation`].
     pub fn take(&mut self, into: &mut Assembly) -> Result<Option<Kind>, Violation> {
-        let words = self.memory.words();
-        let mut at = position(self.read, words);
-        let mut header = words[at].load(Ordering::Acquire);
-        if header == KIND_SKIP << KIND_SHIFT && at != 0 {
-            self.read += (words.len() - at) as u64;
+        let mut at = position(self.read, self.lines);
+        let Some(mut mark) = self.mark() else { return Ok(None) };
+        if kind_number(mark) == KIND_SKIP && at != 0 {
+            self.read += (self.lines - at) as u64;
             at = 0;
-            header = words[at].load(Ordering::Acquire);
+            let Some(next) = self.mark() else { return Ok(None) };
+            mark = next;
         }
-        if header == NOTHING {
-            return Ok(None);
-        }
-        let length = header as u32 as usize;
-        let kind = [Kind::Last, Kind::More].into_iter().find(|kind| kind.number() == header >> KIND_SHIFT);
-        let need = record_words(length);
-        let Some(kind) = kind.filter(|_| need <= max_record_words(&self.memory).min(words.len() - at)) else {
-            return Err(Violation::Header { header, at });
+        let length = (mark & ((1 << LENGTH_BITS) - 1)) as usize;
+        let need = record_lines(length);
+        let fits = length <= max_record_bytes(self.lines) && need <= self.lines - at;
+        let Some(kind) = Kind::of_number(kind_number(mark)).filter(|_| fits) else {
+            return Err(Violation::Mark { mark, at });
         };
-        into.append(&words[at + 1..at + need], length);
+        into.append(&self.memory.words()[at * LINE_WORDS..][..need * LINE_WORDS], length);
         self.read += need as u64;
-        if self.read - self.told >= TELL_WORDS.min(words.len() / TELL_SHARE) as u64 {
+        if self.read - self.told >= TELL_LINES.min(self.lines / TELL_SHARE) as u64 {
             // Release: our reads are over before the producer writes there.
             self.memory.control().consumed.0.store(self.read, Ordering::Release);
             self.told = self.read;
@@ -401,10 +442,15 @@ impl<M: Memory> Consumer<M> {
         Ok(Some(kind))
     }
 
+    /// The mark of the next line, if it is of this lap.
+    fn mark(&self) -> Option<u64> {
+        let mark = self.memory.words()[position(self.read, self.lines) * LINE_WORDS].load(Ordering::Acquire);
+        (mark >> LAP_SHIFT == lap(self.read, self.lines)).then_some(mark)
+    }
+
     /// Whether there is a record.
     pub fn has_record(&self) -> bool {
-        let words = self.memory.words();
-        words[position(self.read, words)].load(Ordering::Acquire) != NOTHING
+        self.mark().is_some()
     }
 
     /// Whether the producer sleeps and is to be woken for the room that was made. Says so once.
@@ -428,27 +474,78 @@ impl<M: Memory> Consumer<M> {
     }
 }
 
-fn position(count: u64, words: &[AtomicU64]) -> usize {
-    count as usize & (words.len() - 1)
+/// The lines of a ring.
+fn checked_lines<M: Memory>(memory: &M) -> usize {
+    let words = memory.words().len();
+    assert!(words.is_power_of_two() && words >= MIN_LINES * LINE_WORDS, "a ring of {words} words");
+    words / LINE_WORDS
 }
 
-fn record_words(length: usize) -> usize {
-    1 + length.div_ceil(WORD_BYTES)
+fn position(count: u64, lines: usize) -> usize {
+    count as usize & (lines - 1)
 }
 
-fn window_words(capacity: usize) -> usize {
-    WINDOW_WORDS.min(capacity / 2)
+/// In which lap, from 1, line `count` is written.
+fn lap(count: u64, lines: usize) -> u64 {
+    (count >> lines.trailing_zeros()) + 1
 }
 
-fn max_record_words<M: Memory>(memory: &M) -> usize {
-    memory.words().len() / RECORD_SHARE
+fn mark(lap: u64, kind: u64, length: usize) -> u64 {
+    lap << LAP_SHIFT | kind << LENGTH_BITS | length as u64
 }
 
-/// Stores the bytes of `parts` in whole words; the last one is filled up with zeros.
+fn kind_number(mark: u64) -> u64 {
+    mark >> LENGTH_BITS & ((1 << KIND_BITS) - 1)
+}
+
+fn record_lines(length: usize) -> usize {
+    length.div_ceil(LINE_BYTES).max(1)
+}
+
+fn window_lines(lines: usize) -> usize {
+    WINDOW_LINES.min(lines / 2)
+}
+
+fn max_record_bytes(lines: usize) -> usize {
+    (lines / RECORD_SHARE * LINE_BYTES).min((1 << LENGTH_BITS) - 1)
+}
+
+/// Where payload is written next: the words of a record but for the marks.
+struct Pen<'a> {
+    words: &'a [AtomicU64],
+    at: usize,
+}
+
+impl Pen<'_> {
+    fn put(&mut self, bytes: &[u8; WORD_BYTES]) {
+        if self.at.is_multiple_of(LINE_WORDS) {
+            self.words[self.at].store(NOTHING, Ordering::Relaxed);
+            self.at += 1;
+        }
+        self.words[self.at].store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+        self.at += 1;
+    }
+
+    fn put_all(&mut self, words: &[[u8; WORD_BYTES]]) {
+        let room = self.at.next_multiple_of(LINE_WORDS) - self.at;
+        let (first, rest) = words.split_at(room.min(words.len()));
+        first.iter().for_each(|word| self.put(word));
+        let (lines, last) = rest.as_chunks::<PAYLOAD_WORDS>();
+        for words in lines {
+            let [mark, payload @ ..] = self.words[self.at..].first_chunk::<LINE_WORDS>().expect("it was added up");
+            mark.store(NOTHING, Ordering::Relaxed);
+            for (word, bytes) in payload.iter().zip(words) {
+                word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+            }
+            self.at += LINE_WORDS;
+        }
+        last.iter().for_each(|word| self.put(word));
+    }
+}
+
+/// Stores the bytes of `parts` in whole words, and all marks but the first; the last word is filled up with zeros.
 fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
-    let mut words = words.iter();
-    let mut store =
-        |bytes| words.next().expect("the length was added up").store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+    let mut pen = Pen { words, at: 1 };
     let mut carry = [0; WORD_BYTES];
     let mut carried = 0;
     for &part in parts {
@@ -461,15 +558,15 @@ fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
             if carried < WORD_BYTES {
                 continue;
             }
-            store(carry);
+            pen.put(&carry);
         }
         let (chunks, tail) = rest.as_chunks::<WORD_BYTES>();
-        chunks.iter().for_each(|chunk| store(*chunk));
+        pen.put_all(chunks);
         carry[..tail.len()].copy_from_slice(tail);
         carried = tail.len();
     }
     if carried > 0 {
         carry[carried..].fill(0);
-        store(carry);
+        pen.put(&carry);
     }
 }

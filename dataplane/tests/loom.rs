@@ -15,8 +15,8 @@ use loom::thread;
 use ring::{Assembly, Consumer, Heap, Kind, Producer};
 use std::sync::Arc;
 
-/// The smallest ring: eight words, of which a record takes two.
-const RING_BYTES: usize = 64;
+/// The smallest ring: four lines, of which a record takes one.
+const RING_BYTES: usize = 256;
 
 type Ends = (Producer<Arc<Heap>>, Consumer<Arc<Heap>>);
 
@@ -50,7 +50,7 @@ fn take(consumer: &mut Consumer<Arc<Heap>>) -> Option<u64> {
 fn records_arrive_whole_and_in_order_around_the_end() {
     model(3, || {
         let (mut producer, mut consumer) = ends();
-        // An empty record first: so the words end in the middle of a record, which then skips the last one.
+        // An empty record first, so that the other thread begins in the middle of a lap.
         let values = [0x0101, 0x0202, 0x0303, 0x0404, 0x0505];
         let mut into = Assembly::default();
         assert_eq!(producer.push(Kind::More, &[]), Ok(true));
@@ -119,15 +119,15 @@ fn sleeping_consumer(gets_up: bool) {
 fn a_producer_that_goes_to_sleep_misses_no_room() {
     model(3, || {
         let (mut producer, mut consumer) = ends();
-        for value in 0..3 {
+        for value in 0..4 {
             assert!(push(&mut producer, value));
         }
-        assert!(!push(&mut producer, 3), "the word behind a record is kept free");
+        assert!(!push(&mut producer, 4));
         let bell = Arc::new(Notify::new());
         let ring = Arc::clone(&bell);
         let reader = thread::spawn(move || {
             let mut received = 0;
-            while received < 3 {
+            while received < 4 {
                 assert_eq!(take(&mut consumer), Some(received));
                 received += 1;
                 if consumer.take_wake() {
@@ -135,7 +135,7 @@ fn a_producer_that_goes_to_sleep_misses_no_room() {
                 }
             }
         });
-        while !push(&mut producer, 3) {
+        while !push(&mut producer, 4) {
             if !producer.arm(8).unwrap() {
                 bell.wait();
             }

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use consensus::{Config, Effects, Entry, Event, Index, Payload, PersistId, Recovered, Replica, ReplicaId};
+use consensus::{Config, Effects, Encoder, Entry, Event, Index, Payload, PersistId, Recovered, Replica, ReplicaId};
 use dataplane::arena::{Arena, ArenaBytes};
 use dataplane::fabric::{self, Fabric, FabricConfig, FabricEvent, Listener, PeerFabric, PeerId};
 use dataplane::region::{PageSize, Region};
@@ -64,7 +64,7 @@ pub struct Member {
     fabric: PeerFabric,
     sockets_us: u64,
     inbox: Inbox,
-    buffer: Vec<u8>,
+    encoder: Encoder,
     /// Committed entries that nobody has taken yet.
     pub committed: VecDeque<(Index, Entry)>,
     last_committed: Index,
@@ -98,7 +98,7 @@ impl Member {
             fabric,
             sockets_us: 0,
             inbox: Inbox::default(),
-            buffer: Vec::new(),
+            encoder: Encoder::default(),
             committed: VecDeque::new(),
             last_committed: Index(0),
         })
@@ -176,11 +176,9 @@ impl Member {
             for record in self.effects.persist.drain(..) {
                 self.store.take(record)?;
             }
-            self.effects.send(|to, message| {
-                self.buffer.clear();
-                message.encode(&mut self.buffer);
+            self.effects.send_parts(&mut self.encoder, &[], |to, parts| {
                 // Not connected yet, or full: consensus sends again.
-                let _ = self.fabric.send(PeerId(to.0), &[&self.buffer]);
+                let _ = self.fabric.send(PeerId(to.0), parts);
             });
             for (index, _, entry) in self.effects.committed.drain(..) {
                 ensure!(index == self.last_committed.next(), "entry {index} came out behind {}", self.last_committed);

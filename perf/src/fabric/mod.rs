@@ -21,7 +21,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     if sink.wants(rdma::ID) {
         rdma::run(effort, sink)?;
     }
-    if sink.wants(shm::ID) {
+    if sink.wants_some(shm::AREA) {
         shm::run(effort, sink)?;
     }
     if sink.wants_some("fabric.bulk") {

@@ -5,7 +5,8 @@
 use std::collections::VecDeque;
 
 use consensus::{
-    Config, Effects, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica, ReplicaId, View,
+    Config, Effects, Encoder, Entry, Event, HardState, Index, Notice, Persist, PersistId, Recovered, Replica,
+    ReplicaId, View,
 };
 use dataplane::fabric::{Fabric, PeerFabric, PeerId, Transport};
 use storage_log::{LegSpec, LogError, LogStore, Options, Record};
@@ -35,6 +36,7 @@ pub struct Ordering {
     fabric: PeerFabric,
     persisted: PersistId,
     buffer: Vec<u8>,
+    encoder: Encoder,
     /// Committed entries that the reactor has not taken yet.
     pub committed: VecDeque<Committed>,
     /// Notices that the reactor has not taken yet.
@@ -84,6 +86,7 @@ impl Ordering {
             fabric,
             persisted: PersistId(0),
             buffer: Vec::with_capacity(1 << 20),
+            encoder: Encoder::default(),
             committed: VecDeque::new(),
             notices: VecDeque::new(),
             failure: None,
@@ -254,12 +257,9 @@ impl Ordering {
         }
         self.effects.persist = records;
         self.log.flush();
-        self.effects.send(|to, message| {
-            self.buffer.clear();
-            self.buffer.push(KIND_CONSENSUS);
-            message.encode(&mut self.buffer);
+        self.effects.send_parts(&mut self.encoder, &[KIND_CONSENSUS], |to, parts| {
             // Lost when the peer is away: consensus sends again.
-            let _ = self.fabric.send(PeerId(to.0), &[&self.buffer]);
+            let _ = self.fabric.send(PeerId(to.0), parts);
         });
         let committed = self.effects.committed.drain(..);
         self.committed.extend(committed.map(|(index, view, entry)| Committed { index, view, entry }));
