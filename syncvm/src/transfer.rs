@@ -58,6 +58,10 @@ pub enum Kind {
     RoundAck = 13,
     /// Rejoin: no more rounds; a syncvm follows.
     RoundsDone = 14,
+    /// Rejoin: digests of the granules of a section.
+    Granules = 40,
+    /// Rejoin: which of them differ.
+    Differing = 41,
 }
 
 impl Kind {
@@ -80,6 +84,8 @@ impl Kind {
             BatchEnd,
             RoundAck,
             RoundsDone,
+            Granules,
+            Differing,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == code)

@@ -12,6 +12,7 @@ use syncvm::exchange::{
     SyncError, SyncReport, follow_syncvm, lead_syncvm,
 };
 use syncvm::hash::HashPool;
+use syncvm::rejoin::RejoinProgress;
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber, Pairing};
 
 pub const PAGES: usize = 96;
@@ -289,6 +290,7 @@ pub struct Watcher {
     pub resumed: usize,
     pub seen: Vec<Phase>,
     pub die_at: Option<Phase>,
+    pub progress: Vec<RejoinProgress>,
 }
 
 impl Observer for Watcher {
@@ -301,6 +303,9 @@ impl Observer for Watcher {
     }
     fn may_run(&mut self) -> bool {
         !self.may_not_run
+    }
+    fn progress(&mut self, progress: RejoinProgress) {
+        self.progress.push(progress);
     }
     fn resumed(&mut self) {
         self.resumed += 1;
