@@ -17,6 +17,7 @@ pub mod ordering;
 pub mod page_hash;
 pub mod peers;
 pub mod pin;
+pub mod plot;
 pub mod replica_steps;
 pub mod results;
 pub mod row;

@@ -32,7 +32,7 @@ use crate::hash::{HashKind, HashPool, SlotHasher};
 use crate::pairing::Pairing;
 use crate::ram::GuestRam;
 use crate::rejoin::RejoinProgress;
-use crate::transfer::TransferMode;
+use crate::transfer::{BlockSize, TransferMode};
 
 /// Pages whose hashes travel in one message, and that are hashed before the next message is waited for:
 /// large enough to keep all workers busy, small enough that comparing overlaps with hashing.
@@ -164,6 +164,9 @@ pub struct ExchangeConfig {
     pub early_resume: bool,
     /// How much of what may differ is sent. The leader's setting counts.
     pub transfer: TransferMode,
+    /// The size of the blocks of [`TransferMode::Delta`], or the one that would have been the cheapest the last time. The
+    /// follower's setting counts.
+    pub blocks: Option<BlockSize>,
     /// Check invariant I4 after every syncvm: both sides hash all of RAM and compare device state before
     /// anyone runs. Implies no early resume. The leader's setting counts.
     pub verify: bool,
@@ -183,6 +186,7 @@ impl ExchangeConfig {
             background_hashing: false,
             early_resume: true,
             transfer: TransferMode::default(),
+            blocks: None,
             verify: false,
             max_device_bytes: 64 << 20,
         }

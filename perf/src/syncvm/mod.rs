@@ -21,9 +21,10 @@ use syncvm::{DirtySet, PAGE_BYTES};
 pub use guest::was_guest;
 
 use crate::group::Sink;
+use crate::plot::{self, Bar};
 use crate::row::Row;
-use crate::sample::{Better, Figure, alone, paired, thread_cpu_time};
-use crate::{Effort, page_hash, pin};
+use crate::sample::{Better, Figure, alone, median, paired, thread_cpu_time};
+use crate::{Effort, page_hash, pin, results};
 use guest::SyntheticGuest;
 use pair::{Mode, Pair, Synced};
 use workload::{Shape, Side, Slot};
@@ -31,14 +32,25 @@ use workload::{Shape, Side, Slot};
 /// Each is measured on the same slots, in turn. The first is what the rows are about.
 const MODES: [Mode; 5] = [
     Mode::DEFAULT,
-    Mode { name: "late resume", set: |config| config.early_resume = false, ..Mode::DEFAULT },
-    Mode { name: "whole pages", set: |config| config.transfer = TransferMode::Pages, ..Mode::DEFAULT },
     Mode { name: "mc", set: |config| config.transfer = TransferMode::All, both_run: false },
     Mode {
         name: "mc, late resume",
         set: |config| (config.transfer, config.early_resume) = (TransferMode::All, false),
         both_run: false,
     },
+    Mode {
+        name: "ordering only",
+        set: |config| (config.transfer, config.early_resume) = (TransferMode::Pages, false),
+        ..Mode::DEFAULT
+    },
+    Mode { name: "+ early resume", set: |config| config.transfer = TransferMode::Pages, ..Mode::DEFAULT },
+];
+/// What is switched on one after the other, up to what is the default, and what the plot calls it.
+const STEPS: [(&str, &str); 4] = [
+    ("mc, late resume", "checkpointing (mc, late resume)"),
+    ("ordering only", "ordering, divergent pages only"),
+    ("+ early resume", "+ early resume"),
+    ("default", "+ delta (default)"),
 ];
 
 /// How large everything is.
@@ -96,6 +108,28 @@ fn exchange(size: Size, effort: Effort, sink: Sink<'_>) -> Result<()> {
     let mut scattered = [(Mode::DEFAULT, Vec::new())];
     measure(&mut pair, &mut scattered, Size { slots: effort.pick(5, 1), ..size }, Shape::SCATTERED)?;
     print_tables(&modes, &scattered[0].1);
+    plots(&modes, effort)
+}
+
+/// The paper's Figure 7: what each switch adds. Nothing is drawn of a smoke run.
+fn plots(modes: &[(Mode, Vec<Synced>)], effort: Effort) -> Result<()> {
+    if effort == Effort::Smoke {
+        return Ok(());
+    }
+    let bars = |of: fn(&Synced) -> f64| -> Vec<Bar> {
+        let steps = STEPS.iter().filter_map(|(name, label)| {
+            let (_, slots) = modes.iter().find(|(mode, _)| mode.name == *name)?;
+            Some(Bar { label: (*label).to_owned(), value: median(slots.iter().map(of).collect()) })
+        });
+        steps.collect()
+    };
+    let stop = bars(Synced::stop_ms);
+    let stop = plot::bars("How long the leader's guest stands still, switch by switch", "stop, ms (median)", &stop);
+    let bytes = bars(|slot| slot.bytes() as f64 / 1e6);
+    let bytes = plot::bars("What crosses the network, switch by switch", "MB both ways (median)", &bytes);
+    for (name, svg) in [("syncvm-stop", stop), ("syncvm-bytes", bytes)] {
+        println!("plot: {}", plot::write(&results::directory(), name, &svg)?.display());
+    }
     Ok(())
 }
 

@@ -159,6 +159,8 @@ pub struct Policy {
     pub background_hashing: bool,
     /// MiB per second that a rejoin sends at most; 0: no limit.
     pub rejoin_mib_per_s: u64,
+    /// Of pages that differ, only the blocks that differ are sent.
+    pub delta: bool,
     /// A peer that says nothing for this long counts as failed.
     pub failure_timeout_ms: u64,
     /// The guest counts as idle when its vCPUs stood still for this long (PLOVER §4.3).
@@ -191,6 +193,7 @@ impl Default for Policy {
             early_resume: true,
             background_hashing: false,
             rejoin_mib_per_s: 0,
+            delta: true,
             failure_timeout_ms: 100,
             idle_threshold_us: 100,
             max_hold_ms: 50,

@@ -4,6 +4,8 @@
 //! From the attempt to send it on, the leader may have released frames that depend on this state, so the
 //! follower finishes applying whatever happens to the leader or the channel.
 
+mod delta;
+
 use std::time::Instant;
 
 use super::{
@@ -14,7 +16,9 @@ use crate::dirty::DirtySet;
 use crate::hash::SlotHasher;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::{Basis, Pairing};
-use crate::transfer::{End, Header, Kind, Scope, Staging, Terms, VerifiedTransfer};
+use crate::transfer::{
+    BlockSize, End, Header, Kind, Scope, Staging, Terms, TransferError, TransferMode, Verdict, VerifiedTransfer,
+};
 
 /// What a follower's guest is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +46,8 @@ pub struct FollowerContext<G, C, O> {
     pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
     staging: Staging,
+    /// The block size that would have been the cheapest for the last transfer of blocks.
+    blocks: BlockSize,
 }
 
 impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
@@ -73,6 +79,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             standing,
             pairing,
             staging: Staging::new(pages),
+            blocks: BlockSize::default(),
         }
     }
 
@@ -199,10 +206,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
         self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
-        if leader.transfer.compares() {
-            self.send_hashes(&union)?;
+        match leader.transfer {
+            TransferMode::All => self.receive(staging, &union)?,
+            TransferMode::Pages => {
+                self.send_hashes(&union)?;
+                self.receive(staging, &union)?;
+            }
+            TransferMode::Delta => self.receive_blocks(staging, &union)?,
         }
-        let transfer = self.receive(staging, &union)?;
+        let transfer = self.staged(staging);
         self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
     }
@@ -235,7 +247,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.transfer = leader.transfer;
         self.report.dirty_peer = union.count();
         let ours = self.ctx.pairing.in_flight();
-        self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        // The leader knows its own set: only where ours differs from it is said.
+        let mut difference = union.clone();
+        difference.symmetric_difference_with(ours);
+        self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, &difference, &self.deadlines)?;
         union.union_with(ours);
         self.report.union_pages = union.count();
         self.report.phases.exchange_us = self.watch.lap();
@@ -266,7 +281,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         Ok(())
     }
 
-    fn receive<'s>(&mut self, staging: &'s mut Staging, union: &DirtySet) -> Result<VerifiedTransfer<'s>, SyncError> {
+    fn receive(&mut self, staging: &mut Staging, union: &DirtySet) -> Result<(), SyncError> {
         staging.begin();
         let mut first = true;
         let end = loop {
@@ -285,7 +300,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 }
             }
         };
-        let transfer = staging.verified(&end)?;
+        match staging.check(&end, self.ctx.config.hash)? {
+            Verdict::Sound => Ok(()),
+            Verdict::Doubtful => Err(TransferError::Content.into()),
+        }
+    }
+
+    /// The whole transfer is there and correct.
+    fn staged<'s>(&mut self, staging: &'s Staging) -> VerifiedTransfer<'s> {
+        let transfer = staging.verified();
         self.report.sent_pages = transfer.pages();
         if self.report.transfer.compares() {
             self.report.divergent_pages = transfer.pages();
@@ -295,7 +318,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.full_transfer_bytes = (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;
         self.report.phases.transfer_us = self.watch.lap();
         self.point(Phase::FollowerStaged);
-        Ok(transfer)
+        transfer
     }
 
     /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
@@ -337,9 +360,11 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn apply(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
         self.ctx.pool.forget();
         let FollowerContext { guest, observer, .. } = &mut *self.ctx;
-        transfer.apply(guest.ram(), || {
+        let differences = transfer.apply(guest.ram(), || {
             observer.crash_point(Phase::FollowerAppliedHalf);
         });
+        self.report.differing_bytes = differences.bytes_in_blocks_of_256();
+        self.ctx.blocks = differences.cheapest().unwrap_or(self.ctx.blocks);
         self.report.phases.apply_us = self.watch.lap();
         self.point(Phase::FollowerApplied);
         if let Err(error) = self.ctx.guest.load_device_state(transfer.device_state()) {

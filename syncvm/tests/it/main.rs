@@ -2,6 +2,7 @@
 
 mod background;
 mod common;
+mod delta;
 mod exchange;
 mod rejoin;
 mod traced;

@@ -306,7 +306,8 @@ impl Serve {
                 early_resume: policy.early_resume,
                 background_hashing: policy.background_hashing,
                 transfer: match policy.sync {
-                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::default(),
+                    SyncPolicy::Vsmr | SyncPolicy::Str if policy.delta => TransferMode::Delta,
+                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::Pages,
                     SyncPolicy::Mc => TransferMode::All,
                 },
                 verify: policy.verify,
