@@ -13,11 +13,16 @@ fn with_background(guest: FakeGuest, channel: MemoryChannel) -> Parts<FakeGuest,
     parts
 }
 
-/// Turns of both sides for a while, with a guest that writes between them. How many there were.
-fn slot(leader: &mut Leader, follower: &mut Follower, time: Duration) -> usize {
-    let start = Instant::now();
+const MANY_PAGES: usize = 1500;
+/// Of [`MANY_PAGES`]: enough to be worth a harvest, and most of them are not those of the time before.
+const WRITES: usize = 150;
+
+/// So many turns of the leader and some of the follower, while both guests write between them.
+fn slot(leader: &mut Leader, follower: &mut Follower, wanted: usize) {
+    let deadline = Instant::now() + Duration::from_secs(20);
     let mut turns = 0;
-    while start.elapsed() < time {
+    while turns < wanted {
+        assert!(Instant::now() < deadline, "{turns} turns of {wanted}");
         let next = leader.hash_in_background().unwrap().expect("it is switched on");
         if next <= Instant::now() {
             turns += 1;
@@ -28,41 +33,41 @@ fn slot(leader: &mut Leader, follower: &mut Follower, time: Duration) -> usize {
         }
         std::thread::yield_now();
     }
-    turns
+}
+
+fn busy_guest(seed: u64) -> FakeGuest {
+    FakeGuest { writes_per_run: WRITES, ..FakeGuest::new(seed, MANY_PAGES) }
+}
+
+fn busy_pair() -> (Leader, Follower) {
+    let (a, b) = channel_pair(None);
+    let leader = LeaderContext::new(with_background(busy_guest(1), a), Pairing::fresh(MANY_PAGES));
+    (leader, FollowerContext::new(with_background(busy_guest(2), b)))
 }
 
 #[test]
 fn pages_hashed_in_the_background_and_written_again_are_not_missed() {
-    for pages in [PAGES, 1500] {
-        let (a, b) = channel_pair(None);
-        let parts = with_background(FakeGuest::new(1, pages), a);
-        let mut leader = LeaderContext::new(parts, Pairing::fresh(pages));
-        let mut follower = FollowerContext::new(with_background(FakeGuest::new(2, pages), b));
-        assert!(follower.hash_in_background().unwrap().is_none(), "an empty guest has nothing to hash");
-        good_sync(&mut leader, &mut follower, 1);
-        let mut turns = 0;
-        for number in 2..12 {
-            leader.config.hash = if number == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
-            turns += slot(&mut leader, &mut follower, Duration::from_millis(25));
-            good_sync(&mut leader, &mut follower, number);
-        }
-        assert!(turns >= 10, "{turns} turns");
+    let (mut leader, mut follower) = busy_pair();
+    assert!(follower.hash_in_background().unwrap().is_none(), "an empty guest has nothing to hash");
+    good_sync(&mut leader, &mut follower, 1);
+    for number in 2..12 {
+        leader.config.hash = if number == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
+        // A turn that harvests and one that hashes, at least twice.
+        slot(&mut leader, &mut follower, 5);
+        good_sync(&mut leader, &mut follower, number);
     }
 }
 
 #[test]
 fn hashes_survive_a_syncvm_that_failed() {
-    let (a, b) = channel_pair(None);
-    let mut leader = LeaderContext::new(with_background(FakeGuest::new(3, PAGES), a), Pairing::fresh(PAGES));
-    let mut follower = FollowerContext::new(with_background(FakeGuest::new(4, PAGES), b));
+    let (mut leader, mut follower) = busy_pair();
     good_sync(&mut leader, &mut follower, 1);
-    let mut number = 2;
     for at_message in 0..8 {
-        slot(&mut leader, &mut follower, Duration::from_millis(25));
+        let number = 2 + 2 * at_message as u64;
+        slot(&mut leader, &mut follower, 3);
         let _ = sync(&mut leader, &mut follower, number, Some(Fault { at_message, how: Break::Refused }));
-        slot(&mut leader, &mut follower, Duration::from_millis(25));
+        slot(&mut leader, &mut follower, 3);
         good_sync(&mut leader, &mut follower, number + 1);
-        number += 2;
     }
 }
 
