@@ -26,6 +26,7 @@ use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
 use crate::results::Scratch;
+pub(crate) use boot::copy_programs;
 use cell::Cell;
 use client::Client;
 use policy::Policy;
