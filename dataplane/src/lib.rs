@@ -14,6 +14,7 @@ pub mod fabric;
 pub mod frame;
 pub mod guard;
 pub mod idle;
+pub mod mailbox;
 pub mod region;
 pub mod ring;
 pub mod stages;

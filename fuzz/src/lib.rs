@@ -7,6 +7,7 @@
 
 mod guest;
 mod rings;
+mod transfer;
 mod vhost_user;
 
 /// A target.
@@ -22,6 +23,7 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "vhost-user", run: vhost_user::run },
     Target { name: "rings", run: rings::run },
+    Target { name: "transfer", run: transfer::run },
     Target { name: "consensus-message", run: consensus_message },
     Target { name: "batch", run: batch },
     Target { name: "fabric-hello", run: dataplane::fabric::fuzz::hello },

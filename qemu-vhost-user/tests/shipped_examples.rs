@@ -63,12 +63,21 @@ fn the_defaults_that_the_files_show_are_those_of_the_code() {
     let (shipped, written_out) = (load_shipped(), load_written_out());
     let node_part = |node: &NodeConfig| {
         let NodeConfig {
-            vms_dir, run_dir, data_dir, qemu, reactor_cores, scheduling, log_max_mib, debug_hooks, ..
+            vms_dir,
+            run_dir,
+            data_dir,
+            qemu,
+            reactor_cores,
+            hash_cores,
+            scheduling,
+            log_max_mib,
+            debug_hooks,
+            ..
         } = node;
         let NodeConfig { dpdk_memory_mib, dpdk_arguments, .. } = node;
         let NodeConfig { log_mirrors, log_devices, log_segment_mib, idle, fabric_key, insecure, hugepages, .. } = node;
         format!(
-            "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {scheduling:?} {log_max_mib} {debug_hooks} \
+            "{vms_dir:?} {run_dir:?} {data_dir:?} {qemu:?} {reactor_cores:?} {hash_cores:?} {scheduling:?} {log_max_mib} {debug_hooks} \
              {log_mirrors:?} {log_devices:?} {log_segment_mib} {idle:?} {fabric_key:?} {insecure} {hugepages:?} \
              {dpdk_memory_mib} {dpdk_arguments:?}"
         )

@@ -79,15 +79,17 @@ pub enum Kind {
 
 /// Points of an exchange on the leader (PLOVER's syncvm, steps 1 to 7). The rounds of a rejoin are left out: a leader without
 /// a secondary has the only whole guest.
-pub const LEADER_PHASES: [&str; 12] = [
+pub const LEADER_PHASES: [&str; 14] = [
     "leader-stopped",
     "leader-saved",
     "leader-harvested",
     "leader-exchanged",
     "leader-hashed",
     "leader-compared",
+    "leader-listed",
     "leader-copied",
     "leader-resumed",
+    "leader-digests",
     "leader-sent-half",
     "leader-sent",
     "leader-acked",
@@ -95,11 +97,12 @@ pub const LEADER_PHASES: [&str; 12] = [
 ];
 
 /// Points of an exchange on the follower.
-pub const FOLLOWER_PHASES: [&str; 11] = [
+pub const FOLLOWER_PHASES: [&str; 12] = [
     "follower-stopped",
     "follower-harvested",
     "follower-exchanged",
     "follower-hashed",
+    "follower-digests",
     "follower-receiving",
     "follower-staged",
     "follower-acked",

@@ -78,6 +78,17 @@ impl DirtySet {
         }
     }
 
+    /// Keeps the pages that are in exactly one of the two sets: what has to be said to somebody who knows `other`.
+    ///
+    /// # Panics
+    /// When the sizes differ.
+    pub fn symmetric_difference_with(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "dirty sets of different guests meet");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine ^= theirs;
+        }
+    }
+
     /// Makes this set equal to `other` without allocating.
     ///
     /// # Panics
@@ -171,6 +182,7 @@ mod tests {
         Insert(usize),
         Range(usize, usize),
         Union(Vec<usize>),
+        Difference(Vec<usize>),
         Clear,
         Fill,
     }
@@ -180,6 +192,7 @@ mod tests {
             8 => (0..pages).prop_map(Op::Insert),
             8 => (0..=pages, 0..=pages).prop_map(|(a, b)| Op::Range(a.min(b), a.max(b) - a.min(b))),
             4 => prop::collection::vec(0..pages, 0..20).prop_map(Op::Union),
+            4 => prop::collection::vec(0..pages, 0..20).prop_map(Op::Difference),
             1 => Just(Op::Clear),
             1 => Just(Op::Fill),
         ]
@@ -202,6 +215,13 @@ mod tests {
                         list.iter().for_each(|&page| other.insert(PageNumber(page as u32)));
                         set.union_with(&other);
                         oracle.extend(list);
+                    }
+                    Op::Difference(list) => {
+                        let theirs: BTreeSet<usize> = list.into_iter().collect();
+                        let mut other = DirtySet::new(pages);
+                        theirs.iter().for_each(|&page| other.insert(PageNumber(page as u32)));
+                        set.symmetric_difference_with(&other);
+                        oracle = &oracle ^ &theirs;
                     }
                     Op::Clear => { set.clear(); oracle.clear(); }
                     Op::Fill => { set.fill(); oracle.extend(0..pages); }

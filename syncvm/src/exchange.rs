@@ -29,7 +29,7 @@ pub(crate) use report::Stopwatch;
 use crate::dirty::DirtySet;
 use crate::hash::{HashKind, HashPool};
 use crate::ram::GuestRam;
-use crate::transfer::TransferMode;
+use crate::transfer::{BlockSize, TransferMode};
 
 /// Pages whose hashes travel in one message, and that are hashed before the next message is waited for:
 /// large enough to keep all workers busy, small enough that comparing overlaps with hashing.
@@ -153,12 +153,15 @@ pub struct ExchangeConfig {
     pub silence_timeout: Duration,
     /// Longest duration of one exchange.
     pub total_timeout: Duration,
-    /// The page hash.
+    /// The page hash. The leader's setting counts, and the follower takes it over.
     pub hash: HashKind,
     /// The leader's guest runs again after the copy, not after the acknowledgement.
     pub early_resume: bool,
     /// How much of what may differ is sent. The leader's setting counts.
     pub transfer: TransferMode,
+    /// The size of the blocks of [`TransferMode::Delta`], or the one that would have been the cheapest the last time. The
+    /// follower's setting counts.
+    pub blocks: Option<BlockSize>,
     /// Check invariant I4 after every syncvm: both sides hash all of RAM and compare device state before
     /// anyone runs. Implies no early resume. The leader's setting counts.
     pub verify: bool,
@@ -177,6 +180,7 @@ impl ExchangeConfig {
             hash: HashKind::default(),
             early_resume: true,
             transfer: TransferMode::default(),
+            blocks: None,
             verify: false,
             max_device_bytes: 64 << 20,
         }

@@ -4,6 +4,7 @@
 //! one false match is below 2^-28. 64 bits would not do. Both hashes are keyless; guests are not treated as
 //! adversaries of their own replication.
 
+mod city;
 mod pool;
 
 use std::fmt;
@@ -19,9 +20,9 @@ pub const HASH_BYTES: usize = 16;
 /// The hash of one page.
 pub type PageHashValue = [u8; HASH_BYTES];
 
-/// A function from page content to 128 bits.
+/// A function from content to 128 bits.
 pub trait PageHash {
-    /// Hashes one page.
+    /// Hashes one page, or anything else.
     fn hash(page: &[u8]) -> PageHashValue;
 }
 
@@ -30,11 +31,14 @@ pub struct City128;
 
 impl PageHash for City128 {
     fn hash(page: &[u8]) -> PageHashValue {
-        cityhash_rs::cityhash_110_128(page).to_le_bytes()
+        match page.try_into() {
+            Ok(page) => city::hash_page(page),
+            Err(_) => cityhash_rs::cityhash_110_128(page).to_le_bytes(),
+        }
     }
 }
 
-/// XXH3 128 bit: about twice as fast as CityHash on pages in cache.
+/// XXH3 128 bit: faster than CityHash on one page in cache, no faster on pages that come from memory (docs/performance.md).
 pub struct Xxh3_128;
 
 impl PageHash for Xxh3_128 {
@@ -43,7 +47,7 @@ impl PageHash for Xxh3_128 {
     }
 }
 
-/// Which hash a group uses. Both sides must use the same; the exchange checks it.
+/// Which hash a group uses. Both sides use the leader's choice, which travels with its dirty set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HashKind {
     /// [`City128`].
@@ -76,6 +80,12 @@ impl HashKind {
             Self::City128 => 1,
             Self::Xxh3_128 => 2,
         }
+    }
+
+    /// The hash behind a number from the wire.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::City128, Self::Xxh3_128].into_iter().find(|kind| kind.code() == code)
     }
 }
 
@@ -113,8 +123,10 @@ mod tests {
             assert_eq!(kind.to_string().parse::<HashKind>(), Ok(kind));
             assert_ne!(kind.function()(&page), kind.function()(&other));
             assert_eq!(kind.zero_page(), kind.function()(&[0; PAGE_BYTES]));
+            assert_eq!(HashKind::from_code(kind.code()), Some(kind));
         }
         assert_ne!(City128::hash(&page), Xxh3_128::hash(&page));
+        assert_eq!(HashKind::from_code(0), None);
         assert!("md5".parse::<HashKind>().is_err());
     }
 }

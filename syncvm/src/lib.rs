@@ -25,6 +25,7 @@ pub mod slot;
 pub mod tracker;
 pub mod transfer;
 mod wire;
+mod workers;
 
 pub use dirty::DirtySet;
 pub use page::{PAGE_BYTES, PageNumber};

@@ -2,8 +2,8 @@
 //!
 //! QEMU maps the same file, and its vCPUs write it whenever the guest runs. So this module never forms a
 //! Rust reference to guest memory: pages are copied out into private buffers and in from them, and every
-//! hash, comparison and checksum works on a private copy. That costs nothing measurable: a page that has
-//! to come from DRAM is then hashed from the L1 cache.
+//! comparison and checksum works on a private copy. Only CityHash reads pages where they are, through raw pointers
+//! and each word for itself, because the copy would cost a third of the time of hashing.
 
 use std::fs::File;
 use std::io;
@@ -194,7 +194,24 @@ impl GuestRam {
         unsafe { std::ptr::write_bytes(self.page_pointer(page), 0, PAGE_BYTES) };
     }
 
-    fn page_pointer(&self, page: PageNumber) -> *mut u8 {
+    /// Begins to fetch a page that is read soon. The first lines are enough: the core's own prefetching follows a stream
+    /// within a page, but does not begin one (measured: 4 lines are as good as 1 or 8, all 64 are worse than none).
+    pub(crate) fn prefetch(&self, page: PageNumber) {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..4 {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: the address is within the mapping, and prefetching has no effect that a program could see.
+            unsafe { _mm_prefetch(self.page_pointer(page).add(line * 64).cast::<i8>(), _MM_HINT_T0) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = page;
+    }
+
+    /// Where a page is mapped: PAGE_BYTES readable and writable bytes.
+    ///
+    /// # Panics
+    /// When the page lies beyond the RAM file.
+    pub(crate) fn page_pointer(&self, page: PageNumber) -> *mut u8 {
         assert!(page.index() < self.pages, "{page} is beyond {} pages", self.pages);
         // SAFETY: the offset is below pages * PAGE_BYTES, which is the length of the mapping.
         unsafe { self.mapping.base.as_ptr().add(page.file_offset()) }

@@ -296,6 +296,7 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
     ctx.link.put_back(kind);
     let terms = ctx.terms();
     let (leader, set) = ctx.link.recv_set(header, Kind::RoundSet, &terms, deadlines)?;
+    ctx.config.hash = leader.hash;
     if header.round & 0xffff == 0 {
         begin_joining(ctx, &leader, set.is_all())?;
     } else if set.is_all() {

@@ -18,6 +18,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -26,6 +27,7 @@ pub use soft_dirty::SoftDirtyTracker;
 pub use uffd::UffdTracker;
 
 use crate::dirty::DirtySet;
+use crate::hash::HashPool;
 
 /// Why tracking failed.
 #[derive(Debug, Error)]
@@ -100,6 +102,9 @@ pub trait DirtyTracker: Send {
 
     /// Whether a harvest misses nothing although the process writes meanwhile.
     fn exact_while_running(&self) -> bool;
+
+    /// Lets the workers of `pool` share the harvests, where that can help.
+    fn use_pool(&mut self, _pool: &Arc<HashPool>) {}
 }
 
 /// The ways to track.

@@ -5,16 +5,21 @@
 //! are little-endian with explicit lengths; all decoders are total. No message is longer than
 //! [`MAX_MESSAGE_BYTES`]; what is longer goes in pieces.
 
+mod blocks;
+mod divergent;
 mod mode;
 mod outgoing;
 mod staging;
 
+pub use blocks::{BlockSize, BlocksChunk, Differences, decode_digests, differing_blocks, digest_page};
+pub use divergent::{DivergentList, HashOfHashes, SHORT_HASH_BYTES, short};
 pub use mode::TransferMode;
 pub use outgoing::{Checksum, Outgoing};
-pub use staging::{Staging, TransferError, VerifiedTransfer};
+pub use staging::{Staging, TransferError, Verdict, VerifiedTransfer};
 
 pub use crate::wire::WireError;
 
+use crate::hash::HashKind;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::Basis;
 use crate::wire::Reader;
@@ -31,9 +36,9 @@ pub const MAX_MESSAGE_BYTES: usize = MAX_BODY_BYTES + Header::BYTES;
 pub enum Kind {
     /// Terms and a piece of the sender's dirty set.
     DirtySet = 1,
-    /// Hashes of the next batch of pages of the union.
+    /// Hashes of the next batch of pages of the union; with [`TransferMode::Delta`] only [`short`] ones.
     Hashes = 2,
-    /// Divergent pages.
+    /// Divergent pages, whole.
     Pages = 3,
     /// A piece of the device state.
     Device = 4,
@@ -57,6 +62,14 @@ pub enum Kind {
     RoundAck = 13,
     /// Rejoin: no more rounds; a syncvm follows.
     RoundsDone = 14,
+    /// A piece of the [`DivergentList`].
+    Divergent = 15,
+    /// Digests of the blocks of the next divergent pages.
+    Digests = 16,
+    /// The blocks of the next divergent pages that differ.
+    Blocks = 17,
+    /// A piece of the short hashes of all patched pages: one of them is not what it should be.
+    Recheck = 18,
 }
 
 impl Kind {
@@ -79,6 +92,10 @@ impl Kind {
             BatchEnd,
             RoundAck,
             RoundsDone,
+            Divergent,
+            Digests,
+            Blocks,
+            Recheck,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == code)
@@ -152,6 +169,12 @@ impl Header {
         (self.view, self.number, self.scope, self.round)
     }
 
+    /// What the digests of this exchange are seeded with. Another one for each try.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(&self.encode())
+    }
+
     /// This exchange as the beginning of a pairing.
     #[must_use]
     pub fn basis(&self) -> Basis {
@@ -164,8 +187,8 @@ impl Header {
 pub struct Terms {
     /// Pages of the RAM file.
     pub ram_pages: u64,
-    /// [`crate::hash::HashKind::code`].
-    pub hash: u8,
+    /// The page hash. The leader's counts.
+    pub hash: HashKind,
     /// Whether invariant I4 is checked afterwards. The leader's counts.
     pub verify: bool,
     /// What the leader sends. The leader's counts.
@@ -244,7 +267,12 @@ impl Terms {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::BYTES);
         out.extend_from_slice(&self.ram_pages.to_le_bytes());
-        out.extend_from_slice(&[self.hash, self.verify.into(), self.transfer.code(), self.basis.is_some().into()]);
+        out.extend_from_slice(&[
+            self.hash.code(),
+            self.verify.into(),
+            self.transfer.code(),
+            self.basis.is_some().into(),
+        ]);
         let basis = self.basis.unwrap_or(Basis { view: 0, number: 0, round: 0 });
         out.extend_from_slice(&basis.view.to_le_bytes());
         out.extend_from_slice(&basis.number.to_le_bytes());
@@ -259,7 +287,8 @@ impl Terms {
     pub fn decode(body: &[u8]) -> Result<(Self, Piece<'_>), WireError> {
         let mut reader = Reader(body);
         let ram_pages = reader.u64("RAM size")?;
-        let hash = reader.u8("hash")?;
+        let code = reader.u8("hash")?;
+        let hash = HashKind::from_code(code).ok_or(WireError::Value { field: "hash", value: code.into() })?;
         let verify = reader.u8("verify")? != 0;
         let code = reader.u8("transfer mode")?;
         let transfer =
@@ -284,19 +313,22 @@ pub struct End {
     pub zero_pages: u64,
     /// Bytes of device state.
     pub device_bytes: u64,
-    /// XXH3-64 over all page and device bodies in order.
+    /// XXH3-64 over all bodies that belong to the transfer, in order.
     pub checksum: u64,
+    /// With blocks: [`HashOfHashes`] of the pages as the follower must have them in the end, zero pages left out.
+    pub content: [u8; 16],
 }
 
 impl End {
     /// The wire form.
     #[must_use]
-    pub fn encode(&self) -> [u8; 32] {
-        let mut out = [0; 32];
+    pub fn encode(&self) -> [u8; 48] {
+        let mut out = [0; 48];
         let fields = [self.pages, self.zero_pages, self.device_bytes, self.checksum];
         for (at, field) in out.chunks_exact_mut(8).zip(fields) {
             at.copy_from_slice(&field.to_le_bytes());
         }
+        out[32..].copy_from_slice(&self.content);
         out
     }
 
@@ -306,12 +338,14 @@ impl End {
     /// When the bytes are not exactly one `End`.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader(body);
-        let end = Self {
+        let mut end = Self {
             pages: reader.u64("pages")?,
             zero_pages: reader.u64("zero pages")?,
             device_bytes: reader.u64("device bytes")?,
             checksum: reader.u64("checksum")?,
+            content: [0; 16],
         };
+        end.content.copy_from_slice(reader.take(16, "content hash")?);
         reader.end()?;
         Ok(end)
     }

@@ -7,7 +7,6 @@
 
 mod backend;
 mod guest;
-mod hugepages;
 mod member;
 mod ordered;
 mod testpmd;
@@ -23,7 +22,7 @@ use crate::pin::two_cpus;
 use crate::results::Scratch;
 use crate::sample::{Better, Figure, compare_best};
 use backend::Backend;
-use hugepages::HugePages;
+use huge_pages::HugePages;
 use testpmd::{Counts, MEMORY_MIB, Options, Testpmd};
 
 /// Long against a look at the counters, short against a run.
@@ -87,7 +86,7 @@ fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
     // For two processes, and a few for what DPDK cannot place in one piece.
     let huge = HugePages::reserve(2 * (MEMORY_MIB / 2 + 16));
     if let Err(error) = &huge {
-        eprintln!("NOTE: no huge pages ({error:#}): testpmd runs on normal pages, and both sides are slower for it");
+        eprintln!("NOTE: no huge pages ({error}): testpmd runs on normal pages, and both sides are slower for it");
     }
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-dataplane")?;
     for mode in [Mode::Rx, Mode::Tx, Mode::Io] {

@@ -60,8 +60,18 @@ pub fn boot<'a>(
     let deadline = Deadline::after_secs(BOOT_LIMIT_SECS);
     bed.client().wait_for_port(cluster.address(), deadline).map_err(|error| cluster.explain(error))?;
     if !policy.unreplicated {
-        let leader = cluster.wait_protected(Deadline::after_secs(PROTECTED_LIMIT_SECS))?;
-        ensure!(leader.name() == hosts[0].name(), "{} leads instead of {}", leader.name(), hosts[0].name());
+        wait_protected(&cluster)?;
     }
     Ok(cluster)
+}
+
+/// Waits until the first host leads a protected VM.
+///
+/// # Errors
+/// It never does, with what each host says.
+pub fn wait_protected(cluster: &Cluster<'_>) -> Result<()> {
+    let leader = cluster.wait_protected(Deadline::after_secs(PROTECTED_LIMIT_SECS))?;
+    let first = &cluster.bed().hosts()[0];
+    ensure!(leader.name() == first.name(), "{} leads instead of {}", leader.name(), first.name());
+    Ok(())
 }

@@ -19,6 +19,9 @@ const VALUE_BYTES: usize = 64;
 /// Of ten requests one sets, as in a cache.
 const SETS_ONE_IN: u64 = 10;
 
+/// While the keys are made.
+const SETS_AT_ONCE: usize = 100;
+
 /// What the load does.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
@@ -36,20 +39,20 @@ impl Load {
     /// # Errors
     /// memcached refuses.
     pub fn prepare(&self, client: &Client<'_>) -> Result<()> {
-        client.here(|| {
-            let mut one = Connection::new(client.address)?;
-            let mut next = 0;
-            while next < self.keys {
-                let upto = self.keys.min(next + 100);
-                (next..upto).for_each(|key| one.push(key, true));
-                next = upto;
-                while !one.under_way.is_empty() {
-                    one.exchange()?;
-                    wait(std::slice::from_ref(&one))?;
-                }
+        client.here(|| self.prepare_here(client.address))?
+    }
+
+    fn prepare_here(&self, address: SocketAddr) -> Result<()> {
+        let mut one = Connection::new(address)?;
+        for first in (0..self.keys).step_by(SETS_AT_ONCE) {
+            (first..self.keys.min(first + SETS_AT_ONCE as u64)).for_each(|key| one.push(key, true));
+            one.exchange()?;
+            while !one.under_way.is_empty() {
+                wait(std::slice::from_ref(&one))?;
+                one.exchange()?;
             }
-            Ok(())
-        })?
+        }
+        Ok(())
     }
 
     /// Loads for so many milliseconds.
@@ -243,6 +246,17 @@ mod tests {
     fn answers_are_counted_and_timed() {
         let speed = LOAD.run_here(server(None), Duration::from_millis(50)).unwrap();
         assert!(speed.operations > 10 && speed.p50_us > 0.0 && speed.p99_us >= speed.p50_us, "{speed:?}");
+    }
+
+    #[test]
+    fn all_keys_are_set_without_a_pause() {
+        let start = Instant::now();
+        Load { keys: 250, ..LOAD }.prepare_here(server(None)).unwrap();
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "it waited for an answer that it had: {:?}",
+            start.elapsed()
+        );
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod cell;
 mod client;
 mod counters;
 mod memcached;
+mod plots;
 mod policy;
 mod postgres;
 mod redis;
@@ -25,11 +26,12 @@ use rig::Testbed;
 use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
-use crate::results::Scratch;
+use crate::results::{self, Scratch};
+use crate::rows::Rows;
 pub(crate) use boot::copy_programs;
 use cell::Cell;
 use client::Client;
-use policy::Policy;
+use policy::{Policy, VSMR};
 use report::{Column, LEGEND, Measured};
 use workload::{Suite, Workload};
 
@@ -41,15 +43,16 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-services")?;
     boot::copy_programs(scratch.path())?;
     let suites: &[Suite] = effort.pick(&workload::ALL[..], &workload::SMOKE[..]);
-    let policies: &[Policy] = effort.pick(&policy::ALL[..], &policy::SMOKE[..]);
     for suite in suites {
         let wanted = suite.workloads.iter().filter(|workload| sink.wants_some(&format!("{}.", workload.id)));
         let wanted: Vec<&Workload> = wanted.collect();
         if wanted.is_empty() {
             continue;
         }
-        let measured =
-            Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), effort }.measure()?;
+        let rows: &Rows = sink;
+        let policies = suite.policies.iter().copied().filter(|policy| is_wanted(*policy, &wanted, rows)).collect();
+        let run = Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), effort };
+        let measured = run.measure()?;
         for one in &measured {
             println!("{}", one.table());
         }
@@ -61,14 +64,25 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
             }
         }
         print!("{LEGEND}");
+        for path in plots::write(&measured, &results::directory())? {
+            println!("plot: {}", path.display());
+        }
     }
     Ok(())
+}
+
+/// The default policy always is, any other if some row compares with it.
+fn is_wanted(policy: Policy, workloads: &[&Workload], wanted: &Rows) -> bool {
+    let rows = report::rows_against(policy);
+    // The last of the switches is the default policy under another name.
+    let ours = policy.lines == VSMR.lines && !policy.unreplicated;
+    ours || workloads.iter().any(|one| rows.iter().any(|row| wanted.wants(&format!("{}.{row}", one.id))))
 }
 
 /// Everything about one service.
 struct Run<'a> {
     suite: &'a Suite,
-    policies: &'a [Policy],
+    policies: Vec<Policy>,
     wanted: Vec<&'a Workload>,
     cpus: [usize; 2],
     /// With the programs, and for the output of load generators.
@@ -115,8 +129,14 @@ impl<'a> Run<'a> {
             Client { host: bed.client(), cpu: self.cpus[1], directory: self.directory, address: cluster.address() };
         let seconds = self.effort.pick(3.0, 0.3);
         let measure = |workload: &&Workload| {
-            let cell = Cell::measure(&cluster, &client, policy, workload, seconds);
-            let cell = cell.map_err(|error| explain(&cluster, &error)).with_context(|| workload.id.to_owned())?;
+            let mut cell = Cell::measure(&cluster, &client, policy, workload, seconds);
+            if let (Err(error), false) = (&cell, policy.unreplicated) {
+                eprintln!("NOTE: {} under {} is measured again: {error:#}", workload.id, policy.name);
+                boot::wait_protected(&cluster)?;
+                cell = Cell::measure(&cluster, &client, policy, workload, seconds);
+            }
+            let explain = |error| if policy.unreplicated { error } else { explain(&cluster, &error) };
+            let cell = cell.map_err(explain).with_context(|| workload.id.to_owned())?;
             let Cell { speed, .. } = &cell;
             eprintln!("   {} under {}: {:.0} 1/s, p50 {:.0} us", workload.id, policy.name, speed.per_s, speed.p50_us);
             Ok(cell)

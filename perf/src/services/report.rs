@@ -5,8 +5,8 @@ use crate::row::Row;
 use crate::sample::{Better, Figure, alone, median, paired};
 
 use super::cell::Cell;
-use super::policy::{Policy, UNREPLICATED, VSMR};
-use super::workload::{REDIS_COLO, REDIS_INCR, REDIS_PLAIN_16, Workload};
+use super::policy::{LADDER, MC, Policy, STR, UNREPLICATED, VSMR};
+use super::workload::{FIGURE_7, REDIS_COLO, REDIS_INCR, REDIS_PLAIN_16, Workload};
 
 /// What COLO's checkpoint modes reach of the same guest alone: 64 clients × 16 in flight, 64-byte values, 100 keys, two
 /// QEMUs under TCG on two cores. Measured earlier, on its own; «alone» was its own unreplicated guest.
@@ -14,6 +14,21 @@ const COLO: [(&str, &str, f64); 2] = [
     ("vs_colo_25ms", "QEMU COLO, checkpoint every 25 ms", 12_739.0 / 47_619.0),
     ("vs_colo_100ms", "QEMU COLO, checkpoint every 100 ms", 9_390.0 / 47_619.0),
 ];
+
+/// The rows, after a workload's id, that compare with this policy.
+#[must_use]
+pub fn rows_against(policy: Policy) -> Vec<String> {
+    let mut rows = vec![format!("vs_{}", policy.name), policy.name.to_owned()];
+    if policy == MC {
+        rows.extend(["bytes_vs_mc", "wire_vs_mc"].map(str::to_owned));
+    }
+    if policy == UNREPLICATED {
+        rows.extend(COLO.map(|(row, ..)| row.to_owned()));
+        // Every switch is compared with it.
+        rows.extend(LADDER.map(|policy| policy.name.to_owned()));
+    }
+    rows
+}
 
 /// A workload's cells under one policy, one per pass.
 #[derive(Debug)]
@@ -70,6 +85,9 @@ impl Measured<'_> {
     /// The rows of the default policy against the others.
     #[must_use]
     pub fn rows(&self, effort: Effort, others: &[Measured<'_>]) -> Vec<Row> {
+        if self.workload.id == FIGURE_7 {
+            return self.switches(effort);
+        }
         let mut rows = Vec::new();
         let Some(ours) = self.column(VSMR.name) else { return rows };
         let id = |row: &str| format!("{}.{row}", self.workload.id);
@@ -78,10 +96,10 @@ impl Measured<'_> {
             let figures = Figure { id: &id, unit, better };
             paired(figures, effort, peer.policy.name, ours.each(figure), peer.each(figure))
         };
-        for name in [UNREPLICATED.name, "mc", "str"] {
+        for name in [UNREPLICATED, MC, STR].map(|policy| policy.name) {
             let Some(peer) = self.column(name) else { continue };
             rows.push(versus(&format!("vs_{name}"), "1/s", Better::Higher, peer, |cell| cell.speed.per_s));
-            if name == "mc" {
+            if name == MC.name {
                 rows.push(versus("bytes_vs_mc", "B", Better::Lower, peer, Cell::sync_bytes_per_operation));
                 rows.push(versus("wire_vs_mc", "B", Better::Lower, peer, Cell::wire_bytes_per_operation));
             }
@@ -95,6 +113,26 @@ impl Measured<'_> {
         single("longest_syncvm", "medians", Better::Lower, |cell| cell.cost.syncs.whole_us.longest_by_median());
         rows.extend(self.special(effort, ours, others));
         rows
+    }
+
+    /// Operations per second under each policy.
+    #[must_use]
+    pub fn per_s(&self) -> Vec<(&'static str, f64)> {
+        let measured = self.columns.iter().filter(|column| !column.cells.is_empty());
+        measured.map(|column| (column.policy.name, column.median(|cell| cell.speed.per_s))).collect()
+    }
+
+    /// A row per switch, with all before it, against the unreplicated guest.
+    fn switches(&self, effort: Effort) -> Vec<Row> {
+        let Some(alone) = self.column(UNREPLICATED.name) else { return Vec::new() };
+        let protected = self.columns.iter().filter(|column| !column.policy.unreplicated && !column.cells.is_empty());
+        let rate = |cell: &Cell| cell.speed.per_s;
+        let row = |column: &Column| {
+            let id = format!("{}.{}", self.workload.id, column.policy.name);
+            let figure = Figure { id: &id, unit: "1/s", better: Better::Higher };
+            paired(figure, effort, UNREPLICATED.name, column.each(rate), alone.each(rate))
+        };
+        protected.map(row).collect()
     }
 
     /// Rows that only one workload has.
@@ -188,8 +226,6 @@ mod tests {
     use crate::services::counters::{Between, Syncs};
     use crate::services::workload;
 
-    const MC: Policy = Policy { name: "mc", unreplicated: false, lines: "" };
-
     fn column(policy: Policy, rates: &[f64], bytes_sent: u64) -> Column {
         let cell = |&per_s: &f64| Cell {
             speed: Speed { per_s, p50_us: 250.0, p99_us: 2_500.0, operations: 1_000 },
@@ -243,6 +279,30 @@ mod tests {
         assert_eq!(ratio(&rows, "redis-incr.c16.vs_set"), Some(1.1));
         let alone = measured(find(REDIS_INCR), two(220.0)).rows(Effort::Full, &[]);
         assert!(alone.iter().all(|row| !row.id.ends_with("vs_set")));
+    }
+
+    #[test]
+    fn switches_have_a_row_each_and_plots_are_drawn_of_what_is_whole() {
+        let find = |id: &str| {
+            let mut all = workload::ALL.iter().flat_map(|suite| suite.workloads);
+            all.find(|one| one.id == id).expect("it is there")
+        };
+        let columns = LADDER.iter().zip([1_000.0, 100.0, 300.0, 400.0, 500.0]);
+        let columns = columns.map(|(policy, rate)| column(*policy, &[rate], 10)).collect();
+        let ladder = measured(find(FIGURE_7), columns);
+        let rows = ladder.rows(Effort::Full, &[]);
+        let ratios: Vec<_> = rows.iter().map(|row| (row.id.as_str(), row.ratio)).collect();
+        assert_eq!(ratios.len(), 4, "{ratios:?}");
+        assert_eq!((ratios[0], ratios[3].1), (("switches.c64.k100.ordering", Some(0.1)), Some(0.5)));
+        let directory = crate::results::Scratch::new(&std::env::temp_dir(), "plover-perf-plots").unwrap();
+        let two = |id| measured(find(id), vec![column(UNREPLICATED, &[900.0], 0), column(VSMR, &[80.0], 10)]);
+        let mut all = vec![ladder, two("redis-plain.c1.k100"), two(REDIS_PLAIN_16)];
+        assert_eq!(crate::services::plots::write(&all, directory.path()).unwrap().len(), 1);
+        all.push(two("redis-plain.c64.k100"));
+        let paths = crate::services::plots::write(&all, directory.path()).unwrap();
+        assert_eq!(paths.len(), 2);
+        let drawn = std::fs::read_to_string(&paths[0]).unwrap();
+        assert!(drawn.contains("vsmr") && drawn.contains("unreplicated"), "{drawn}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use anyhow::Result;
 use rig::Service;
 
 use super::client::{Client, Speed};
+use super::policy::{self, Policy};
 use super::{memcached, postgres, redis, web};
 
 /// Of loads that run for a time; wrk and pgbench know whole seconds.
@@ -34,6 +35,8 @@ pub struct Suite {
     pub service: Service,
     /// Its loads.
     pub workloads: &'static [Workload],
+    /// What protects it.
+    pub policies: &'static [Policy],
 }
 
 const fn redis(id: &'static str, about: &'static str, clients: u64, batch: u64, keys: Option<u64>) -> Workload {
@@ -42,8 +45,12 @@ const fn redis(id: &'static str, about: &'static str, clients: u64, batch: u64, 
 
 /// SETs of one client each that wait for their answers; INCR is compared with it.
 pub const REDIS_PLAIN_16: &str = "redis-plain.c16.k100";
+/// The same with more and more clients.
+pub const BY_CLIENTS: [&str; 3] = ["redis-plain.c1.k100", REDIS_PLAIN_16, "redis-plain.c64.k100"];
 /// INCR on one key.
 pub const REDIS_INCR: &str = "redis-incr.c16";
+/// What the switches are compared by.
+pub const FIGURE_7: &str = "switches.c64.k100";
 /// What COLO was measured with.
 pub const REDIS_COLO: &str = "redis-p16.c64.k100";
 
@@ -53,9 +60,9 @@ const REDIS: [Workload; 9] = [
     redis("redis-batch.c64.k100", "SET, 64 connections, batches of 1000, 100 keys", 64, 1_000, Some(100)),
     redis("redis-batch.c64.k100000", "SET, 64 connections, batches of 1000, 100 000 keys", 64, 1_000, Some(100_000)),
     redis(REDIS_COLO, "SET, 64 connections × 16 in flight, 100 keys", 64, 16, Some(100)),
-    redis("redis-plain.c1.k100", "SET, 1 connection that waits for each answer", 1, 1, Some(100)),
+    redis(BY_CLIENTS[0], "SET, 1 connection that waits for each answer", 1, 1, Some(100)),
     redis(REDIS_PLAIN_16, "SET, 16 connections that wait for each answer", 16, 1, Some(100)),
-    redis("redis-plain.c64.k100", "SET, 64 connections that wait for each answer", 64, 1, Some(100)),
+    redis(BY_CLIENTS[2], "SET, 64 connections that wait for each answer", 64, 1, Some(100)),
     redis(REDIS_INCR, "INCR of one key, 16 connections that wait for each answer", 16, 1, None),
 ];
 
@@ -93,21 +100,41 @@ const POSTGRES: [Workload; 2] = [
     },
 ];
 
+const SWITCHES: [Workload; 1] =
+    [redis(FIGURE_7, "SET, 64 connections × 64 in flight, 100 keys, switch by switch", 64, 64, Some(100))];
+
+const fn suite(service: Service, workloads: &'static [Workload]) -> Suite {
+    Suite { service, workloads, policies: &policy::ALL }
+}
+
 /// All of them.
-pub const ALL: [Suite; 5] = [
-    Suite { service: Service::Redis, workloads: &REDIS },
-    Suite { service: Service::Memcached, workloads: &MEMCACHED },
-    Suite { service: Service::Nginx, workloads: &NGINX },
-    Suite { service: Service::Lighttpd, workloads: &LIGHTTPD },
-    Suite { service: Service::Postgres, workloads: &POSTGRES },
+pub const ALL: [Suite; 6] = [
+    suite(Service::Redis, &REDIS),
+    Suite { service: Service::Redis, workloads: &SWITCHES, policies: &policy::LADDER },
+    suite(Service::Memcached, &MEMCACHED),
+    suite(Service::Nginx, &NGINX),
+    suite(Service::Lighttpd, &LIGHTTPD),
+    suite(Service::Postgres, &POSTGRES),
 ];
 /// What a smoke run does.
 pub const SMOKE: [Suite; 1] = [Suite {
     service: Service::Redis,
     workloads: &[redis("redis.c4.k100", "SET, 4 connections × 4 in flight, 100 keys", 4, 4, Some(100))],
+    policies: &policy::SMOKE,
 }];
 
 impl Workload {
+    /// How many connections or sessions there are.
+    #[must_use]
+    pub fn clients(&self) -> u64 {
+        match self.load {
+            Load::Redis(load) => load.clients,
+            Load::Memcached(load) => load.connections as u64,
+            Load::Web(load) => load.connections,
+            Load::Postgres(load) => load.sessions,
+        }
+    }
+
     /// Brings the service into the state that the load expects.
     ///
     /// # Errors

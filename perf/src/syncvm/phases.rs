@@ -9,14 +9,16 @@ use crate::sample::median;
 type Phase = (&'static str, fn(&PhaseTimes) -> u64);
 
 /// In the order in which they happen on either side.
-const PHASES: [Phase; 11] = [
+const PHASES: [Phase; 13] = [
     ("stop", |times| times.stop_us),
     ("save device state", |times| times.save_us),
     ("harvest", |times| times.harvest_us),
     ("exchange sets", |times| times.exchange_us),
     ("hash and compare", |times| times.compare_us),
+    ("list divergent pages", |times| times.list_us),
     ("copy", |times| times.copy_us),
     ("resume", |times| times.resume_us),
+    ("digest blocks", |times| times.digest_us),
     ("transfer", |times| times.transfer_us),
     ("acknowledge", |times| times.ack_us),
     ("apply pages", |times| times.apply_us),

@@ -15,6 +15,11 @@ use super::{ConfigError, VmConfig, invalid, read_toml};
 /// Where the key is looked for, and where `plover keygen` writes it.
 pub const DEFAULT_FABRIC_KEY: &str = "/etc/plover/fabric.key";
 
+/// Cores that a thread can be pinned to (`cpu_set_t`); beyond that, pinning ends the process.
+const MAX_CORES: usize = 1024;
+/// Hash workers of one VM unless the file says so: more than memory can feed.
+const MAX_HASH_WORKERS: usize = 16;
+
 /// How the threads on the packet path are scheduled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
@@ -101,9 +106,13 @@ pub struct NodeConfig {
     /// The NUMA node whose memory these are; absent: that of the reactor's core.
     #[serde(default)]
     pub numa_node: Option<u32>,
-    /// Threads that hash pages beside the one that coordinates; absent: one per core but two.
+    /// Threads that hash pages and scan page tables beside the one that coordinates; absent: one per entry of `hash_cores`, or one
+    /// per core but two.
     #[serde(default)]
     pub hash_workers: Option<usize>,
+    /// Cores for these threads, one each in turn; empty: the kernel chooses.
+    #[serde(default)]
+    pub hash_cores: Vec<usize>,
     /// Scheduling class of the packet path.
     #[serde(default)]
     pub scheduling: Scheduling,
@@ -171,6 +180,11 @@ impl NodeConfig {
         }
         if let Some(spin_us) = node.spin_us.filter(|us| *us > 1_000_000) {
             return Err(invalid(path, "spin_us", format!("is {spin_us}; allowed are 0 to 1000000")));
+        }
+        for (field, cores) in [("reactor_cores", &node.reactor_cores), ("hash_cores", &node.hash_cores)] {
+            if let Some(core) = cores.iter().find(|core| **core >= MAX_CORES) {
+                return Err(invalid(path, field, format!("names core {core}; the last possible is {}", MAX_CORES - 1)));
+            }
         }
         node.check_log(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
@@ -286,11 +300,14 @@ impl NodeConfig {
         self.run_dir.join("control.sock")
     }
 
-    /// Hash workers to start: the configured number, or all cores but the guest's and the reactor's.
-    pub fn hash_workers(&self) -> usize {
-        self.hash_workers.unwrap_or_else(|| {
-            std::thread::available_parallelism().map_or(1, usize::from).saturating_sub(2).clamp(1, 16)
-        })
+    /// Hash workers to start, and the core of each: as many as configured, or one per core that is given to them, or all cores but
+    /// the guest's and the reactor's. With none the coordinating thread does all.
+    pub fn hash_thread_cores(&self) -> Vec<Option<usize>> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let spare = if self.hash_cores.is_empty() { cores.saturating_sub(2) } else { self.hash_cores.len() };
+        let count = self.hash_workers.unwrap_or(spare.min(MAX_HASH_WORKERS));
+        let core_of = |at: usize| self.hash_cores.get(at % self.hash_cores.len().max(1)).copied();
+        (0..count).map(core_of).collect()
     }
 }
 

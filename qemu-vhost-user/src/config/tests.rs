@@ -228,3 +228,21 @@ fn an_unreplicated_vm_has_one_node_and_a_replicated_one_three() {
         VmConfig::load(&files.write("redis.toml", &format!("mode = \"unreplicated\"\n{VM}"))).unwrap_err().to_string();
     assert!(text.contains("names 3 nodes"), "{text}");
 }
+
+#[test]
+fn a_core_that_nothing_can_be_pinned_to_is_refused() {
+    let files = Files::new("cores");
+    files.write("vms/redis.toml", VM);
+    for field in ["reactor_cores", "hash_cores"] {
+        let text = format!("{NODE}{field} = [0, 1024]\n");
+        let text = NodeConfig::load(&files.write("node.toml", &text)).unwrap_err().to_string();
+        assert!(text.contains(field) && text.contains("1024"), "{text}");
+    }
+    let text = format!("{NODE}hash_cores = [5, 1023]\n");
+    let node = NodeConfig::load(&files.write("node.toml", &text)).unwrap();
+    assert_eq!(node.hash_thread_cores(), [Some(5), Some(1023)]);
+    let three = NodeConfig { hash_workers: Some(3), ..node };
+    assert_eq!(three.hash_thread_cores(), [Some(5), Some(1023), Some(5)]);
+    let free = NodeConfig { hash_cores: Vec::new(), ..three };
+    assert_eq!(free.hash_thread_cores(), [None; 3]);
+}

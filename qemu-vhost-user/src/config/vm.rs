@@ -155,6 +155,8 @@ pub struct Policy {
     pub verify: bool,
     /// The leader's guest runs again after the copy, not after the transfer.
     pub early_resume: bool,
+    /// Of pages that differ, only the blocks that differ are sent.
+    pub delta: bool,
     /// A peer that says nothing for this long counts as failed.
     pub failure_timeout_ms: u64,
     /// The guest counts as idle when its vCPUs stood still for this long (PLOVER §4.3).
@@ -185,6 +187,7 @@ impl Default for Policy {
             degraded: Degraded::Serve,
             verify: false,
             early_resume: true,
+            delta: true,
             failure_timeout_ms: 100,
             idle_threshold_us: 100,
             max_hold_ms: 50,

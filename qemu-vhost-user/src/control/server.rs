@@ -8,10 +8,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dataplane::mailbox::{Receiver, Sender, mailbox};
 use dataplane::wait::Bell;
 
 use super::{MAX_REQUEST_BYTES, Request, Response};
@@ -27,7 +28,7 @@ pub struct GroupRequest {
     /// What is asked.
     pub request: Request,
     /// Where the answer goes; may come later than the next turn.
-    pub reply: Sender<Response>,
+    pub reply: mpsc::Sender<Response>,
 }
 
 /// How to reach the reactor of one group.
@@ -42,7 +43,7 @@ pub struct GroupHandle {
 impl GroupHandle {
     /// A mailbox and its receiving end.
     pub fn new(wake: Arc<Bell>) -> (Self, Receiver<GroupRequest>) {
-        let (sender, receiver) = channel();
+        let (sender, receiver) = mailbox(usize::MAX);
         (Self { sender, wake }, receiver)
     }
 
@@ -51,7 +52,7 @@ impl GroupHandle {
             Request::Status { .. } | Request::CrashPoint { .. } => STATUS_TIMEOUT,
             _ => ACTION_TIMEOUT,
         };
-        let (reply, answer) = channel();
+        let (reply, answer) = mpsc::channel();
         if self.sender.send(GroupRequest { request: request.clone(), reply }).is_err() {
             return Response::Refused("the group is restarting; see the daemon's log and try again".into());
         }

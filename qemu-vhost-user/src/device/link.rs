@@ -6,9 +6,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
+use dataplane::mailbox::{Receiver, Sender, mailbox};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 use thiserror::Error;
@@ -103,7 +104,7 @@ impl Bell {
 
 /// The session's end.
 pub(crate) struct SessionEnd {
-    requests: SyncSender<Request>,
+    requests: Sender<Request>,
     bell: Arc<Bell>,
     stop: Arc<AtomicBool>,
     deadline: Duration,
@@ -119,7 +120,7 @@ pub(crate) struct ReactorEnd {
 pub(crate) fn pair(stop: Arc<AtomicBool>, deadline: Duration) -> std::io::Result<(SessionEnd, ReactorEnd)> {
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let bell = Arc::new(Bell { fd, rung: AtomicBool::new(false) });
-    let (sender, receiver) = sync_channel(QUEUE_COMMANDS);
+    let (sender, receiver) = mailbox(QUEUE_COMMANDS);
     let session = SessionEnd { requests: sender, bell: Arc::clone(&bell), stop, deadline };
     Ok((session, ReactorEnd { requests: receiver, bell }))
 }
@@ -142,7 +143,7 @@ impl SessionEnd {
     /// Has the reactor carry out a command, and waits until it has.
     pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
         let (sender, receiver) = sync_channel(1);
-        match self.requests.try_send(Request { command, answer: sender }) {
+        match self.requests.send(Request { command, answer: sender }) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(self.stuck()),
             Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),

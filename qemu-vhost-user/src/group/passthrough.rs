@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
 
 use dataplane::batch::{self, BatchBuilder};
 use dataplane::idle::Found;
+use dataplane::mailbox;
 use dataplane::region::Region;
 use dataplane::stages::{Sizes, Stage};
 use dataplane::uplink::filter::Filter;
@@ -70,7 +70,7 @@ pub struct Parts<'a> {
     /// The loop's state.
     pub pace: Pace,
     /// Requests of the command line.
-    pub requests: Receiver<GroupRequest>,
+    pub requests: mailbox::Receiver<GroupRequest>,
     /// Rung for them.
     pub wake: Arc<Bell>,
     /// At least [`BURST_BYTES`].

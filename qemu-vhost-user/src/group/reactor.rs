@@ -7,12 +7,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Receiver;
 
 use consensus::{Event, Notice, ReplicaId};
 use dataplane::arena::Arena;
 use dataplane::fabric::{Fabric, FabricEvent, PeerFabric};
 use dataplane::idle::Found;
+use dataplane::mailbox;
 use dataplane::region::PageSize;
 use dataplane::stages::Stage;
 use dataplane::uplink::Burst;
@@ -66,7 +66,7 @@ pub struct Reactor<'a> {
     pub(super) totals: Totals,
     pub(super) last_error: Option<String>,
     pub(super) pace: Pace,
-    pub(super) requests: Receiver<GroupRequest>,
+    pub(super) requests: mailbox::Receiver<GroupRequest>,
     pub(super) wake: Arc<Bell>,
     pub(super) next_progress_us: u64,
     pub(super) next_report_us: u64,

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Receiver;
 
 use consensus::{Config, ReplicaId};
 use dataplane::fabric::{BulkPort, FabricConfig, GroupPort, Listener, PeerFabric, PeerId, Replica};
 use dataplane::idle::IdleStrategy;
+use dataplane::mailbox;
 use dataplane::uplink::Uplink;
 use dataplane::uplink::af_packet::AfPacket;
 use dataplane::uplink::tap::Tap;
@@ -44,7 +44,7 @@ pub struct GroupSetup<'a> {
     /// The peers' door.
     pub listener: &'a Listener,
     /// Requests from the control socket.
-    pub requests: Receiver<GroupRequest>,
+    pub requests: mailbox::Receiver<GroupRequest>,
     /// Wakes the reactor.
     pub wake: Arc<Bell>,
     /// Set when the daemon ends.
@@ -134,7 +134,7 @@ fn worker_setup(node: &NodeConfig, vm: &VmConfig, bulk: BulkPort, dirty: Backend
         run_dir: node.vm_run_dir(&vm.name),
         vm,
         node: node.name.clone(),
-        hash_workers: node.hash_workers(),
+        hash_cores: node.hash_thread_cores(),
         scheduling: node.scheduling,
         bulk,
         dirty,

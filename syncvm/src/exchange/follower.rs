@@ -4,6 +4,8 @@
 //! From the attempt to send it on, the leader may have released frames that depend on this state, so the
 //! follower finishes applying whatever happens to the leader or the channel.
 
+mod delta;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +17,9 @@ use crate::dirty::DirtySet;
 use crate::hash::HashPool;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::{Basis, Pairing};
-use crate::transfer::{End, Header, Kind, Scope, Staging, Terms, VerifiedTransfer};
+use crate::transfer::{
+    BlockSize, End, Header, Kind, Scope, Staging, Terms, TransferError, TransferMode, Verdict, VerifiedTransfer,
+};
 
 /// What a follower's guest is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct FollowerContext<G, C, O> {
     pub(crate) pool: Arc<HashPool>,
     pub(crate) link: Link<C>,
     staging: Staging,
+    /// The block size that would have been the cheapest for the last transfer of blocks.
+    blocks: BlockSize,
 }
 
 impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
@@ -73,6 +79,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             standing,
             pairing,
             staging: Staging::new(pages),
+            blocks: BlockSize::default(),
         }
     }
 
@@ -102,7 +109,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     pub(crate) fn terms(&self) -> Terms {
         Terms {
             ram_pages: self.pairing.pages() as u64,
-            hash: self.config.hash.code(),
+            hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.config.transfer,
             basis: self.pairing.basis(),
@@ -185,10 +192,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
         self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
-        if leader.transfer.compares() {
-            self.send_hashes(&union)?;
+        match leader.transfer {
+            TransferMode::All => self.receive(staging, &union)?,
+            TransferMode::Pages => {
+                self.send_hashes(&union)?;
+                self.receive(staging, &union)?;
+            }
+            TransferMode::Delta => self.receive_blocks(staging, &union)?,
         }
-        let transfer = self.receive(staging, &union)?;
+        let transfer = self.staged(staging);
         self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
     }
@@ -213,6 +225,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let terms = self.ctx.terms();
         let (leader, mut union) = self.ctx.link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
         self.check_basis(&leader, &union)?;
+        self.ctx.config.hash = leader.hash;
         // `open` would take a basis for itself when everything is dirty here; the leader's is what counts.
         let basis = self.ctx.pairing.basis();
         self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();
@@ -220,7 +233,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.transfer = leader.transfer;
         self.report.dirty_peer = union.count();
         let ours = self.ctx.pairing.in_flight();
-        self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        // The leader knows its own set: only where ours differs from it is said.
+        let mut difference = union.clone();
+        difference.symmetric_difference_with(ours);
+        self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, &difference, &self.deadlines)?;
         union.union_with(ours);
         self.report.union_pages = union.count();
         self.report.phases.exchange_us = self.watch.lap();
@@ -251,7 +267,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         Ok(())
     }
 
-    fn receive<'s>(&mut self, staging: &'s mut Staging, union: &DirtySet) -> Result<VerifiedTransfer<'s>, SyncError> {
+    fn receive(&mut self, staging: &mut Staging, union: &DirtySet) -> Result<(), SyncError> {
         staging.begin();
         let mut first = true;
         let end = loop {
@@ -270,7 +286,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 }
             }
         };
-        let transfer = staging.verified(&end)?;
+        match staging.check(&end, self.ctx.config.hash)? {
+            Verdict::Sound => Ok(()),
+            Verdict::Doubtful => Err(TransferError::Content.into()),
+        }
+    }
+
+    /// The whole transfer is there and correct.
+    fn staged<'s>(&mut self, staging: &'s Staging) -> VerifiedTransfer<'s> {
+        let transfer = staging.verified();
         self.report.sent_pages = transfer.pages();
         if self.report.transfer.compares() {
             self.report.divergent_pages = transfer.pages();
@@ -280,7 +304,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.full_transfer_bytes = (self.report.dirty_peer * PAGE_BYTES + self.report.device_bytes) as u64;
         self.report.phases.transfer_us = self.watch.lap();
         self.point(Phase::FollowerStaged);
-        Ok(transfer)
+        transfer
     }
 
     /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
@@ -321,9 +345,11 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn apply(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
         let FollowerContext { guest, observer, .. } = &mut *self.ctx;
-        transfer.apply(guest.ram(), || {
+        let differences = transfer.apply(guest.ram(), || {
             observer.crash_point(Phase::FollowerAppliedHalf);
         });
+        self.report.differing_bytes = differences.bytes_in_blocks_of_256();
+        self.ctx.blocks = differences.cheapest().unwrap_or(self.ctx.blocks);
         self.report.phases.apply_us = self.watch.lap();
         self.point(Phase::FollowerApplied);
         if let Err(error) = self.ctx.guest.load_device_state(transfer.device_state()) {

@@ -3,8 +3,12 @@
 //! The device state is saved directly after the stop and **before** the harvest: whatever saving writes into
 //! guest memory is then in the dirty set, and RAM and device state are of one moment.
 
+mod delta;
+
 use std::sync::Arc;
 use std::time::Instant;
+
+use delta::Delta;
 
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
@@ -33,6 +37,9 @@ pub struct LeaderContext<G, C, O> {
     pub(crate) rejoins: u16,
     /// The number of the last syncvm tried.
     pub(crate) last_number: u64,
+    /// The last syncvm failed. Perhaps because short hashes or digests agreed falsely, which they might do again: the next
+    /// one compares whole hashes and sends whole pages.
+    cautious: bool,
 }
 
 impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
@@ -54,6 +61,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             outgoing: Outgoing::default(),
             rejoins: 0,
             last_number: 0,
+            cautious: false,
         }
     }
 
@@ -82,10 +90,18 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     pub(crate) fn terms(&self) -> Terms {
         Terms {
             ram_pages: self.pairing.pages() as u64,
-            hash: self.config.hash.code(),
+            hash: self.config.hash,
             verify: self.config.verify,
-            transfer: self.config.transfer,
+            transfer: self.transfer(),
             basis: self.pairing.basis(),
+        }
+    }
+
+    /// What the next syncvm sends.
+    fn transfer(&self) -> TransferMode {
+        match self.config.transfer {
+            TransferMode::Delta if self.cautious => TransferMode::Pages,
+            transfer => transfer,
         }
     }
 
@@ -130,6 +146,14 @@ fn compare(
     Ok(())
 }
 
+/// What has to be sent.
+enum Found {
+    /// These pages, whole.
+    Whole(Vec<PageNumber>),
+    /// Blocks of divergent pages.
+    Blocks(Box<Delta>),
+}
+
 struct Run<'a, G, C, O> {
     ctx: &'a mut LeaderContext<G, C, O>,
     header: Header,
@@ -157,7 +181,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
     let mut run = Run {
         header,
         deadlines: ctx.config.deadlines(),
-        report: SyncReport { number, transfer: ctx.config.transfer, ..SyncReport::default() },
+        report: SyncReport { number, transfer: ctx.transfer(), ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
         ctx,
@@ -172,13 +196,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn steps(&mut self) -> Result<(), SyncError> {
         let device = self.stop_and_harvest()?;
         let union = self.exchange_sets(device.len())?;
-        let divergent = match self.ctx.config.transfer {
-            TransferMode::All => union.iter().collect(),
-            TransferMode::Delta | TransferMode::Pages => self.compare(&union)?,
-        };
-        self.report.sent_pages = divergent.len();
-        self.point(Phase::LeaderCompared);
-        self.copy(&divergent, device);
+        let mut found = self.find(&union)?;
+        self.copy(&found, device);
         let early = self.ctx.config.early_resume && !self.ctx.config.verify;
         if early {
             if !self.ctx.observer.may_run() {
@@ -187,8 +206,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             self.resume()?;
             self.point(Phase::LeaderResumed);
         }
-        self.send_transfer()?;
-        self.await_ack()?;
+        self.send_transfer(&mut found)?;
+        self.await_ack(&mut found)?;
         if self.ctx.config.verify {
             verify::lead(self.ctx, &self.header, &self.deadlines)?;
             self.report.verified = true;
@@ -229,6 +248,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let ours = self.ctx.pairing.in_flight();
         link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
         let (_, mut union) = link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        // The follower says where its set differs from this one: the two guests wrote mostly the same pages.
+        union.symmetric_difference_with(ours);
         self.report.dirty_peer = union.count();
         union.union_with(ours);
         self.report.union_pages = union.count();
@@ -237,6 +258,18 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.phases.exchange_us = self.watch.lap();
         self.point(Phase::LeaderExchanged);
         Ok(union)
+    }
+
+    /// Steps 3 and 4, as far as the transfer mode wants them.
+    fn find(&mut self, union: &DirtySet) -> Result<Found, SyncError> {
+        match self.report.transfer {
+            TransferMode::All => {
+                self.point(Phase::LeaderCompared);
+                Ok(Found::Whole(union.iter().collect()))
+            }
+            TransferMode::Pages => Ok(Found::Whole(self.compare(union)?)),
+            TransferMode::Delta => Ok(Found::Blocks(Box::new(self.compare_short(union)?))),
+        }
     }
 
     /// Steps 3 and 4: the divergent pages.
@@ -249,17 +282,27 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 self.point(Phase::LeaderHashed);
             }
         }
-        self.report.compared_pages = pages.len();
-        self.report.divergent_pages = divergent.len();
-        self.report.phases.compare_us = self.watch.lap();
+        self.compared(pages.len(), divergent.len());
         Ok(divergent)
     }
 
+    fn compared(&mut self, pages: usize, divergent: usize) {
+        self.report.compared_pages = pages;
+        self.report.divergent_pages = divergent;
+        self.report.phases.compare_us = self.watch.lap();
+        self.point(Phase::LeaderCompared);
+    }
+
     /// Step 5, first half: from here on the guest is not needed any more.
-    fn copy(&mut self, divergent: &[PageNumber], device: Vec<u8>) {
-        self.ctx.outgoing.copy_pages(self.ctx.guest.ram(), divergent);
-        self.ctx.outgoing.set_device(device);
-        self.report.zero_pages = self.ctx.outgoing.zero_pages();
+    fn copy(&mut self, found: &Found, device: Vec<u8>) {
+        let (outgoing, ram) = (&mut self.ctx.outgoing, self.ctx.guest.ram());
+        match found {
+            Found::Whole(pages) => outgoing.copy_pages(ram, pages),
+            Found::Blocks(delta) => outgoing.copy_from(ram, delta.pages()),
+        }
+        outgoing.set_device(device);
+        self.report.sent_pages = outgoing.pages();
+        self.report.zero_pages = outgoing.zero_pages();
         self.report.phases.copy_us = self.watch.lap();
         self.point(Phase::LeaderCopied);
     }
@@ -276,7 +319,17 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     /// Step 5, second half.
-    fn send_transfer(&mut self) -> Result<(), SyncError> {
+    fn send_transfer(&mut self, found: &mut Found) -> Result<(), SyncError> {
+        match found {
+            Found::Whole(_) => self.send_whole()?,
+            Found::Blocks(delta) => self.send_blocks(delta)?,
+        }
+        self.report.phases.transfer_us = self.watch.lap();
+        self.point(Phase::LeaderSent);
+        Ok(())
+    }
+
+    fn send_whole(&mut self) -> Result<(), SyncError> {
         let LeaderContext { outgoing, link, observer, .. } = &mut *self.ctx;
         let half = self.report.sent_pages / 2;
         let mut half_sent = false;
@@ -287,16 +340,22 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 observer.crash_point(Phase::LeaderSentHalf);
             }
             Ok::<(), SyncError>(())
-        })?;
-        self.report.phases.transfer_us = self.watch.lap();
-        self.point(Phase::LeaderSent);
-        Ok(())
+        })
     }
 
     /// Step 7. Only here is the dirty set forgotten.
-    fn await_ack(&mut self) -> Result<(), SyncError> {
-        self.ctx.link.expect(&self.header, Kind::Ack, "the acknowledgement", &self.deadlines)?;
+    fn await_ack(&mut self, found: &mut Found) -> Result<(), SyncError> {
+        let mut kind = self.ctx.link.recv(&self.header, &self.deadlines)?;
+        if let (Kind::Recheck, Found::Blocks(delta)) = (kind, found) {
+            self.ctx.link.put_back(kind);
+            self.resend(delta)?;
+            kind = self.ctx.link.recv(&self.header, &self.deadlines)?;
+        }
+        if kind != Kind::Ack {
+            return Err(SyncError::Unexpected { got: kind, wanted: "the acknowledgement" });
+        }
         self.ctx.pairing.commit();
+        self.ctx.cautious = false;
         self.report.phases.ack_us = self.watch.lap();
         self.point(Phase::LeaderAcked);
         Ok(())
@@ -313,6 +372,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn fail(mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
+        self.ctx.cautious = true;
         if matches!(error, SyncError::Diverged { .. }) {
             self.ctx.pairing.forget_peer();
         }

@@ -35,10 +35,14 @@ phases! {
     LeaderHashed = "leader-hashed",
     /// The divergent pages are known.
     LeaderCompared = "leader-compared",
+    /// The follower was told which they are (transfer of blocks only).
+    LeaderListed = "leader-listed",
     /// They are copied to the staging area.
     LeaderCopied = "leader-copied",
     /// The leader's guest runs again (early resume only).
     LeaderResumed = "leader-resumed",
+    /// The digests of the follower's blocks are here and compared (transfer of blocks only).
+    LeaderDigests = "leader-digests",
     /// Half of the pages are sent.
     LeaderSentHalf = "leader-sent-half",
     /// Everything is sent.
@@ -55,6 +59,8 @@ phases! {
     FollowerExchanged = "follower-exchanged",
     /// All hashes are sent.
     FollowerHashed = "follower-hashed",
+    /// The digests of the divergent pages' blocks are sent (transfer of blocks only).
+    FollowerDigests = "follower-digests",
     /// The first message of the transfer arrived.
     FollowerReceiving = "follower-receiving",
     /// The whole transfer is staged and verified.

@@ -17,10 +17,14 @@ pub struct PhaseTimes {
     pub exchange_us: u64,
     /// Hashing, exchanging hashes and comparing.
     pub compare_us: u64,
+    /// Telling the follower which pages differ (leader), or learning it (follower).
+    pub list_us: u64,
     /// Copying divergent pages to the staging area (leader).
     pub copy_us: u64,
     /// Resuming the guest.
     pub resume_us: u64,
+    /// Receiving and comparing digests of blocks (leader), or making and sending them (follower).
+    pub digest_us: u64,
     /// Sending (leader) or receiving and verifying (follower) the transfer.
     pub transfer_us: u64,
     /// From the last byte sent to the acknowledgement (leader), or sending it (follower).
@@ -54,6 +58,14 @@ pub struct SyncReport {
     pub sent_pages: usize,
     /// How many of those were zero on the leader.
     pub zero_pages: usize,
+    /// Bytes of one block, if blocks were sent.
+    pub block_bytes: usize,
+    /// Blocks that were sent.
+    pub sent_blocks: usize,
+    /// Pages that were sent whole because a digest had let a difference through.
+    pub resent_pages: usize,
+    /// Bytes of the 256-byte blocks in which the two guests differed (follower, if blocks were sent).
+    pub differing_bytes: u64,
     /// Bytes of device state.
     pub device_bytes: usize,
     /// Bytes sent to the peer.

@@ -1,85 +1,52 @@
 //! `HashPool`: hashes a list of pages on spare cores and on the calling thread.
 //!
-//! Workers sleep on a condition variable between jobs and take chunks from a shared counter, so a slow
-//! core delays at most one chunk. Each worker copies a page into its own buffer and hashes that (see
-//! [`GuestRam::read_page`]). Rejected: rayon (threads that are not ours to name and pin), and spinning
-//! workers (they would steal the cores that the guests run on).
+//! Each participant takes a chunk of pages at a time and writes their hashes where they belong. CityHash reads pages where they
+//! are (see [`super::city`]); XXH3 reads a private copy, because its crate takes a slice.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-
-use super::{HASH_BYTES, HashKind, PageHashValue};
+use super::{HASH_BYTES, HashKind, PageHash, PageHashValue, Xxh3_128, city};
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::ram::GuestRam;
+use crate::workers::Workers;
 
-/// Pages per chunk: about 60 µs of work, so that handing out chunks costs nothing and the end is even.
-const CHUNK_PAGES: usize = 64;
+/// Pages per chunk: some 50 µs of work, so that handing out chunks costs nothing and the end is even.
+const CHUNK_PAGES: usize = 96;
 
-struct Job {
-    kind: HashKind,
-    zero_hash: PageHashValue,
-    ram: GuestRam,
-    pages: Vec<PageNumber>,
-    next_chunk: AtomicUsize,
-    results: Mutex<Results>,
-    finished: Condvar,
-}
-
-struct Results {
-    hashes: Vec<PageHashValue>,
-    pages_left: usize,
-    worker_panicked: bool,
-}
-
-#[derive(Default)]
-struct Slot {
-    job: Option<Arc<Job>>,
-    generation: u64,
-    closing: bool,
-}
-
-struct Shared {
-    slot: Mutex<Slot>,
-    changed: Condvar,
-}
+const _: () = assert!(CHUNK_PAGES.is_multiple_of(city::LANES));
 
 /// A fixed set of hashing threads. Jobs come from one caller at a time; others wait their turn.
 pub struct HashPool {
-    shared: Arc<Shared>,
-    turn: Mutex<()>,
-    workers: Vec<JoinHandle<()>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere is reported through `worker_panicked`; the data under these locks stays consistent.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    workers: Workers,
 }
 
 impl HashPool {
-    /// Starts `workers` threads named `plover-hash-N`. With 0 the calling thread does all the work.
+    /// Starts `workers` threads named `plover-hash-N` that run where the kernel puts them. With 0 the calling thread does
+    /// all the work.
     ///
     /// # Panics
     /// When the system cannot start a thread.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        let shared = Arc::new(Shared { slot: Mutex::new(Slot::default()), changed: Condvar::new() });
-        let workers = (0..workers)
-            .map(|number| {
-                let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("plover-hash-{number}"))
-                    .spawn(move || worker(&shared))
-                    .expect("the system starts a hash worker")
-            })
-            .collect();
-        Self { shared, turn: Mutex::new(()), workers }
+        Self::on_cores(&vec![None; workers])
+    }
+
+    /// Starts one thread per entry, on that core or, without one, where the kernel puts it.
+    ///
+    /// # Panics
+    /// When the system cannot start a thread.
+    #[must_use]
+    pub fn on_cores(cores: &[Option<usize>]) -> Self {
+        Self { workers: Workers::new(cores) }
     }
 
     /// How many threads help the caller.
     #[must_use]
     pub fn workers(&self) -> usize {
-        self.workers.len()
+        self.workers.count()
+    }
+
+    /// The threads, for other work of the same kind.
+    pub(crate) fn threads(&self) -> &Workers {
+        &self.workers
     }
 
     /// The hashes of `pages`, in their order. CPU-bound: it ends by itself.
@@ -88,132 +55,84 @@ impl HashPool {
     /// When a page lies beyond the RAM file.
     #[must_use]
     pub fn hash_pages(&self, kind: HashKind, ram: &GuestRam, pages: &[PageNumber]) -> Vec<PageHashValue> {
+        let mut hashes = Vec::new();
+        self.hash_pages_into(kind, ram, pages, &mut hashes);
+        hashes
+    }
+
+    /// As [`Self::hash_pages`], in place of what `hashes` holds; allocates only when that has too little room.
+    ///
+    /// # Panics
+    /// When a page lies beyond the RAM file.
+    pub fn hash_pages_into(
+        &self,
+        kind: HashKind,
+        ram: &GuestRam,
+        pages: &[PageNumber],
+        hashes: &mut Vec<PageHashValue>,
+    ) {
         assert!(
             pages.iter().all(|page| page.index() < ram.pages()),
             "a page to hash lies beyond the {} pages of RAM",
             ram.pages()
         );
-        let _turn = lock(&self.turn);
-        let job = Arc::new(Job {
-            kind,
-            zero_hash: kind.zero_page(),
-            ram: ram.clone(),
-            pages: pages.to_vec(),
-            next_chunk: AtomicUsize::new(0),
-            results: Mutex::new(Results {
-                hashes: vec![[0; HASH_BYTES]; pages.len()],
-                pages_left: pages.len(),
-                worker_panicked: false,
-            }),
-            finished: Condvar::new(),
+        hashes.clear();
+        hashes.resize(pages.len(), [0; HASH_BYTES]);
+        let results = Results(hashes.as_mut_ptr());
+        let zero_hash = kind.zero_page();
+        self.workers.run(pages.len().div_ceil(CHUNK_PAGES), &|_, task| {
+            let first = task * CHUNK_PAGES;
+            let pages = &pages[first..pages.len().min(first + CHUNK_PAGES)];
+            // SAFETY: `hashes` has as many entries as `pages` and is left alone until the end of the run; chunks do not
+            // overlap, and each is one task, which runs once.
+            let into = unsafe { results.slice(first, pages.len()) };
+            let holes = holes_at_front(ram, pages);
+            into[..holes].fill(zero_hash);
+            hash_chunk(kind, ram, &pages[holes..], &mut into[holes..]);
         });
-        // One chunk is not worth waking anybody.
-        if !self.workers.is_empty() && pages.len() > CHUNK_PAGES {
-            let mut slot = lock(&self.shared.slot);
-            slot.generation += 1;
-            slot.job = Some(Arc::clone(&job));
-            drop(slot);
-            self.shared.changed.notify_all();
-        }
-        job.work();
-        let hashes = job.wait();
-        lock(&self.shared.slot).job = None;
-        hashes
     }
 }
 
-impl Drop for HashPool {
-    fn drop(&mut self) {
-        lock(&self.shared.slot).closing = true;
-        self.shared.changed.notify_all();
-        for worker in self.workers.drain(..) {
-            // A worker that panicked has already made its caller panic.
-            drop(worker.join());
-        }
+/// Where the results go, for all participants.
+struct Results(*mut PageHashValue);
+
+// SAFETY: only used to make slices that do not overlap (see `hash_pages_into`).
+unsafe impl Sync for Results {}
+
+impl Results {
+    /// # Safety
+    /// The entries exist, and nobody else uses them while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "disjoint parts of one buffer for several threads")]
+    unsafe fn slice(&self, first: usize, count: usize) -> &mut [PageHashValue] {
+        // SAFETY: the caller vouches for it.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), count) }
     }
 }
 
-fn worker(shared: &Shared) {
-    let mut seen = 0;
-    loop {
-        let job = {
-            let mut slot = lock(&shared.slot);
-            while !slot.closing && (slot.generation == seen || slot.job.is_none()) {
-                slot = shared.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
-            }
-            if slot.closing {
-                return;
-            }
-            seen = slot.generation;
-            slot.job.clone()
-        };
-        if let Some(job) = job {
-            job.work();
-        }
+/// How many pages at the front of the chunk are a hole in the RAM file. Asked only when the chunk is one run of pages, as when
+/// all of RAM is hashed; dirty pages are not holes.
+fn holes_at_front(ram: &GuestRam, chunk: &[PageNumber]) -> usize {
+    let (first, last) = (chunk[0], chunk[chunk.len() - 1]);
+    if chunk.len() < CHUNK_PAGES || last.index() != first.index() + CHUNK_PAGES - 1 {
+        return 0;
     }
+    let hole = first..ram.next_backed(first);
+    chunk.iter().take_while(|page| hole.contains(page)).count()
 }
 
-/// Tells the waiting caller when a worker dies in the middle of a chunk.
-struct PanicGuard<'a>(&'a Job);
-
-impl Drop for PanicGuard<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            lock(&self.0.results).worker_panicked = true;
-            self.0.finished.notify_all();
-        }
-    }
-}
-
-impl Job {
-    fn work(&self) {
-        let _guard = PanicGuard(self);
-        let hash = self.kind.function();
-        let mut page = [0; PAGE_BYTES];
-        let mut chunk_hashes = Vec::with_capacity(CHUNK_PAGES);
-        loop {
-            let start = self.next_chunk.fetch_add(1, Ordering::Relaxed) * CHUNK_PAGES;
-            let Some(rest) = self.pages.get(start..).filter(|rest| !rest.is_empty()) else {
-                return;
-            };
-            let chunk = &rest[..rest.len().min(CHUNK_PAGES)];
-            chunk_hashes.clear();
-            let hole = chunk[0]..self.first_backed(chunk);
-            for &number in chunk {
-                if hole.contains(&number) {
-                    chunk_hashes.push(self.zero_hash);
-                    continue;
+fn hash_chunk(kind: HashKind, ram: &GuestRam, pages: &[PageNumber], into: &mut [PageHashValue]) {
+    match kind {
+        HashKind::City128 => city::hash_guest_pages(ram, pages, into),
+        HashKind::Xxh3_128 => {
+            let mut copy = [0; PAGE_BYTES];
+            for (index, (page, into)) in pages.iter().zip(into).enumerate() {
+                if let Some(next) = pages.get(index + 1) {
+                    ram.prefetch(*next);
                 }
-                self.ram.read_page(number, &mut page);
-                chunk_hashes.push(hash(&page));
-            }
-            let mut results = lock(&self.results);
-            results.hashes[start..start + chunk.len()].copy_from_slice(&chunk_hashes);
-            results.pages_left -= chunk.len();
-            if results.pages_left == 0 {
-                self.finished.notify_all();
+                ram.read_page(*page, &mut copy);
+                *into = Xxh3_128::hash(&copy);
             }
         }
-    }
-
-    /// The chunk's first page and what follows up to this one is a hole in the RAM file. Asked only when the chunk is one run of
-    /// pages, as when all of RAM is hashed; dirty pages are not holes.
-    fn first_backed(&self, chunk: &[PageNumber]) -> PageNumber {
-        let (first, last) = (chunk[0], chunk[chunk.len() - 1]);
-        if chunk.len() == CHUNK_PAGES && last.index() == first.index() + CHUNK_PAGES - 1 {
-            self.ram.next_backed(first)
-        } else {
-            first
-        }
-    }
-
-    fn wait(&self) -> Vec<PageHashValue> {
-        let mut results = lock(&self.results);
-        while results.pages_left > 0 {
-            assert!(!results.worker_panicked, "a hash worker panicked");
-            results = self.finished.wait(results).unwrap_or_else(PoisonError::into_inner);
-        }
-        std::mem::take(&mut results.hashes)
     }
 }
 

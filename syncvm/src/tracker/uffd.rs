@@ -4,28 +4,45 @@
 //! else happens here. A harvest is atomic per page: the kernel reports a page as written and protects it
 //! again under the page table lock, and flushes the TLBs before it returns, so that a write is either
 //! in this harvest (and in memory before it returns) or in the next.
+//!
+//! The page tables are walked in ranges, each by one call at a time, so that the hash workers can share a large guest
+//! among them ([`DirtyTracker::use_pool`]).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::maps::covering;
 use super::sys::{self, PageRegion};
 use super::{DirtyTracker, HarvestStats, Mapping, TrackerError, TrackerKind};
 use crate::dirty::DirtySet;
+use crate::hash::HashPool;
 use crate::page::PAGE_BYTES;
 
-/// Ranges fetched by one call.
+/// Regions fetched by one call.
 const REGIONS: usize = 4096;
+/// Guest memory walked as one task where several threads share the work: long enough to be worth handing out.
+const RANGE_BYTES: u64 = 128 << 20;
 
 /// Tracks a process that maps the RAM file and made the userfaultfd.
-#[derive(Debug)]
 pub struct UffdTracker {
     /// Tracking lasts as long as this is open.
     _uffd: OwnedFd,
     pagemap: File,
     mappings: Vec<Mapping>,
-    regions: Vec<PageRegion>,
+    /// The mappings, cut for as many threads as there are.
+    ranges: Vec<Mapping>,
+    pool: Arc<HashPool>,
+    /// One buffer per participant of the pool.
+    regions: Vec<Mutex<Vec<PageRegion>>>,
+}
+
+/// Where the threads of one harvest put what they find.
+struct Found<'a> {
+    dirty: &'a mut DirtySet,
+    stats: HarvestStats,
+    error: Option<TrackerError>,
 }
 
 impl UffdTracker {
@@ -48,11 +65,66 @@ impl UffdTracker {
             sys::uffd_write_protect(uffd.as_fd(), mapping.start, mapping.bytes)
                 .map_err(kernel("UFFDIO_WRITEPROTECT", ""))?;
         }
-        let mut tracker = Self { _uffd: uffd, pagemap, mappings, regions: vec![PageRegion::default(); REGIONS] };
+        let mut tracker = Self {
+            _uffd: uffd,
+            pagemap,
+            mappings,
+            ranges: Vec::new(),
+            pool: Arc::new(HashPool::new(0)),
+            regions: Vec::new(),
+        };
+        tracker.cut();
         // The first scan proves that PAGEMAP_SCAN exists, before anybody relies on it.
         tracker.harvest(&mut DirtySet::new(pages))?;
         Ok(tracker)
     }
+
+    /// Cuts the mappings for the present number of threads.
+    fn cut(&mut self) {
+        let participants = self.pool.workers() + 1;
+        let limit_bytes = if participants == 1 { u64::MAX } else { RANGE_BYTES };
+        self.ranges = self.mappings.iter().flat_map(|mapping| mapping.cut(limit_bytes)).collect();
+        self.regions = (0..participants).map(|_| Mutex::new(vec![PageRegion::default(); REGIONS])).collect();
+    }
+
+    /// Walks one range to its end.
+    fn scan(&self, range: &Mapping, regions: &mut [PageRegion], found: &Mutex<Found<'_>>) -> Result<(), TrackerError> {
+        let mut at = range.start;
+        while at < range.end() {
+            let (filled, walked_to) = match sys::scan_written(self.pagemap.as_fd(), at, range.end(), regions) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other.map_err(kernel(
+                    "PAGEMAP_SCAN",
+                    " (it needs Linux 6.7 or later, and the mapping as it was at the start)",
+                ))?,
+            };
+            let mut found = lock(found);
+            found.stats.calls += 1;
+            for region in &regions[..filled] {
+                let count = ((region.end - region.start) / PAGE_BYTES as u64) as usize;
+                found.dirty.insert_range(range.page_at(region.start), count);
+                found.stats.pages += count;
+                found.stats.ranges += 1;
+            }
+            if walked_to <= at {
+                let stuck = io::Error::other("the scan does not advance");
+                return Err(kernel("PAGEMAP_SCAN", "")(stuck));
+            }
+            at = walked_to;
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for UffdTracker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "UffdTracker({} ranges, {} threads)", self.ranges.len(), self.regions.len())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A panic while it is held ends the harvest.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn kernel(request: &'static str, hint: &'static str) -> impl Fn(io::Error) -> TrackerError {
@@ -61,33 +133,15 @@ fn kernel(request: &'static str, hint: &'static str) -> impl Fn(io::Error) -> Tr
 
 impl DirtyTracker for UffdTracker {
     fn harvest(&mut self, into: &mut DirtySet) -> Result<HarvestStats, TrackerError> {
-        let mut stats = HarvestStats::default();
-        for mapping in &self.mappings {
-            let mut at = mapping.start;
-            while at < mapping.end() {
-                let scanned = sys::scan_written(self.pagemap.as_fd(), at, mapping.end(), &mut self.regions);
-                let (filled, walked_to) = match scanned {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                    other => other.map_err(kernel(
-                        "PAGEMAP_SCAN",
-                        " (it needs Linux 6.7 or later, and the mapping as it was at the start)",
-                    ))?,
-                };
-                stats.calls += 1;
-                for region in &self.regions[..filled] {
-                    let count = ((region.end - region.start) / PAGE_BYTES as u64) as usize;
-                    into.insert_range(mapping.page_at(region.start), count);
-                    stats.pages += count;
-                    stats.ranges += 1;
-                }
-                if walked_to <= at {
-                    let stuck = io::Error::other("the scan does not advance");
-                    return Err(kernel("PAGEMAP_SCAN", "")(stuck));
-                }
-                at = walked_to;
+        let found = Mutex::new(Found { dirty: into, stats: HarvestStats::default(), error: None });
+        self.pool.threads().run(self.ranges.len(), &|participant, task| {
+            let mut regions = lock(&self.regions[participant]);
+            if let Err(error) = self.scan(&self.ranges[task], &mut regions, &found) {
+                lock(&found).error = Some(error);
             }
-        }
-        Ok(stats)
+        });
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        found.error.map_or(Ok(found.stats), Err)
     }
 
     fn kind(&self) -> TrackerKind {
@@ -96,5 +150,10 @@ impl DirtyTracker for UffdTracker {
 
     fn exact_while_running(&self) -> bool {
         true
+    }
+
+    fn use_pool(&mut self, pool: &Arc<HashPool>) {
+        self.pool = Arc::clone(pool);
+        self.cut();
     }
 }

@@ -2,6 +2,7 @@
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::blocks::{BlockSize, encode_blocks};
 use super::{ENTRY_BYTES, End, FLAG_ZERO, Kind, MAX_BODY_BYTES, Piece};
 use crate::page::{PAGE_BYTES, PageNumber, is_zero};
 use crate::ram::GuestRam;
@@ -10,22 +11,38 @@ use crate::ram::GuestRam;
 #[derive(Debug, Default)]
 pub struct Outgoing {
     pages: Vec<(PageNumber, bool)>,
+    /// The pages that are not zero, in order. Only grows, so that a stop never waits for zeroed memory.
     data: Vec<u8>,
+    data_bytes: usize,
     device: Vec<u8>,
+    body: Vec<u8>,
 }
 
 impl Outgoing {
     /// Replaces the pages by copies of `pages` as they are now. Zero pages are recognised on the way.
     pub fn copy_pages(&mut self, ram: &GuestRam, pages: &[PageNumber]) {
+        self.copy_from(ram, pages.iter().map(|&page| (page, None)));
+    }
+
+    /// As [`Self::copy_pages`], of pages of which it is known whether they are zero.
+    pub fn copy_from(&mut self, ram: &GuestRam, pages: impl ExactSizeIterator<Item = (PageNumber, Option<bool>)>) {
         self.pages.clear();
-        self.data.clear();
-        self.data.reserve(pages.len() * PAGE_BYTES);
-        let mut page = [0; PAGE_BYTES];
-        for &number in pages {
-            ram.read_page(number, &mut page);
-            let zero = is_zero(&page);
+        self.data_bytes = 0;
+        let room = pages.len() * PAGE_BYTES;
+        if self.data.len() < room {
+            self.data.resize(room, 0);
+        }
+        for (number, known) in pages {
+            let slot = &mut self.data[self.data_bytes..][..PAGE_BYTES];
+            let zero = known.unwrap_or_else(|| {
+                ram.read_page(number, slot);
+                is_zero(slot)
+            });
             if !zero {
-                self.data.extend_from_slice(&page);
+                if known.is_some() {
+                    ram.read_page(number, slot);
+                }
+                self.data_bytes += PAGE_BYTES;
             }
             self.pages.push((number, zero));
         }
@@ -42,13 +59,24 @@ impl Outgoing {
         &self.device
     }
 
-    /// How many pages are zero pages.
+    /// How many pages there are.
     #[must_use]
-    pub fn zero_pages(&self) -> usize {
-        self.pages.iter().filter(|(_, zero)| *zero).count()
+    pub fn pages(&self) -> usize {
+        self.pages.len()
     }
 
-    /// Hands every page message to `send(pages so far, kind, parts)` and returns the `End` of the pages alone.
+    /// How many of them are zero pages.
+    #[must_use]
+    pub fn zero_pages(&self) -> usize {
+        self.pages.len() - self.data_bytes / PAGE_BYTES
+    }
+
+    /// The content of the pages that are not zero, in order.
+    pub fn nonzero_pages(&self) -> std::slice::ChunksExact<'_, u8> {
+        self.data[..self.data_bytes].chunks_exact(PAGE_BYTES)
+    }
+
+    /// Hands every page message to `send(pages so far, kind, parts)`.
     ///
     /// # Errors
     /// Whatever `send` fails with.
@@ -94,6 +122,72 @@ impl Outgoing {
         (count, data_bytes)
     }
 
+    /// Hands the blocks that `maps` name, one map for each page that is not zero, to `send(nonzero pages so far, kind, parts)`.
+    /// Returns how many blocks they were.
+    ///
+    /// # Errors
+    /// Whatever `send` fails with.
+    pub fn send_blocks<E>(
+        &mut self,
+        size: BlockSize,
+        maps: &[u64],
+        checksum: &mut Checksum,
+        mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
+    ) -> Result<usize, E> {
+        assert_eq!(maps.len() * PAGE_BYTES, self.data_bytes, "a bitmap for each page");
+        let (mut first, mut sent) = (0, 0);
+        while first < maps.len() {
+            let pages = &self.data[first * PAGE_BYTES..self.data_bytes];
+            let (count, blocks) = encode_blocks(size, &maps[first..], pages, &mut self.body);
+            checksum.add(Kind::Blocks, &[&self.body]);
+            first += count;
+            sent += blocks;
+            send(first, Kind::Blocks, &[&self.body])?;
+        }
+        Ok(sent)
+    }
+
+    /// The pages at these places among those that are not zero, to be sent whole after all.
+    #[must_use]
+    pub fn again(&self, places: &[usize]) -> Self {
+        let mut again = Self::default();
+        let numbers: Vec<PageNumber> = self.pages.iter().filter(|(_, zero)| !zero).map(|(number, _)| *number).collect();
+        for &place in places {
+            again.pages.push((numbers[place], false));
+            again.data.extend_from_slice(&self.data[place * PAGE_BYTES..][..PAGE_BYTES]);
+        }
+        again.data_bytes = again.data.len();
+        again
+    }
+
+    /// Hands the device state to `send(pages so far, kind, parts)`.
+    ///
+    /// # Errors
+    /// Whatever `send` fails with.
+    pub fn send_device<E>(
+        &self,
+        checksum: &mut Checksum,
+        mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for piece in Piece::cut(&self.device) {
+            checksum.add(Kind::Device, &[&piece.head(), piece.bytes]);
+            send(self.pages.len(), Kind::Device, &[&piece.head(), piece.bytes])?;
+        }
+        Ok(())
+    }
+
+    /// What the end message says of this transfer.
+    #[must_use]
+    pub fn end(&self, checksum: &Checksum, content: [u8; 16]) -> End {
+        End {
+            pages: self.pages.len() as u64,
+            zero_pages: self.zero_pages() as u64,
+            device_bytes: self.device.len() as u64,
+            checksum: checksum.value(),
+            content,
+        }
+    }
+
     /// Hands every message of the whole transfer to `send(pages so far, kind, parts)`: pages, device, end.
     ///
     /// # Errors
@@ -101,16 +195,8 @@ impl Outgoing {
     pub fn send_all<E>(&self, mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>) -> Result<(), E> {
         let mut checksum = Checksum::default();
         self.send_pages(&mut checksum, &mut send)?;
-        for piece in Piece::cut(&self.device) {
-            checksum.add(Kind::Device, &[&piece.head(), piece.bytes]);
-            send(self.pages.len(), Kind::Device, &[&piece.head(), piece.bytes])?;
-        }
-        let end = End {
-            pages: self.pages.len() as u64,
-            zero_pages: self.zero_pages() as u64,
-            device_bytes: self.device.len() as u64,
-            checksum: checksum.value(),
-        };
+        self.send_device(&mut checksum, &mut send)?;
+        let end = self.end(&checksum, [0; 16]);
         send(self.pages.len(), Kind::End, &[&end.encode()])
     }
 }

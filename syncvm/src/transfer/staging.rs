@@ -4,12 +4,19 @@
 //! divergent pages to its guest VM in an atomic manner." The type makes the order a matter of compiling:
 //! only a [`VerifiedTransfer`] can be applied, and only a complete transfer with the right counts and
 //! checksum becomes one.
+//!
+//! A transfer of blocks begins with copies of the follower's own pages, into which the blocks go. Blocks are chosen by short
+//! digests, so the pages are hashed again when all is there, and only the content that the leader named is
+//! [`Verdict::Sound`].
 
 use thiserror::Error;
 
+use super::blocks::{BlockSize, BlocksChunk, Differences, digest_page};
+use super::divergent::{DivergentList, HashOfHashes, short};
 use super::outgoing::Checksum;
 use super::{End, Kind, PagesChunk, Piece, WireError};
 use crate::dirty::DirtySet;
+use crate::hash::{HashKind, PageHashValue};
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::ram::GuestRam;
 
@@ -41,6 +48,18 @@ pub enum TransferError {
         /// What arrived.
         received: u64,
     },
+    /// The pages that the leader takes for equal have other hashes here: a short hash let a difference through.
+    #[error("pages that were taken for equal differ; the next syncvm compares whole hashes")]
+    FalselyEqual,
+    /// Blocks for more pages than are waiting for any.
+    #[error("the leader sent blocks of {excess} pages too many")]
+    TooManyPages {
+        /// How many.
+        excess: usize,
+    },
+    /// The patched pages are not the leader's, although what was doubtful has been sent whole.
+    #[error("the pages put together from blocks are not the leader's; the next syncvm sends whole pages")]
+    Content,
     /// The checksum differs.
     #[error("the transfer's checksum is {received:#x}, announced was {announced:#x}")]
     Checksum {
@@ -51,16 +70,32 @@ pub enum TransferError {
     },
 }
 
+/// What a complete transfer is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is what the leader has.
+    Sound,
+    /// A short digest took a block for equal that is not: some page must be sent whole.
+    Doubtful,
+}
+
 /// Collects a transfer. One per follower; its buffers are kept from one syncvm to the next.
 #[derive(Debug)]
 pub struct Staging {
     pages: Vec<(PageNumber, Option<usize>)>,
+    /// Whole pages. Only grows, so that a stop never waits for zeroed memory.
     data: Vec<u8>,
+    data_bytes: usize,
     device: Vec<u8>,
     device_complete: bool,
     seen: DirtySet,
     zero_pages: u64,
     checksum: Checksum,
+    /// With blocks: how many of the pages in `data` have been patched.
+    patched: Option<usize>,
+    /// With blocks: the hashes of the patched pages.
+    hashes: Vec<PageHashValue>,
+    sound: bool,
 }
 
 impl Staging {
@@ -70,23 +105,118 @@ impl Staging {
         Self {
             pages: Vec::new(),
             data: Vec::new(),
+            data_bytes: 0,
             device: Vec::new(),
             device_complete: false,
             seen: DirtySet::new(ram_pages),
             zero_pages: 0,
             checksum: Checksum::default(),
+            patched: None,
+            hashes: Vec::new(),
+            sound: false,
         }
     }
 
     /// Throws away what was collected.
     pub fn begin(&mut self) {
         self.pages.clear();
-        self.data.clear();
+        self.data_bytes = 0;
         self.device.clear();
         self.device_complete = false;
         self.seen.clear();
         self.zero_pages = 0;
         self.checksum = Checksum::default();
+        self.patched = None;
+        self.hashes.clear();
+        self.sound = false;
+    }
+
+    /// As [`Self::begin`], for blocks of the pages of `union` that `list` (decoded from `wire`) names. The guest must not
+    /// run: copies of its pages are what the blocks go into.
+    pub fn begin_blocks(&mut self, ram: &GuestRam, union: &[PageNumber], list: &DivergentList, wire: &[u8]) {
+        self.begin();
+        self.checksum.add(Kind::Divergent, &[wire]);
+        for (place, zero) in list.iter() {
+            let page = union[place];
+            let data_at = (!zero).then(|| {
+                let at = self.grow();
+                ram.read_page(page, &mut self.data[at..at + PAGE_BYTES]);
+                at
+            });
+            self.zero_pages += u64::from(zero);
+            self.pages.push((page, data_at));
+        }
+        self.patched = Some(0);
+    }
+
+    /// Room for another page; where it begins.
+    fn grow(&mut self) -> usize {
+        let at = self.data_bytes;
+        self.data_bytes += PAGE_BYTES;
+        if self.data.len() < self.data_bytes {
+            self.data.resize(self.data_bytes.max(self.data.len() * 2), 0);
+        }
+        at
+    }
+
+    fn nonzero_pages(&self) -> std::slice::ChunksExact<'_, u8> {
+        self.data[..self.data_bytes].chunks_exact(PAGE_BYTES)
+    }
+
+    /// How many pages wait for blocks.
+    #[must_use]
+    pub fn pages_of_blocks(&self) -> usize {
+        self.data_bytes / PAGE_BYTES
+    }
+
+    /// Appends the digests of `count` of these pages from `first` on.
+    pub fn digests(&self, first: usize, count: usize, size: BlockSize, seed: u64, out: &mut Vec<u8>) {
+        self.nonzero_pages().skip(first).take(count).for_each(|page| digest_page(page, size, seed, out));
+    }
+
+    /// Takes the body of a [`Kind::Blocks`] message.
+    ///
+    /// # Errors
+    /// When it is malformed or fewer pages than it covers wait for blocks.
+    ///
+    /// # Panics
+    /// Unless the transfer began with [`Self::begin_blocks`].
+    pub fn blocks_chunk(&mut self, body: &[u8], size: BlockSize) -> Result<usize, TransferError> {
+        let chunk = BlocksChunk::decode(body, size)?;
+        let waiting = self.pages_of_blocks();
+        let first = self.patched.expect("blocks are for a transfer of blocks");
+        let end = first + chunk.pages();
+        if end > waiting {
+            return Err(TransferError::TooManyPages { excess: end - waiting });
+        }
+        chunk.patch(&mut self.data[first * PAGE_BYTES..end * PAGE_BYTES]);
+        self.patched = Some(end);
+        self.checksum.add(Kind::Blocks, &[body]);
+        Ok(chunk.blocks())
+    }
+
+    /// Takes the body of a [`Kind::Pages`] message that replaces patched pages.
+    ///
+    /// # Errors
+    /// When it is malformed or names a page that was not patched.
+    pub fn replacement(&mut self, body: &[u8]) -> Result<usize, TransferError> {
+        let chunk = PagesChunk::decode(body)?;
+        let mut count = 0;
+        for (page, bytes) in chunk.pages() {
+            let place = self.pages.binary_search_by_key(&page, |(page, _)| *page);
+            let data_at = place.ok().and_then(|place| self.pages[place].1);
+            let (Some(at), Some(bytes)) = (data_at, bytes) else { return Err(TransferError::NotInUnion { page }) };
+            self.data[at..at + PAGE_BYTES].copy_from_slice(bytes);
+            count += 1;
+        }
+        self.checksum.add(Kind::Pages, &[body]);
+        Ok(count)
+    }
+
+    /// The short hashes of the pages as they are patched, for the leader to find which are not its own.
+    #[must_use]
+    pub fn short_hashes(&self) -> Vec<u8> {
+        self.hashes.iter().flat_map(short).collect()
     }
 
     /// Takes the body of a [`Kind::Pages`] message.
@@ -105,8 +235,9 @@ impl Staging {
             self.seen.insert(page);
             self.zero_pages += u64::from(bytes.is_none());
             let data_at = bytes.map(|bytes| {
-                self.data.extend_from_slice(bytes);
-                self.data.len() - PAGE_BYTES
+                let at = self.grow();
+                self.data[at..at + PAGE_BYTES].copy_from_slice(bytes);
+                at
             });
             self.pages.push((page, data_at));
         }
@@ -128,13 +259,19 @@ impl Staging {
     /// Checks everything that was collected against the end message.
     ///
     /// # Errors
-    /// When anything is missing, too much, or different.
-    pub fn verified(&mut self, end: &End) -> Result<VerifiedTransfer<'_>, TransferError> {
+    /// When anything is missing, too much, or different on the way.
+    pub fn check(&mut self, end: &End, hash: HashKind) -> Result<Verdict, TransferError> {
+        self.sound = false;
         let counts = [
             ("pages", end.pages, self.pages.len() as u64),
             ("zero pages", end.zero_pages, self.zero_pages),
             ("device bytes", end.device_bytes, self.device.len() as u64),
             ("complete device states", 1, self.device_complete.into()),
+            (
+                "pages with blocks",
+                self.patched.map_or(0, |_| self.pages_of_blocks() as u64),
+                self.patched.unwrap_or(0) as u64,
+            ),
         ];
         for (field, announced, received) in counts {
             if announced != received {
@@ -145,7 +282,30 @@ impl Staging {
         if end.checksum != received {
             return Err(TransferError::Checksum { announced: end.checksum, received });
         }
-        Ok(VerifiedTransfer { staging: self })
+        let content = if self.patched.is_some() { self.content(hash) } else { [0; 16] };
+        self.sound = content == end.content;
+        Ok(if self.sound { Verdict::Sound } else { Verdict::Doubtful })
+    }
+
+    /// Hashes the patched pages.
+    fn content(&mut self, hash: HashKind) -> [u8; 16] {
+        let mut hashes = std::mem::take(&mut self.hashes);
+        hashes.clear();
+        hashes.extend(self.nonzero_pages().map(hash.function()));
+        let mut content = HashOfHashes::default();
+        hashes.iter().for_each(|hash| content.add(hash));
+        self.hashes = hashes;
+        content.value()
+    }
+
+    /// The transfer, once [`Self::check`] found it sound.
+    ///
+    /// # Panics
+    /// When it did not: such a transfer must never be applied.
+    #[must_use]
+    pub fn verified(&self) -> VerifiedTransfer<'_> {
+        assert!(self.sound, "a transfer that was not found sound is not applied");
+        VerifiedTransfer { staging: self }
     }
 }
 
@@ -174,19 +334,38 @@ impl VerifiedTransfer<'_> {
         &self.staging.device
     }
 
-    /// Writes every page into the stopped guest, calling `halfway` once in the middle. Cannot fail.
-    pub fn apply(&self, ram: &GuestRam, halfway: impl FnOnce()) {
+    /// Writes every page into the stopped guest, calling `halfway` once in the middle. Cannot fail. Says what changed, if
+    /// the transfer was one of blocks.
+    pub fn apply(&self, ram: &GuestRam, halfway: impl FnOnce()) -> Differences {
+        let mut differences = Differences::default();
         let (front, back) = self.staging.pages.split_at(self.staging.pages.len() / 2);
-        self.write(ram, front);
+        self.write(ram, front, &mut differences);
         halfway();
-        self.write(ram, back);
+        self.write(ram, back, &mut differences);
+        differences
     }
 
-    fn write(&self, ram: &GuestRam, pages: &[(PageNumber, Option<usize>)]) {
+    fn write(&self, ram: &GuestRam, pages: &[(PageNumber, Option<usize>)], differences: &mut Differences) {
+        let blocks = self.staging.patched.is_some();
+        let mut old = [0; PAGE_BYTES];
         for &(page, data_at) in pages {
+            if blocks {
+                ram.read_page(page, &mut old);
+            }
             match data_at {
-                Some(at) => ram.write_page(page, &self.staging.data[at..at + PAGE_BYTES]),
-                None => ram.zero_page(page),
+                Some(at) => {
+                    let new = &self.staging.data[at..at + PAGE_BYTES];
+                    if blocks {
+                        differences.add(&old, new);
+                    }
+                    ram.write_page(page, new);
+                }
+                None => {
+                    if blocks {
+                        differences.add_zeroed(&old);
+                    }
+                    ram.zero_page(page);
+                }
             }
         }
     }

@@ -12,6 +12,7 @@ use syncvm::exchange::{
     SyncError, SyncReport, follow_syncvm, lead_syncvm,
 };
 use syncvm::hash::HashPool;
+use syncvm::transfer::Kind;
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber, Pairing};
 
 pub const PAGES: usize = 96;
@@ -216,7 +217,11 @@ pub struct Fault {
     pub how: Break,
 }
 
+/// Changes a whole message of a kind before it is sent.
+pub type Mangle = Box<dyn FnMut(Kind, &mut Vec<u8>) + Send>;
+
 pub struct MemoryChannel {
+    pub mangle: Option<Mangle>,
     to_peer: Option<Sender<(u16, Vec<u8>)>>,
     from_peer: Receiver<(u16, Vec<u8>)>,
     sent: Arc<AtomicUsize>,
@@ -230,6 +235,7 @@ pub fn channel_pair(fault: Option<Fault>) -> (MemoryChannel, MemoryChannel) {
     let sent = Arc::new(AtomicUsize::new(0));
     let fault = fault.map(Arc::new);
     let end = |to_peer, from_peer| MemoryChannel {
+        mangle: None,
         to_peer: Some(to_peer),
         from_peer,
         sent: Arc::clone(&sent),
@@ -247,7 +253,10 @@ impl MemoryChannel {
 
 impl Channel for MemoryChannel {
     fn send(&mut self, kind: u16, parts: &[IoSlice<'_>], _: Instant) -> Result<(), ChannelError> {
-        let message: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        let mut message: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        if let Some(mangle) = &mut self.mangle {
+            mangle(Kind::from_code(kind).unwrap(), &mut message);
+        }
         assert!(message.len() <= syncvm::transfer::MAX_MESSAGE_BYTES);
         let number = self.sent.fetch_add(1, Ordering::SeqCst);
         let Some(fault) = self.fault.as_ref().filter(|fault| number >= fault.at_message) else {
@@ -330,6 +339,36 @@ pub fn pair(seed: u64, pages: usize) -> (Leader, Follower) {
     let leader = LeaderContext::new(parts(FakeGuest::new(seed, pages), a), Pairing::fresh(pages));
     let follower = FollowerContext::new(parts(FakeGuest::new(seed ^ 0xffff, pages), b));
     (leader, follower)
+}
+
+/// One syncvm in which the messages of the leader and of the follower are changed on their way.
+pub fn mangled_sync(
+    leader: &mut Leader,
+    follower: &mut Follower,
+    number: u64,
+    of_leader: Option<Mangle>,
+    of_follower: Option<Mangle>,
+) -> Outcome {
+    let (mut a, mut b) = channel_pair(None);
+    (a.mangle, b.mangle) = (of_leader, of_follower);
+    leader.replace_channel(a);
+    follower.replace_channel(b);
+    sync_on_present_channel(leader, follower, number)
+}
+
+/// After a syncvm that may have failed anywhere: nobody hangs or stands still, the follower's guest is exactly
+/// its own or exactly the leader's, and an acknowledgement means the latter.
+pub fn check_after_fault(leader: &Leader, follower: &Follower, outcome: &Outcome, applied_before: usize) -> bool {
+    assert!(leader.guest.running, "the leader's guest runs after {:?}", outcome.0);
+    assert!(follower.guest.running, "the follower's guest runs after {:?}", outcome.1);
+    let applied = follower.observer.applied > applied_before;
+    if applied {
+        assert!(follower.guest.at_resume == leader.guest.at_stop, "whole and the leader's");
+    } else {
+        assert!(follower.guest.at_resume == follower.guest.at_stop, "untouched");
+    }
+    assert!(outcome.0.is_err() || applied, "acknowledged means applied");
+    applied
 }
 
 pub type Outcome = (Result<SyncReport, SyncError>, Result<SyncReport, SyncError>);

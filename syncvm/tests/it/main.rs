@@ -1,6 +1,8 @@
 //! syncvm through its public interface, against fakes that fail everywhere and against a real process.
 
 mod common;
+mod delta;
 mod exchange;
 mod rejoin;
+mod traced;
 mod tracker;

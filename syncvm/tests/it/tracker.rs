@@ -1,158 +1,21 @@
-//! The trackers against a real process: a child maps the RAM file, makes a userfaultfd and writes on command.
-//!
-//! The child is this test binary again, started at `child_process`. Needs root (pagemap of another process).
+//! The trackers against a real process (see `traced`).
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::{Rng, snapshot};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use crate::traced::{Backing, PAGES, Process};
+use huge_pages::HugePages;
+use syncvm::hash::HashPool;
 use syncvm::tracker::{Candidates, DirtyTracker, TrackerKind, choose};
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber};
 
-const CHILD: &str = "PLOVER_TRACKER_TEST_CHILD";
-const PAGES: usize = 3000;
-
-/// Not a test: the body of the child process. Without its variable it does nothing.
-#[test]
-fn child_process() {
-    let Ok(fds) = std::env::var(CHILD) else {
-        return;
-    };
-    let fds: Vec<RawFd> = fds.split(',').map(|fd| fd.parse().unwrap()).collect();
-    // SAFETY: the parent left these two descriptors open for this process alone.
-    let (ram, socket) = unsafe { (OwnedFd::from_raw_fd(fds[0]), UnixStream::from(OwnedFd::from_raw_fd(fds[1]))) };
-    let ram = GuestRam::new(ram, None).unwrap();
-    // SAFETY: the system call takes flags only and returns a new descriptor or -1.
-    let uffd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    let mut out = socket.try_clone().unwrap();
-    writeln!(out, "{uffd}").unwrap();
-    let mut storm: Option<(Arc<AtomicBool>, std::thread::JoinHandle<u64>)> = None;
-    for line in BufReader::new(socket).lines() {
-        let line = line.unwrap();
-        let mut words = line.split(' ');
-        match words.next().unwrap() {
-            "write" => {
-                for word in words {
-                    ram.write_page(PageNumber(word.parse().unwrap()), &[7; PAGE_BYTES]);
-                }
-            }
-            "storm" => {
-                let (ram, stop) = (ram.clone(), Arc::new(AtomicBool::new(false)));
-                let stopping = Arc::clone(&stop);
-                let writer = std::thread::spawn(move || storm_until(&ram, &stopping));
-                storm = Some((stop, writer));
-            }
-            "calm" => {
-                let (stop, writer) = storm.take().unwrap();
-                stop.store(true, Ordering::Relaxed);
-                assert!(writer.join().unwrap() > 0);
-            }
-            other => panic!("unknown command {other}"),
-        }
-        writeln!(out, "ok").unwrap();
-    }
-}
-
-fn storm_until(ram: &GuestRam, stop: &AtomicBool) -> u64 {
-    let mut rng = Rng(5);
-    let mut writes = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let page = PageNumber(rng.below(PAGES) as u32);
-        let fill = rng.next() as u8;
-        ram.write_page(page, &[fill; PAGE_BYTES]);
-        writes += 1;
-    }
-    writes
-}
-
-struct Process {
-    child: Child,
-    socket: UnixStream,
-    replies: BufReader<UnixStream>,
-    ram: GuestRam,
-    uffd: Option<OwnedFd>,
-}
-
-impl Process {
-    fn start() -> Self {
-        let fd = memfd_create("plover-tracker-test", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&fd, (PAGES * PAGE_BYTES) as u64).unwrap();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        // Copies without close-on-exec, for the child only; closed here as soon as it has been started.
-        let (for_child, theirs) = (fd.try_clone().unwrap(), OwnedFd::from(theirs));
-        for fd in [&for_child, &theirs] {
-            fcntl_setfd(fd, FdFlags::empty()).unwrap();
-        }
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "tracker::child_process", "--nocapture", "--test-threads=1"])
-            .env(CHILD, format!("{},{}", for_child.as_raw_fd(), theirs.as_raw_fd()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        drop((for_child, theirs));
-        let mut process = Self {
-            child,
-            replies: BufReader::new(ours.try_clone().unwrap()),
-            socket: ours,
-            ram: GuestRam::new(fd, None).unwrap(),
-            uffd: None,
-        };
-        let uffd: i32 = process.reply().parse().unwrap();
-        assert!(uffd >= 0, "the child could not make a userfaultfd");
-        let pid = Pid::from_child(&process.child);
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-        process.uffd = Some(pidfd_getfd(&pidfd, uffd, PidfdGetfdFlags::empty()).unwrap());
-        process
-    }
-
-    fn reply(&mut self) -> String {
-        let mut line = String::new();
-        self.replies.read_line(&mut line).expect("the child answers in time");
-        line.trim().to_string()
-    }
-
-    fn command(&mut self, line: &str) {
-        writeln!(self.socket, "{line}").unwrap();
-        assert_eq!(self.reply(), "ok");
-    }
-
-    fn write(&mut self, pages: &[u32]) {
-        let words: Vec<String> = pages.iter().map(u32::to_string).collect();
-        self.command(&format!("write {}", words.join(" ")));
-    }
-
-    fn tracker(&mut self, force: Option<TrackerKind>) -> (Box<dyn DirtyTracker>, syncvm::tracker::Choice) {
-        self.try_tracker(force).unwrap()
-    }
-
-    fn try_tracker(
-        &mut self,
-        force: Option<TrackerKind>,
-    ) -> Result<(Box<dyn DirtyTracker>, syncvm::tracker::Choice), syncvm::tracker::TrackerError> {
-        choose(Candidates { pid: self.child.id(), ram: self.ram.fd(), pages: PAGES, uffd: self.uffd.take(), force })
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // The child ends when its socket closes; killing it makes that certain.
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
 fn harvest(tracker: &mut dyn DirtyTracker) -> Vec<u32> {
-    let mut set = DirtySet::new(PAGES);
+    harvest_of(PAGES, tracker)
+}
+
+fn harvest_of(pages: usize, tracker: &mut dyn DirtyTracker) -> Vec<u32> {
+    let mut set = DirtySet::new(pages);
     let stats = tracker.harvest(&mut set).unwrap();
     assert!(stats.pages >= set.count());
     set.iter().map(|page| page.0).collect()
@@ -194,13 +57,15 @@ fn more_ranges_than_one_call_returns_are_all_found() {
     assert_eq!(harvest(&mut *tracker), every_other);
 }
 
-/// Pre-copy with nothing but harvests: copying what each harvest names must end with an equal memory.
-fn no_write_is_missed(process: &mut Process, tracker: &mut dyn DirtyTracker, rounds: usize) {
+/// The completeness test of I4 that every tracker passes: copying what each harvest names, and nothing else, must end with an
+/// equal memory although the process writes at random all the time. A tracker that is exact for a stopped guest only is
+/// harvested between two storms.
+fn no_write_is_missed(process: &mut Process, tracker: &mut dyn DirtyTracker, least_harvests: usize) {
     let mut shadow = snapshot(&process.ram);
     let mut page = [0; PAGE_BYTES];
-    let mut seen = 0;
+    let (mut seen, mut harvests) = (0, 0);
     let mut copy = |tracker: &mut dyn DirtyTracker, ram: &GuestRam| {
-        let mut set = DirtySet::new(PAGES);
+        let mut set = DirtySet::new(ram.pages());
         tracker.harvest(&mut set).unwrap();
         for number in set.iter() {
             ram.read_page(number, &mut page);
@@ -208,13 +73,18 @@ fn no_write_is_missed(process: &mut Process, tracker: &mut dyn DirtyTracker, rou
         }
         seen += set.count();
     };
-    process.command("storm");
+    let live = tracker.exact_while_running();
     let start = Instant::now();
-    for _ in 0..rounds {
+    process.command("storm 0");
+    while harvests < least_harvests || start.elapsed() < Duration::from_millis(300) {
+        if !live {
+            process.command("calm");
+        }
         copy(tracker, &process.ram);
-    }
-    while start.elapsed() < Duration::from_millis(300) {
-        copy(tracker, &process.ram);
+        harvests += 1;
+        if !live {
+            process.command(&format!("storm {harvests}"));
+        }
     }
     process.command("calm");
     copy(tracker, &process.ram);
@@ -222,20 +92,37 @@ fn no_write_is_missed(process: &mut Process, tracker: &mut dyn DirtyTracker, rou
     assert!(shadow == snapshot(&process.ram), "a written page was missed");
 }
 
-#[test]
-fn no_written_page_is_missed_while_the_process_writes() {
-    let mut process = Process::start();
-    let (mut tracker, _) = process.tracker(Some(TrackerKind::Uffd));
-    assert!(tracker.exact_while_running());
-    no_write_is_missed(&mut process, &mut *tracker, 50);
+/// The suite with this tracker over this memory, alone and with others who share the work.
+fn is_complete(backing: Backing, pages: usize, kind: TrackerKind, least_harvests: usize) {
+    let mut process = Process::with(backing, pages);
+    process.write(&[1, 2, pages as u32 - 1]);
+    let (mut tracker, choice) = process.tracker(Some(kind));
+    assert_eq!((tracker.kind(), choice.reason.as_str()), (kind, "asked for by the configuration"));
+    for workers in [0, 2] {
+        tracker.use_pool(&Arc::new(HashPool::new(workers)));
+        no_write_is_missed(&mut process, &mut *tracker, least_harvests);
+    }
 }
 
 #[test]
-fn the_full_tracker_and_soft_dirty_where_it_exists_miss_nothing() {
+fn the_uffd_tracker_misses_nothing_while_the_process_writes() {
+    is_complete(Backing::Normal, PAGES, TrackerKind::Uffd, 50);
+}
+
+/// Three ranges (the last a short one) for three threads.
+#[test]
+fn a_large_guest_scanned_by_several_threads_misses_nothing() {
+    is_complete(Backing::Normal, 2 * (128 << 20) / PAGE_BYTES + 5, TrackerKind::Uffd, 1);
+}
+
+#[test]
+fn the_full_tracker_misses_nothing() {
+    is_complete(Backing::Normal, PAGES, TrackerKind::Full, 2);
+}
+
+#[test]
+fn the_soft_dirty_tracker_misses_nothing_where_the_kernel_has_it() {
     let mut process = Process::start();
-    let (mut tracker, choice) = process.tracker(Some(TrackerKind::Full));
-    assert_eq!(choice.reason, "asked for by the configuration");
-    no_write_is_missed(&mut process, &mut *tracker, 2);
     match process.try_tracker(Some(TrackerKind::SoftDirty)) {
         Err(error) => assert!(error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}"),
         Ok((mut tracker, _)) => {
@@ -245,8 +132,34 @@ fn the_full_tracker_and_soft_dirty_where_it_exists_miss_nothing() {
             process.write(&[3, 1000]);
             let found = harvest(&mut *tracker);
             assert!(found.contains(&3) && found.contains(&1000));
+            is_complete(Backing::Normal, PAGES, TrackerKind::SoftDirty, 20);
         }
     }
+}
+
+#[test]
+fn a_guest_on_huge_pages_is_tracked_by_the_huge_page_and_misses_nothing() {
+    const HUGE: usize = 8;
+    const HUGE_PAGES: usize = (2 << 20) / PAGE_BYTES;
+    let _reserved = match HugePages::reserve(HUGE as u64) {
+        Ok(reserved) => reserved,
+        Err(error) => return eprintln!("SKIPPED: no huge pages to be had here: {error}"),
+    };
+    let pages = HUGE * HUGE_PAGES;
+    let mut process = Process::with(Backing::Huge, pages);
+    let (mut tracker, choice) = process.tracker(None);
+    assert_eq!(choice.kind, TrackerKind::Uffd, "{}", choice.reason);
+    assert_eq!(harvest_of(pages, &mut *tracker), [0u32; 0], "clean at the start");
+    let expanded = |huge: &[u32]| -> Vec<u32> {
+        huge.iter().flat_map(|huge| huge * HUGE_PAGES as u32..(huge + 1) * HUGE_PAGES as u32).collect()
+    };
+    process.write(&[5, 511, 1024]);
+    assert_eq!(harvest_of(pages, &mut *tracker), expanded(&[0, 2]));
+    process.write(&[512]);
+    assert_eq!(harvest_of(pages, &mut *tracker), expanded(&[1]), "reported once, and protected again");
+    drop((tracker, process));
+    is_complete(Backing::Huge, pages, TrackerKind::Uffd, 20);
+    is_complete(Backing::Huge, pages, TrackerKind::Full, 2);
 }
 
 #[test]

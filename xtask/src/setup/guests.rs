@@ -183,7 +183,7 @@ fn file_name(path: &Path) -> String {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned()
 }
 
-/// The path below `root` that matches a pattern of which one component may have a star.
+/// The path below `root` that matches a pattern of which one component may have a star, for digits and dots.
 ///
 /// # Errors
 /// There is none, or there are several.
@@ -195,8 +195,8 @@ pub(super) fn only_match(root: &Path, pattern: &str) -> Result<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
         let path = entry?.path();
-        let fits = path.file_name().and_then(|name| name.to_str()?.strip_prefix(prefix)?.strip_suffix(suffix));
-        if fits.is_some() {
+        let starred = path.file_name().and_then(|name| name.to_str()?.strip_prefix(prefix)?.strip_suffix(suffix));
+        if starred.is_some_and(|version| version.chars().all(|letter| letter.is_ascii_digit() || letter == '.')) {
             found.push(if rest.is_empty() { path } else { path.join(rest) });
         }
     }
@@ -227,9 +227,13 @@ mod tests {
         for directory in ["lib/db/15/bin", "lib/db/other"] {
             fs::create_dir_all(root.join(directory)).unwrap();
         }
-        fs::write(root.join("lib/db/15/bin/server"), "").unwrap();
+        for file in ["lib/db/15/bin/server", "lib/db/other.default"] {
+            fs::write(root.join(file), "").unwrap();
+        }
         assert_eq!(only_match(&root, "lib/db/*/bin/server").unwrap(), root.join("lib/db/15/bin/server"));
         assert_eq!(only_match(&root, "lib/db/1*").unwrap(), root.join("lib/db/15"));
+        assert_eq!(only_match(&root, "lib/db/*").unwrap(), root.join("lib/db/15"));
+        fs::create_dir(root.join("lib/db/17.2")).unwrap();
         for wrong in ["lib/db/*", "lib/db/9*", "lib/db/*/bin/client"] {
             assert!(only_match(&root, wrong).is_err(), "{wrong}");
         }

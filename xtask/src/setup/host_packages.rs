@@ -19,7 +19,7 @@ const NEEDED: [(&str, &str, &str); 12] = [
     ("losetup", "mount", "block devices that fail"),
     ("mount", "mount", "the small file system"),
     ("pkg-config", "pkg-config", "finding libraries"),
-    ("dpdk-testpmd", "dpdk", "a switch for uplinks that DPDK drives"),
+    ("dpdk-testpmd", "dpdk-dev", "a switch for uplinks that DPDK drives"),
 ];
 
 /// (pkg-config's name, Debian package, what for). 22 MB to fetch and 140 MB on disk, because Debian's drivers come all together.

@@ -2,9 +2,11 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use syncvm::exchange::{Guest, GuestError};
+use syncvm::hash::HashPool;
 use syncvm::tracker::{self, Candidates, DirtyTracker, TrackerKind};
 use syncvm::{DirtySet, GuestRam, PageNumber};
 
@@ -133,6 +135,11 @@ impl QemuGuest {
         let guest =
             Self { qmp, agent, ram: mapping, tracker, dirty, state_file, pid, powered_off: false, reboot_is_shutdown };
         Ok((guest, found))
+    }
+
+    /// Lets the hash workers share the harvests.
+    pub fn use_pool(&mut self, pool: &Arc<HashPool>) {
+        self.tracker.use_pool(pool);
     }
 
     /// Readable when QEMU says something by itself.

@@ -14,11 +14,12 @@ mod observer;
 mod serve;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{self, TryRecvError};
 use std::sync::{Arc, Mutex};
 
 use consensus::{Index, ReplicaId, View};
 use dataplane::fabric::bulk::BulkCancel;
+use dataplane::mailbox::{self, mailbox};
 use dataplane::wait::{Bell, EventFd};
 use syncvm::exchange::SyncReport;
 
@@ -205,9 +206,9 @@ impl Standing {
 
 /// The reactor's end of the worker.
 pub struct Worker {
-    commands: Sender<Command>,
+    commands: mpsc::Sender<Command>,
     command_event: Arc<EventFd>,
-    reports: Receiver<Report>,
+    reports: mailbox::Receiver<Report>,
     /// Rung when reports wait.
     pub report_bell: Arc<Bell>,
     /// Shared permissions.
@@ -219,9 +220,9 @@ pub struct Worker {
 
 /// The worker's end.
 pub(crate) struct WorkerPort {
-    pub commands: Mutex<Receiver<Command>>,
+    pub commands: Mutex<mpsc::Receiver<Command>>,
     pub command_event: Arc<EventFd>,
-    pub reports: Sender<Report>,
+    pub reports: mailbox::Sender<Report>,
     pub report_bell: Arc<Bell>,
     pub standing: Arc<Standing>,
     pub crash_points: Arc<CrashPoints>,
@@ -242,8 +243,8 @@ impl WorkerPort {
 
 /// Both ends of a new pair of queues.
 pub(crate) fn queues(crash_points: Arc<CrashPoints>) -> std::io::Result<(Worker, WorkerPort)> {
-    let (commands, command_receiver) = channel();
-    let (report_sender, reports) = channel();
+    let (commands, command_receiver) = mpsc::channel();
+    let (report_sender, reports) = mailbox(usize::MAX);
     let (command_event, report_bell) = (Arc::new(EventFd::new()?), Arc::new(Bell::new()?));
     let standing = Arc::new(Standing::default());
     let port = WorkerPort {

@@ -52,8 +52,8 @@ pub struct WorkerSetup {
     pub node: String,
     /// The VM's sockets and state files.
     pub run_dir: PathBuf,
-    /// Hash threads.
-    pub hash_workers: usize,
+    /// Hash threads: the core of each, if it has one of its own.
+    pub hash_cores: Vec<Option<usize>>,
     /// Whether the thread may go before others.
     pub scheduling: Scheduling,
     /// Bulk connections.
@@ -104,7 +104,7 @@ pub fn start(setup: WorkerSetup) -> std::io::Result<Worker> {
         scheduling::favour(setup.scheduling);
         let mut serve = Serve {
             sockets: Sockets::of(&setup.vm, &setup.run_dir),
-            pool: Arc::new(HashPool::new(setup.hash_workers)),
+            pool: Arc::new(HashPool::on_cores(&setup.hash_cores)),
             port: Arc::new(port),
             poller,
             side: Side::Detached,
@@ -158,7 +158,8 @@ impl Serve {
         self.next_attach = Instant::now() + ATTACH_INTERVAL;
         let attached = QemuGuest::attach(&self.sockets, &self.setup.vm, &self.setup.node, self.setup.dirty.clone());
         match attached {
-            Ok((guest, found)) => {
+            Ok((mut guest, found)) => {
+                guest.use_pool(&self.pool);
                 if let Err(error) = self.poller.add(guest.event_fd(), TOKEN_QEMU, Interest::Read) {
                     tracing::warn!(%error, "QEMU's events are only seen once a second");
                 }
@@ -286,7 +287,8 @@ impl Serve {
                 },
                 early_resume: policy.early_resume,
                 transfer: match policy.sync {
-                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::default(),
+                    SyncPolicy::Vsmr | SyncPolicy::Str if policy.delta => TransferMode::Delta,
+                    SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::Pages,
                     SyncPolicy::Mc => TransferMode::All,
                 },
                 verify: policy.verify,
