@@ -80,10 +80,17 @@ fn measure(bed: &Testbed, effort: Effort, sink: Sink<'_>) -> Result<()> {
     let suffered = (1..=kills).map(|number| suffer(&cluster, &mut load, number, number < kills, calm));
     let suffered = suffered.collect::<Result<Vec<Kill>>>()?;
     let report = load.finish()?;
-    let gap = |kill: &Kill| report.windows.iter().find(|window| window.label == kill.label).map(|window| window.gap_ms);
-    let gaps = suffered.iter().map(gap).collect::<Option<Vec<f64>>>().context("every kill has its window")?;
+    let window = |kill: &Kill| report.windows.iter().find(|window| window.label == kill.label);
+    let windows = suffered.iter().map(window).collect::<Option<Vec<_>>>().context("every kill has its window")?;
+    let gaps: Vec<f64> = windows.iter().map(|window| window.gap_ms).collect();
+    let one_client: Vec<f64> = windows.iter().map(|window| window.connection_gap_ms).collect();
     let again: Vec<f64> = suffered.iter().map(|kill| kill.protected_ms - kill.at_ms).collect();
-    for (id, values) in [("failover.gap_ms", gaps.clone()), ("failover.protected_again_ms", again)] {
+    let rows = [
+        ("failover.gap_ms", gaps.clone()),
+        ("failover.connection_gap_ms", one_client),
+        ("failover.protected_again_ms", again),
+    ];
+    for (id, values) in rows {
         if sink.wants(id) {
             sink(alone(Figure { id, unit: "ms", better: Better::Lower }, effort, values))?;
         }
