@@ -212,6 +212,9 @@ pub struct GroupStatus {
     /// Pauses between two batches of input because the secondary's guest is behind (leader).
     #[serde(default)]
     pub input_pauses: u64,
+    /// Inputs since the last syncvm that the guest got only when this node took over (`mc`).
+    #[serde(default)]
+    pub inputs_taken_over: u64,
     /// Frames that left.
     pub frames_out: u64,
     /// Frames dropped, but not by the filter: by the uplink in either direction, or on the way in for want of buffers
@@ -279,6 +282,9 @@ impl GroupStatus {
         if self.input_pauses > 0 {
             let _ =
                 writeln!(text, "  frames    {} pauses of the input, for a secondary that is behind", self.input_pauses);
+        }
+        if self.inputs_taken_over > 0 {
+            let _ = writeln!(text, "  frames    {} inputs delivered at take-over", self.inputs_taken_over);
         }
         for (rule, frames) in self.filter.iter().filter(|_| self.filter.len() > 1) {
             let _ = writeln!(text, "  filter    {frames} frames: {rule}");

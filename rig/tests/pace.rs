@@ -103,9 +103,9 @@ fn an_idle_guest_costs_next_to_nothing() {
         std::thread::sleep(IDLE_WINDOW);
         let after = (hosts.map(|host| cpu_ticks(host, DAEMON)), syncvms());
         for (host, (before, after)) in hosts.iter().zip(before.0.into_iter().zip(after.0)) {
-            let percent = (after - before) * 100 / (IDLE_WINDOW.as_secs() * TICKS_PER_S);
-            println!("{}: {} ticks in {IDLE_WINDOW:?}", host.name(), after - before);
-            assert!(percent <= IDLE_PERCENT, "the daemon on {} took {percent} % of a core", host.name());
+            let (ticks, all) = (after - before, IDLE_WINDOW.as_secs() * TICKS_PER_S);
+            println!("{}: {ticks} ticks in {IDLE_WINDOW:?}", host.name());
+            assert!(ticks * 100 <= all * IDLE_PERCENT, "the daemon on {} took {ticks} ticks of {all}", host.name());
         }
         let status = status(cluster, &roles.leader);
         assert!(after.1 - before.1 <= 8, "{} syncvms of an idle guest: {status}", after.1 - before.1);
@@ -128,7 +128,7 @@ fn a_secondary_with_a_quarter_of_its_time_is_kept() {
         starved.undo().unwrap();
         assert_eq!((&after["view"], &after["protected"]), (&view, &true.into()), "{after}");
         assert_eq!(after["secondary"], *roles.secondary.name(), "{after}");
-        assert!(after["totals"]["failed"].as_u64() <= Some(1), "{after}");
+        assert!(after["totals"]["failed"].as_u64().expect("it is shown") <= 1, "{after}");
         println!("{:.0} operations/s, longest gap {:.0} ms", report.ops_per_s, report.gap_ms);
         assert!(report.gap_ms < 1_000.0, "it slowed down by standing still for {} ms", report.gap_ms);
     });

@@ -27,11 +27,18 @@ fn survives_its_leaders(policy: &str, shown: &str, secondary_runs: bool) {
         assert_eq!(secondary["guest"], if secondary_runs { "running" } else { "stopped" }, "{secondary}");
         Ok(vec![roles.leader.crash()?])
     };
+    let mut taken_over = 0;
     for round in 1..=2 {
         scenario
             .survive(&format!("{shown}: leader's host killed, {round}"), Expect::Moves, BRIEF, strike)
             .unwrap_or_else(|error| panic!("{error}"));
+        // Its count is lost with the next strike.
+        let leader = cluster.wait_leader(Deadline::after_secs(10)).unwrap();
+        let status = cluster.status(leader).expect("the leader answers");
+        taken_over += status["inputs_taken_over"].as_u64().expect("it is shown");
     }
+    println!("{taken_over} inputs delivered at take-over");
+    assert_eq!(taken_over > 0, !secondary_runs, "only a guest that stood still has inputs to catch up with");
     let hand_over = |cluster: &Cluster, roles: &Roles| -> Result<Vec<Fault>> {
         cluster.ask(&roles.leader, &["failover", VM]).map(|_| Vec::new())
     };

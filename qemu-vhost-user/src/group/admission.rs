@@ -9,7 +9,7 @@
 use consensus::Lag;
 
 /// A lag of this time is usual: while a syncvm is applied, the secondary consumes nothing, and it reports with its
-/// next answer.
+/// next answer. That may be the one to a heartbeat, so with rare heartbeats more is usual: two of their intervals.
 const USUAL_US: u64 = 100_000;
 /// So many entries too.
 const USUAL_ENTRIES: u64 = 512;
@@ -21,8 +21,9 @@ const US_PER_ENTRY: u64 = 20;
 const LONGEST_US: u64 = 100_000;
 
 /// How long to wait after one batch of inputs before the next.
-pub fn pause_us(lag: Lag) -> u64 {
-    let by_time_us = lag.for_us.saturating_sub(USUAL_US) / SHARE_OF_TIME;
+pub fn pause_us(lag: Lag, heartbeat_us: u64) -> u64 {
+    let usual_us = USUAL_US.max(2 * heartbeat_us);
+    let by_time_us = lag.for_us.saturating_sub(usual_us) / SHARE_OF_TIME;
     let by_entries_us = lag.entries.saturating_sub(USUAL_ENTRIES) * US_PER_ENTRY;
     by_time_us.saturating_add(by_entries_us).min(LONGEST_US)
 }
@@ -30,6 +31,12 @@ pub fn pause_us(lag: Lag) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const HEARTBEAT_US: u64 = 25_000;
+
+    fn pause_us(lag: Lag) -> u64 {
+        super::pause_us(lag, HEARTBEAT_US)
+    }
 
     fn behind(entries: u64, for_us: u64) -> Lag {
         Lag { entries, for_us, bytes: 0 }
@@ -47,5 +54,12 @@ mod tests {
         assert!(pauses.is_sorted());
         let steps = pauses.windows(2).map(|two| two[1] - two[0]);
         assert!(steps.max() < Some(200), "gradually");
+    }
+
+    #[test]
+    fn a_secondary_that_only_heartbeats_ask_is_not_behind_between_them() {
+        let rare_us = 15_000_000;
+        assert_eq!(super::pause_us(behind(2, 2 * rare_us), rare_us), 0);
+        assert_eq!(super::pause_us(behind(2, 2 * rare_us + 80_000), rare_us), 10_000);
     }
 }

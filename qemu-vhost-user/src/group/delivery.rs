@@ -42,6 +42,10 @@ pub struct Delivery {
     queue: VecDeque<Committed>,
     /// Inputs that came before the queue's and wait until a syncvm makes them needless or this replica leads.
     kept: VecDeque<Committed>,
+    /// As `left_bytes`, of the first that is kept.
+    kept_left_bytes: Option<usize>,
+    /// Inputs that were kept and given to the guest when this replica took over.
+    pub taken_over: u64,
     backlog_bytes: usize,
     /// Bytes of the first entry whose frames are not delivered yet; `None` before it was checked.
     left_bytes: Option<usize>,
@@ -87,30 +91,42 @@ impl Delivery {
         self.applied
     }
 
-    /// The last entry that the guest has consumed, or would have consumed if it were to run.
-    fn seen(&self) -> Index {
-        self.kept.back().map_or(self.applied, |kept| kept.index)
+    /// The last entry that the guest has consumed, or would have consumed if it were to run: one that stands still
+    /// keeps up with whatever is committed, also behind a syncvm under way.
+    fn seen(&self, passive: bool) -> Index {
+        let waits = self.queue.back().filter(|_| passive).or(self.kept.back());
+        waits.map_or(self.applied, |last| last.index.max(self.applied))
     }
 
     /// A syncvm made the guest what its leader's was after all of the kept inputs.
     pub fn forget_kept(&mut self) {
         self.kept.clear();
+        self.kept_left_bytes = None;
     }
 
     /// Moves the input at the head to those that are kept.
     fn keep(&mut self) {
         let Some(input) = self.queue.pop_front() else { return };
         self.backlog_bytes -= input.entry.payload().len();
-        self.left_bytes = None;
+        // A guest that led until now may have taken a part of it.
+        let left_bytes = self.left_bytes.take();
+        if self.kept.is_empty() {
+            self.kept_left_bytes = left_bytes;
+        }
         self.kept.push_back(input);
+        self.stalls.nothing_waits();
     }
 
     /// The kept inputs are for the guest now, before all others.
     fn deliver_kept(&mut self) {
         while let Some(input) = self.kept.pop_back() {
             self.backlog_bytes += input.entry.payload().len();
-            self.left_bytes = None;
+            self.taken_over += 1;
             self.queue.push_front(input);
+            self.left_bytes = None;
+        }
+        if let Some(left_bytes) = self.kept_left_bytes.take() {
+            self.left_bytes = Some(left_bytes);
         }
     }
 
@@ -151,7 +167,7 @@ impl Delivery {
         if let Some(done) = self.queue.pop_front() {
             self.syncs_queued -= usize::from(matches!(done.entry, Entry::SyncVm { with } if with == me));
             self.backlog_bytes -= done.entry.payload().len();
-            self.applied = done.index;
+            self.applied = self.applied.max(done.index);
             self.left_bytes = None;
             self.stalls.nothing_waits();
         }
@@ -210,7 +226,7 @@ impl Reactor<'_> {
 
     /// Tells consensus how far the guest is: the leader waits for its secondary.
     pub(super) fn tell_consumed(&mut self, now: u64) {
-        let seen = self.delivery.seen();
+        let seen = self.delivery.seen(self.is_passive());
         if std::mem::replace(&mut self.delivery.told, seen) != seen {
             self.ordering.step(now, Event::Consumed(seen));
         }
@@ -284,7 +300,12 @@ impl Reactor<'_> {
         if self.delivery.stalls.is_dropping(queue) || !self.guest.rings_expected() {
             return true;
         }
-        let limit_us = if self.delivery.sync_behind() { limit_us.min(SYNC_STALL_LIMIT_US) } else { limit_us };
+        // What a leader drops, no syncvm makes good.
+        let limit_us = if self.lead.is_none() && self.delivery.sync_behind() {
+            limit_us.min(SYNC_STALL_LIMIT_US)
+        } else {
+            limit_us
+        };
         self.delivery.retry_us = now + 1_000;
         self.delivery.stalls.is_too_long(queue, now, limit_us)
     }
@@ -319,15 +340,51 @@ mod tests {
         (1..=5).for_each(|index| delivery.push(input(index), ME));
         delivery.pop(ME);
         (2..=4).for_each(|_| delivery.keep());
-        assert_eq!((delivery.applied(), delivery.seen()), (Index(1), Index(4)), "the leader waits for nothing");
+        assert_eq!((delivery.applied(), delivery.seen(false)), (Index(1), Index(4)));
+        assert_eq!(delivery.seen(true), Index(5), "the leader waits for nothing");
         assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![5], 10));
         delivery.deliver_kept();
         assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![2, 3, 4, 5], 40));
         delivery.pop(ME);
-        assert_eq!((delivery.applied(), delivery.seen()), (Index(2), Index(2)));
+        assert_eq!((delivery.applied(), delivery.seen(false)), (Index(2), Index(2)));
+        assert_eq!(delivery.taken_over, 3);
         delivery.keep();
         delivery.forget_kept();
         delivery.deliver_kept();
         assert_eq!((order(&delivery), delivery.backlog_bytes()), (vec![4, 5], 20));
+    }
+
+    #[test]
+    fn what_is_applied_never_goes_back() {
+        let mut delivery = Delivery::default();
+        (1..=2).for_each(|index| delivery.push(input(index), ME));
+        delivery.keep();
+        delivery.pop(ME);
+        assert_eq!((delivery.applied(), delivery.seen(true)), (Index(2), Index(2)));
+        delivery.deliver_kept();
+        delivery.pop(ME);
+        assert_eq!((delivery.applied(), delivery.seen(false)), (Index(2), Index(2)));
+    }
+
+    #[test]
+    fn of_a_kept_input_only_what_the_guest_did_not_take_is_delivered() {
+        let mut delivery = Delivery::default();
+        (1..=2).for_each(|index| delivery.push(input(index), ME));
+        delivery.left_bytes = Some(4);
+        assert!(!delivery.stalls.is_too_long(0, 1_000, 50));
+        (1..=2).for_each(|_| delivery.keep());
+        assert_eq!(delivery.next_deadline_us(), u64::MAX, "nothing waits for buffers");
+        assert_eq!(delivery.left_bytes, None);
+        delivery.deliver_kept();
+        assert_eq!((order(&delivery), delivery.left_bytes), (vec![1, 2], Some(4)));
+        delivery.pop(ME);
+        assert_eq!(delivery.left_bytes, None);
+        // A syncvm covers the rest.
+        delivery.left_bytes = Some(2);
+        delivery.keep();
+        delivery.forget_kept();
+        delivery.push(input(3), ME);
+        delivery.deliver_kept();
+        assert_eq!(delivery.left_bytes, None);
     }
 }

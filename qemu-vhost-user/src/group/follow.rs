@@ -56,6 +56,15 @@ impl Follow {
     pub fn is_running(&self) -> bool {
         matches!(self, Follow::Running { .. })
     }
+
+    /// An exchange is over without having been applied. Returns whether the group went on without this guest meanwhile.
+    pub(super) fn failed(&mut self, failed: Index) -> bool {
+        let abandoned = matches!(self, Follow::Running { abandoned: true, .. });
+        if matches!(self, Follow::Running { number, .. } if *number == failed) {
+            *self = Follow::Resting;
+        }
+        abandoned
+    }
 }
 
 impl Reactor<'_> {
@@ -152,15 +161,16 @@ impl Reactor<'_> {
                 }
             }
             Report::FollowFailed { number, error, whole } => {
-                let abandoned = matches!(self.follow, Follow::Running { abandoned: true, .. });
-                if matches!(self.follow, Follow::Running { number: present, .. } if present == number) {
-                    self.follow = Follow::Resting;
-                }
+                let abandoned = self.follow.failed(number);
                 self.delivery.pass_sync(number, self.me);
                 self.totals.failed += 1;
                 self.note_error(format!("syncvm {} as follower: {error}", number.0));
                 if self.guest.intact && (!whole || abandoned) {
                     self.invalidate_guest(now, "a syncvm broke off while it was applied");
+                }
+                if self.lead.is_some() {
+                    // It came to lead meanwhile, perhaps too late for the worker to see that the guest may run.
+                    self.resume_to_lead();
                 }
             }
             _ => unreachable!("only a follower's reports come here"),

@@ -226,6 +226,10 @@ impl Reactor<'_> {
     /// As [`Reactor::invalidate_guest`], while the worker itself has stopped the guest for a rejoin.
     pub(super) fn invalidate_for_join(&mut self, now: u64) {
         self.guest.running = false;
+        if let Some(attached) = &mut self.guest.attached {
+            // From here on its memory is a mixture, also if the rejoin fails: it can only be restarted.
+            attached.fresh = false;
+        }
         if self.guest.intact {
             self.drop_guest(now);
         }

@@ -13,6 +13,7 @@ use dataplane::uplink::{Burst, Intake};
 use super::admission;
 use super::memory::shared;
 use super::reactor::Reactor;
+use super::setup::heartbeat_interval_us;
 use crate::config::Uplink;
 
 /// Largest batch.
@@ -128,7 +129,8 @@ impl Reactor<'_> {
             if let Some(index) = self.ordering.propose(now, Entry::Input(payload)) {
                 self.ingress.last_proposed = index.0;
                 self.ingress.frames_in += frames as u64;
-                let pause_us = admission::pause_us(self.ordering.replica().second_lag(now));
+                let heartbeat_us = heartbeat_interval_us(&self.vm.policy);
+                let pause_us = admission::pause_us(self.ordering.replica().second_lag(now), heartbeat_us);
                 self.ingress.not_before_us = now + pause_us;
                 self.ingress.pauses += u64::from(pause_us > 0);
             }

@@ -12,6 +12,8 @@ use dataplane::guard::SlotMark;
 use dataplane::uplink::announce;
 
 use super::egress::ReleaseProof;
+use super::follow::Follow;
+use super::guest::LocalGuest;
 use super::reactor::Reactor;
 use super::requests::HandOver;
 use super::slots::Slots;
@@ -141,14 +143,19 @@ impl Reactor<'_> {
         } else if self.guest.intact {
             // It may have stood still so far, because of the policy.
             self.worker.standing.may_run.store(true, Ordering::Release);
-            if !self.follow.is_running() {
-                // A syncvm or a hand-over may have left it standing. Behind a syncvm that is being applied this must
-                // not wait: that one resumes by itself, if its outcome allows.
-                self.guest.stopped_for_hand_over = false;
-                self.worker.send(Command::Resume);
-            }
+            self.resume_to_lead();
         }
         self.ingress.forget_proposals();
+    }
+
+    /// Lets the guest run that is to lead, unless a syncvm is being applied to it: that one resumes it, or fails and
+    /// brings us here again.
+    pub(super) fn resume_to_lead(&mut self) {
+        if resumes_to_lead(&self.guest, &self.follow) {
+            // A syncvm or a hand-over may have left it standing.
+            self.guest.stopped_for_hand_over = false;
+            self.worker.send(Command::Resume);
+        }
     }
 
     /// Another view began. The guest is left as it is: if nobody else comes to lead, this replica may again.
@@ -371,7 +378,9 @@ impl Reactor<'_> {
                     self.worker.send(Command::LeadRejoin { view, peer, number });
                 }
             }
-            (Rejoin::Final(peer), LeadSync::Resting) => self.propose_sync(now, peer),
+            (Rejoin::Final(peer), LeadSync::Resting) => {
+                self.propose_sync(now, peer);
+            }
             (Rejoin::Naming(peer, base), _) if lead.naming.is_none() => {
                 let naming = self.ordering.propose(now, Entry::Second { replica: Some(peer), base });
                 if let Some(lead) = &mut self.lead {
@@ -530,5 +539,32 @@ impl Reactor<'_> {
         if let Some(lead) = &mut self.lead {
             lead.rejoin = rejoin;
         }
+    }
+}
+
+/// Whether a leader's guest is to be resumed now.
+fn resumes_to_lead(guest: &LocalGuest, follow: &Follow) -> bool {
+    guest.intact && !follow.is_running()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_whose_syncvm_fails_after_it_came_to_lead_is_resumed_then() {
+        let number = Index(7);
+        let mut guest = LocalGuest::new(100);
+        guest.whole_since(Some(ReplicaId(0)), false);
+        let mut follow =
+            Follow::Running { number, mark: None, staged: false, abandoned: false, leader: Some(ReplicaId(0)) };
+        // The leader dies; this replica leads before the worker has noticed.
+        assert!(!resumes_to_lead(&guest, &follow), "the syncvm may still be applied");
+        assert!(!follow.failed(Index(6)), "an older one");
+        assert!(!resumes_to_lead(&guest, &follow));
+        assert!(!follow.failed(number));
+        assert!(resumes_to_lead(&guest, &follow), "or it stands still for good");
+        guest.intact = false;
+        assert!(!resumes_to_lead(&guest, &follow), "what broke off while it was applied never runs");
     }
 }

@@ -242,6 +242,7 @@ impl Reactor<'_> {
             frames_in: self.ingress.frames_in,
             frames_out,
             input_pauses: self.ingress.pauses,
+            inputs_taken_over: self.delivery.taken_over,
             frames_dropped: self.delivery.frames_dropped + uplink_dropped,
             filter: self.ingress.filter_counts(&self.vm.uplink),
             policy: self.vm.policy.describe_sync(),

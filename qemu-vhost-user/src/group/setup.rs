@@ -28,7 +28,7 @@ use super::scheduling::{self, Place};
 use super::totals::Totals;
 use super::turns::{Pace, TOKEN_FABRIC};
 use super::worker::{self, CrashPoints, WorkerSetup};
-use crate::config::{Mode, NodeConfig, SocketSide, TrackerChoice, UplinkKind, VmConfig};
+use crate::config::{Mode, NodeConfig, Policy, SocketSide, TrackerChoice, UplinkKind, VmConfig};
 use crate::control::GroupRequest;
 use crate::device::{self, BackendDirty, Endpoint};
 use crate::node::SocketOverride;
@@ -196,14 +196,22 @@ fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPo
     listener.register(&vm.name, replicas, PeerId(me.0)).map_err(|error| GroupError::Fabric(error.to_string()))
 }
 
+/// Time between two heartbeats of a leader.
+pub(super) fn heartbeat_interval_us(policy: &Policy) -> u64 {
+    policy.failure_timeout_ms * 1000 / 4
+}
+
 fn consensus_config(vm: &VmConfig, me: ReplicaId, listener: &Listener) -> Config {
     let timeout_us = vm.policy.failure_timeout_ms * 1000;
+    let default = Config::new(me, ReplicaId(0), listener.identity().instance ^ now_us());
     Config {
         failure_timeout_us: timeout_us,
-        heartbeat_interval_us: timeout_us / 4,
+        heartbeat_interval_us: heartbeat_interval_us(&vm.policy),
         // What is retained fills the arena too.
         retain_bytes: (vm.policy.arena_mib as u64) << 20 >> 2,
-        ..Config::new(me, ReplicaId(0), listener.identity().instance ^ now_us())
+        // A secondary that is asked only by heartbeats is not behind because they are rare.
+        second_lag_us: default.second_lag_us.max(timeout_us),
+        ..default
     }
 }
 

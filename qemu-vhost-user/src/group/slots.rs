@@ -29,6 +29,10 @@ const IDLE_SHARE: u64 = 32;
 
 /// Shortest time between two looks that only time brings about.
 const SHORTEST_REST_US: u64 = 100;
+/// A syncvm that did not relieve a full arena or log is not tried again before this time.
+const FULL_REST_US: u64 = 100_000;
+/// Consensus refused the proposal: what changes that is a message, which brings a look of its own.
+const REFUSED_REST_US: u64 = 10_000;
 
 /// When the present syncvm passed which point, µs.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,6 +45,8 @@ struct Marks {
     acknowledged_us: Option<u64>,
     /// It ends a slot, and not a rejoin.
     ends_slot: bool,
+    /// That slot had something to release or to reconcile.
+    was_active: bool,
 }
 
 /// The slots of one leader.
@@ -100,7 +106,8 @@ impl Slots {
 
     fn proposed(&mut self, now_us: u64, ends_slot: bool) {
         let ran_us = now_us.saturating_sub(self.since_us);
-        self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, ..Marks::default() };
+        let was_active = self.active_since_us.is_some();
+        self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, was_active, ..Marks::default() };
     }
 
     /// The proposal is committed, and the worker told to stop the guest.
@@ -136,8 +143,8 @@ impl Slots {
 
     fn compared(&mut self, report: &SyncReport) {
         self.idle_slot_us = match report.union_pages {
-            0..=FEW_PAGES => (self.idle_slot_us * 2).min(LONGEST_IDLE_SLOT_US),
-            _ => IDLE_SLOT_US.max(report.total_us * IDLE_SHARE),
+            0..=FEW_PAGES if !self.marks.was_active => (self.idle_slot_us * 2).min(LONGEST_IDLE_SLOT_US),
+            _ => report.total_us.saturating_mul(IDLE_SHARE).clamp(IDLE_SLOT_US, LONGEST_IDLE_SLOT_US),
         };
     }
 
@@ -157,7 +164,12 @@ impl Reactor<'_> {
         let commit = self.ordering.replica().commit_index().0;
         let lead = self.lead.as_mut().expect("planning needs a leader");
         // The proof for the last slot's frames ends with the next proposal: first they leave.
-        if lead.sync != LeadSync::Resting || lead.dropping.is_some() || self.egress.is_releasing() {
+        if lead.dropping.is_some() {
+            // That is settled by a commit, and not by time.
+            lead.slots.next_look_us = u64::MAX;
+            return;
+        }
+        if lead.sync != LeadSync::Resting || self.egress.is_releasing() {
             return;
         }
         let slots = &mut lead.slots;
@@ -191,28 +203,36 @@ impl Reactor<'_> {
             stop_cost_us: slots.stop_costs.predicted_us(),
             sync_cost_us: slots.costs.predicted_us(),
         };
-        // A full arena takes no input until a syncvm has let the log be cut.
-        let forced = lead.forced_sync || lead.hand_over.is_some() || (something && self.arena.is_exhausted());
+        // A full arena or log takes no input until a syncvm has let the log be cut.
+        let full = self.arena.is_exhausted() || self.ordering.log().is_filling_up();
+        let relieves = something || now.saturating_sub(slots.since_us) >= FULL_REST_US;
+        let forced = lead.forced_sync || lead.hand_over.is_some() || (full && relieves);
         let end = slots.policy.decide(&state);
         slots.look_again(now, something);
-        if let Some(end) = end {
+        if (forced || end.is_some())
+            && self.propose_sync(now, second)
+            && let Some(end) = end
+        {
             self.totals.slot_ended(end);
-        }
-        if forced || end.is_some() {
-            self.propose_sync(now, second);
         }
     }
 
-    pub(super) fn propose_sync(&mut self, now: u64, with: ReplicaId) {
+    /// Returns whether it is proposed.
+    pub(super) fn propose_sync(&mut self, now: u64, with: ReplicaId) -> bool {
         let ends_slot = self.ordering.replica().second() == Some(with);
-        if let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) {
-            self.guest.unwatch_idle();
+        let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) else {
             if let Some(lead) = &mut self.lead {
-                lead.sync = LeadSync::Proposed { number, with };
-                lead.forced_sync = false;
-                lead.slots.proposed(now, ends_slot);
+                lead.slots.next_look_us = now + REFUSED_REST_US;
             }
+            return false;
+        };
+        self.guest.unwatch_idle();
+        if let Some(lead) = &mut self.lead {
+            lead.sync = LeadSync::Proposed { number, with };
+            lead.forced_sync = false;
+            lead.slots.proposed(now, ends_slot);
         }
+        true
     }
 
     /// A syncvm of ours is over, and this is what it did.
@@ -266,5 +286,27 @@ pub fn times(name: &str, of: &Histogram<u64>) -> Times {
         p50_ms: ms(of.value_at_quantile(0.5)),
         p99_ms: ms(of.value_at_quantile(0.99)),
         max_ms: ms(of.max()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_guest_is_made_equal_ever_more_rarely_up_to_a_limit() {
+        let mut slots = Slots::new(&Policy::default(), 0);
+        let mut compare = |union_pages, total_us, something| {
+            slots.begin(0);
+            slots.active_since_us = something;
+            slots.proposed(0, true);
+            slots.compared(&SyncReport { union_pages, total_us, ..SyncReport::default() });
+            slots.idle_slot_us
+        };
+        assert_eq!(compare(5, 0, None), 2 * IDLE_SLOT_US);
+        assert_eq!((0..9).map(|_| compare(5, 0, None)).max(), Some(LONGEST_IDLE_SLOT_US));
+        assert_eq!(compare(5, 0, Some(0)), IDLE_SLOT_US, "it was not idle");
+        assert_eq!(compare(FEW_PAGES + 1, 100_000, None), 100_000 * IDLE_SHARE);
+        assert_eq!(compare(FEW_PAGES + 1, 20_000_000, None), LONGEST_IDLE_SLOT_US, "one long syncvm is no rule");
     }
 }
