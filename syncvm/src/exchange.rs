@@ -94,13 +94,15 @@ pub trait Guest {
     /// When it was not loaded completely: the guest is lost until a rejoin.
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
 
-    /// What of this guest's present device state a load of `incoming` would leave as it is, by name: then a load does not
-    /// make the two equal. Empty for a guest whose loads replace everything.
-    ///
-    /// # Errors
-    /// When that cannot be told.
-    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
-        Ok(Vec::new())
+    /// Whether a load may leave something of the present device state as it is. A follower then saves that state at the stop.
+    fn loads_have_leftovers(&self) -> bool {
+        false
+    }
+
+    /// What of the device state `present` a load of `incoming` would leave as it is, by name: then a load does not make the
+    /// two equal.
+    fn leftovers(&self, _present: &[u8], _incoming: &[u8]) -> Vec<String> {
+        Vec::new()
     }
 
     /// Puts the devices of the stopped guest into the state of a machine that was just switched on, so that the next load

@@ -322,7 +322,8 @@ pub struct End {
     pub device_bytes: u64,
     /// XXH3-64 over all bodies that belong to the transfer, in order.
     pub checksum: u64,
-    /// With blocks: [`HashOfHashes`] of the pages as the follower must have them in the end, zero pages left out.
+    /// With blocks: [`HashOfHashes`] of the union and of its pages as the follower must have them in the end, zero pages left
+    /// out.
     pub content: [u8; 16],
 }
 

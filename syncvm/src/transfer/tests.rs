@@ -54,7 +54,7 @@ fn collect<'a>(
             other => panic!("unexpected {other:?}"),
         }
     }
-    if staging.check(&end.expect("an end"), HashKind::default())? == Verdict::Doubtful {
+    if staging.check(&end.expect("an end"))? == Verdict::Doubtful {
         return Err(TransferError::Content);
     }
     Ok(staging.verified())

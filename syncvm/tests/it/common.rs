@@ -62,6 +62,8 @@ pub enum Refusal {
 pub struct FakeGuest {
     /// A device state part of its own that a load would leave; a reset takes it away.
     pub leftover: Option<String>,
+    /// A page that saving the device state writes, as QEMU's may.
+    pub save_writes: Option<PageNumber>,
     pub ram: GuestRam,
     pub dirty: Arc<Mutex<DirtySet>>,
     pub device: Vec<u8>,
@@ -84,6 +86,7 @@ impl FakeGuest {
     pub fn new(seed: u64, pages: usize) -> Self {
         let mut guest = Self {
             leftover: None,
+            save_writes: None,
             ram: new_ram(pages),
             dirty: Arc::new(Mutex::new(DirtySet::new(pages))),
             device: vec![seed as u8; 3000],
@@ -176,8 +179,11 @@ impl Guest for FakeGuest {
     fn harvest_needs_stop(&self) -> bool {
         self.needs_stop
     }
-    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
-        Ok(self.leftover.iter().cloned().collect())
+    fn loads_have_leftovers(&self) -> bool {
+        self.leftover.is_some() || self.save_writes.is_some()
+    }
+    fn leftovers(&self, _present: &[u8], _incoming: &[u8]) -> Vec<String> {
+        self.leftover.iter().cloned().collect()
     }
     fn reset_devices(&mut self) -> Result<(), GuestError> {
         assert!(!self.running, "reset while running");
@@ -187,6 +193,10 @@ impl Guest for FakeGuest {
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         assert!(!self.running, "saved while running");
         self.refused(Refusal::Save)?;
+        if let Some(page) = self.save_writes {
+            self.ram.write_page(page, &[self.rng.next() as u8 | 1; PAGE_BYTES]);
+            self.dirty.lock().unwrap().insert(page);
+        }
         Ok(self.device.clone())
     }
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
