@@ -82,6 +82,11 @@ pub trait Guest {
         false
     }
 
+    /// Whether [`Self::harvest`] tells written pages from others. If not, there is no use in harvesting before the stop.
+    fn harvest_tells_pages_apart(&self) -> bool {
+        true
+    }
+
     /// Saves device and CPU state (everything except RAM) of the stopped guest.
     ///
     /// # Errors
@@ -226,7 +231,8 @@ fn background_turn<G: Guest>(
     hasher: &mut SlotHasher,
     config: &ExchangeConfig,
 ) -> Result<Option<Instant>, SyncError> {
-    if !hasher.in_background() || guest.harvest_needs_stop() || !config.transfer.compares() {
+    let useful = guest.harvest_tells_pages_apart() && config.transfer.compares();
+    if !hasher.in_background() || guest.harvest_needs_stop() || !useful {
         return Ok(None);
     }
     if !hasher.harvest_is_due(Instant::now()) {
@@ -252,6 +258,6 @@ pub struct Parts<G, C, O> {
     pub config: ExchangeConfig,
     /// The present view; the owner replaces the context or sets it when the view changes.
     pub view: u64,
-    /// The hash workers, shared by all groups of a node.
+    /// The hash workers of this guest: one pool for all its exchanges.
     pub pool: Arc<HashPool>,
 }

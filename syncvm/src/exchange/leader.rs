@@ -40,8 +40,8 @@ pub struct LeaderContext<G, C, O> {
     pub(crate) rejoins: u16,
     /// The number of the last syncvm tried.
     pub(crate) last_number: u64,
-    /// The last syncvm failed. Perhaps because short hashes or digests agreed falsely, which they might do again: the next
-    /// one compares whole hashes and sends whole pages.
+    /// In the last syncvm a short hash or a digest agreed falsely, which they would do again: the next one, and only that,
+    /// compares whole hashes and sends whole pages. A link that is too slow for those is not asked twice.
     cautious: bool,
 }
 
@@ -397,7 +397,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn fail(mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
-        self.ctx.cautious = true;
+        self.ctx.cautious = error.hash_agreed_falsely();
         if matches!(error, SyncError::Diverged { .. }) {
             self.ctx.pairing.forget_peer();
         }

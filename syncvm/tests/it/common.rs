@@ -76,6 +76,8 @@ pub struct FakeGuest {
     pub at_load: Option<(Vec<u8>, Vec<u8>)>,
     pub at_resume: (Vec<u8>, Vec<u8>),
     pub needs_stop: bool,
+    /// Harvests are of no use in the background.
+    pub tells_nothing: bool,
     pub drop_every: Option<usize>,
     pub corrupt_load: bool,
     /// After this many more runs the guest calms down to one write per run.
@@ -98,6 +100,7 @@ impl FakeGuest {
             at_load: None,
             at_resume: Default::default(),
             needs_stop: false,
+            tells_nothing: false,
             drop_every: None,
             corrupt_load: false,
             calm_after_runs: None,
@@ -178,6 +181,9 @@ impl Guest for FakeGuest {
     }
     fn harvest_needs_stop(&self) -> bool {
         self.needs_stop
+    }
+    fn harvest_tells_pages_apart(&self) -> bool {
+        !self.tells_nothing
     }
     fn loads_have_leftovers(&self) -> bool {
         self.leftover.is_some() || self.save_writes.is_some()

@@ -215,6 +215,10 @@ impl Guest for QemuGuest {
         !self.tracker.exact_while_running()
     }
 
+    fn harvest_tells_pages_apart(&self) -> bool {
+        self.tracker.kind() != TrackerKind::Full
+    }
+
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         self.qmp
             .save_devices_state(self.state_file.path())

@@ -27,7 +27,7 @@ pub(super) struct Delta {
 
 impl Delta {
     /// The pages to be copied.
-    pub fn pages(&self) -> impl ExactSizeIterator<Item = (PageNumber, Option<bool>)> + '_ {
+    pub fn pages(&self) -> impl Iterator<Item = (PageNumber, Option<bool>)> + Clone + '_ {
         self.divergent.iter().map(|&(page, zero)| (page, Some(zero)))
     }
 }
