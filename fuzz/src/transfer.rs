@@ -64,7 +64,7 @@ fn begin_blocks(staging: &mut Staging, union: &[PageNumber], body: &[u8]) {
     let list = DivergentList::new(PAGES, &divergent, [0; 16]);
     let wire = list.encode();
     assert_eq!(DivergentList::decode(&wire, PAGES).as_ref(), Ok(&list), "a list changes on its way");
-    staging.begin_blocks(ram(), union, &list, &wire);
+    staging.begin_blocks(ram(), union, &list, &wire, HashKind::Xxh3_128);
 }
 
 fn digests(body: &[u8]) {
@@ -81,7 +81,7 @@ fn digests(body: &[u8]) {
 /// An end message that says what is true as far as it can be guessed, and the rest as in `body`.
 fn finish(staging: &mut Staging, body: &[u8]) {
     if let Ok(end) = End::decode(body)
-        && staging.check(&end, HashKind::Xxh3_128) == Ok(Verdict::Sound)
+        && staging.check(&end) == Ok(Verdict::Sound)
     {
         let transfer = staging.verified();
         assert_eq!(transfer.pages() as u64, end.pages);

@@ -82,6 +82,11 @@ pub trait Guest {
         false
     }
 
+    /// Whether [`Self::harvest`] tells written pages from others. If not, there is no use in harvesting before the stop.
+    fn harvest_tells_pages_apart(&self) -> bool {
+        true
+    }
+
     /// Saves device and CPU state (everything except RAM) of the stopped guest.
     ///
     /// # Errors
@@ -94,13 +99,15 @@ pub trait Guest {
     /// When it was not loaded completely: the guest is lost until a rejoin.
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
 
-    /// What of this guest's present device state a load of `incoming` would leave as it is, by name: then a load does not
-    /// make the two equal. Empty for a guest whose loads replace everything.
-    ///
-    /// # Errors
-    /// When that cannot be told.
-    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
-        Ok(Vec::new())
+    /// Whether a load may leave something of the present device state as it is. A follower then saves that state at the stop.
+    fn loads_have_leftovers(&self) -> bool {
+        false
+    }
+
+    /// What of the device state `present` a load of `incoming` would leave as it is, by name: then a load does not make the
+    /// two equal.
+    fn leftovers(&self, _present: &[u8], _incoming: &[u8]) -> Vec<String> {
+        Vec::new()
     }
 
     /// Puts the devices of the stopped guest into the state of a machine that was just switched on, so that the next load
@@ -224,7 +231,8 @@ fn background_turn<G: Guest>(
     hasher: &mut SlotHasher,
     config: &ExchangeConfig,
 ) -> Result<Option<Instant>, SyncError> {
-    if !hasher.in_background() || guest.harvest_needs_stop() || !config.transfer.compares() {
+    let useful = guest.harvest_tells_pages_apart() && config.transfer.compares();
+    if !hasher.in_background() || guest.harvest_needs_stop() || !useful {
         return Ok(None);
     }
     if !hasher.harvest_is_due(Instant::now()) {
@@ -250,6 +258,6 @@ pub struct Parts<G, C, O> {
     pub config: ExchangeConfig,
     /// The present view; the owner replaces the context or sets it when the view changes.
     pub view: u64,
-    /// The hash workers, shared by all groups of a node.
+    /// The hash workers of this guest: one pool for all its exchanges.
     pub pool: Arc<HashPool>,
 }

@@ -57,8 +57,9 @@ struct Mapping {
     fd: OwnedFd,
 }
 
-// SAFETY: the mapping is plain shared memory that lives until drop; it is only accessed by byte copies
-// through raw pointers, which any thread may do (races are discussed at `GuestRam::read_page`).
+// SAFETY: the mapping is plain shared memory that lives until drop; it is only accessed through raw pointers, by byte
+// copies and by volatile or plain reads of words in place (hash/city.rs), which any thread may do. Others write it
+// meanwhile: vCPUs, QEMU, and the device of this process through a mapping of its own (see `GuestRam::read_page`).
 unsafe impl Send for Mapping {}
 // SAFETY: as above; no method hands out a reference into the mapping.
 unsafe impl Sync for Mapping {}

@@ -242,6 +242,8 @@ fn lead_round<G: Guest, C: Channel, O: Observer>(
     }
     ctx.link.expect(header, Kind::RoundAck, "the end of the round", deadlines)?;
     ctx.pairing.commit();
+    // Those pages are done: nothing to be hashed in the background.
+    ctx.pool.forget();
     Ok(())
 }
 
@@ -265,8 +267,9 @@ fn lead_batch<G: Guest, C: Channel, O: Observer>(
     ctx.outgoing.copy_pages(ctx.guest.ram(), &divergent);
     let mut checksum = Checksum::default();
     let link = &mut ctx.link;
-    ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| {
-        pace.wait_for(parts.iter().map(|part| part.len()).sum());
+    let most_bytes = pace.message_bytes(deadlines.silence);
+    ctx.outgoing.send_pages_within(most_bytes, &mut checksum, |_, kind, parts| {
+        pace.wait_for(parts.iter().map(|part| part.len()).sum(), deadlines.end)?;
         link.send(header, kind, parts, deadlines.next())
     })?;
     let value = checksum.value().to_le_bytes();

@@ -322,7 +322,8 @@ pub struct End {
     pub device_bytes: u64,
     /// XXH3-64 over all bodies that belong to the transfer, in order.
     pub checksum: u64,
-    /// With blocks: [`HashOfHashes`] of the pages as the follower must have them in the end, zero pages left out.
+    /// With blocks: [`HashOfHashes`] of the union and of its pages as the follower must have them in the end, zero pages left
+    /// out.
     pub content: [u8; 16],
 }
 
@@ -363,6 +364,8 @@ impl End {
 pub struct Abort {
     /// Trying again is pointless before a rejoin: the follower's guest is not whole.
     pub needs_rejoin: bool,
+    /// A short hash or a digest took what differs for equal: the next syncvm should use neither.
+    pub hash_agreed_falsely: bool,
     /// For people.
     pub reason: String,
 }
@@ -373,7 +376,7 @@ impl Abort {
     /// The wire form.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = vec![u8::from(self.needs_rejoin)];
+        let mut out = vec![u8::from(self.needs_rejoin) | u8::from(self.hash_agreed_falsely) << 1];
         out.extend(self.reason.bytes().take(Self::MAX_REASON_BYTES));
         out
     }
@@ -384,9 +387,13 @@ impl Abort {
     /// When the body is empty.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader(body);
-        let needs_rejoin = reader.u8("abort code")? != 0;
+        let code = reader.u8("abort code")?;
         let text = &reader.0[..reader.0.len().min(Self::MAX_REASON_BYTES)];
-        Ok(Self { needs_rejoin, reason: String::from_utf8_lossy(text).into_owned() })
+        Ok(Self {
+            needs_rejoin: code & 1 != 0,
+            hash_agreed_falsely: code & 2 != 0,
+            reason: String::from_utf8_lossy(text).into_owned(),
+        })
     }
 }
 

@@ -69,10 +69,7 @@ pub(crate) struct Workers {
 
 impl Workers {
     /// Starts one thread per entry of `cores`, pinned to that core if one is named. With none the calling thread
-    /// does all the work.
-    ///
-    /// # Panics
-    /// When the system cannot start a thread.
+    /// does all the work. Where the system cannot start so many threads, there are fewer.
     pub fn new(cores: &[Option<usize>]) -> Self {
         let shared = Arc::new(Shared::default());
         let start = |(number, core): (usize, &Option<usize>)| {
@@ -83,9 +80,11 @@ impl Workers {
                     pin(core);
                     serve(&shared, number + 1);
                 })
-                .expect("the system starts a hash worker")
+                .inspect_err(
+                    |error| tracing::warn!(%error, number, "a hash worker cannot be started; going on with fewer"),
+                )
         };
-        let threads = cores.iter().enumerate().map(start).collect();
+        let threads = cores.iter().enumerate().map_while(|entry| start(entry).ok()).collect();
         Self { shared, turn: Mutex::new(()), threads }
     }
 

@@ -18,7 +18,9 @@ pub const DEFAULT_FABRIC_KEY: &str = "/etc/plover/fabric.key";
 /// Cores that a thread can be pinned to (`cpu_set_t`); beyond that, pinning ends the process.
 const MAX_CORES: usize = 1024;
 /// Hash workers of one VM unless the file says so: more than memory can feed.
-const MAX_HASH_WORKERS: usize = 16;
+const DEFAULT_HASH_WORKERS: usize = 16;
+/// Hash workers of one VM that the file may ask for.
+const MAX_HASH_WORKERS: usize = 256;
 
 /// How the threads on the packet path are scheduled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
@@ -186,6 +188,7 @@ impl NodeConfig {
                 return Err(invalid(path, field, format!("names core {core}; the last possible is {}", MAX_CORES - 1)));
             }
         }
+        node.check_hashing(path)?;
         node.check_log(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
         node.fabric_key = base.join(&node.fabric_key);
@@ -193,6 +196,20 @@ impl NodeConfig {
         node.vms = load_vms(&vms_dir, &node.name)?;
         node.check_shared_resources(path)?;
         Ok(node)
+    }
+
+    fn check_hashing(&self, path: &Path) -> Result<(), ConfigError> {
+        for (field, count) in [("hash_workers", self.hash_workers.unwrap_or(0)), ("hash_cores", self.hash_cores.len())]
+        {
+            if count > MAX_HASH_WORKERS {
+                return Err(invalid(path, field, format!("asks for {count} threads; allowed are {MAX_HASH_WORKERS}")));
+            }
+        }
+        if let Some(core) = self.hash_cores.iter().find(|core| self.reactor_cores.contains(core)) {
+            let message = format!("names core {core}, which is in reactor_cores: hashing would hold up the packets");
+            return Err(invalid(path, "hash_cores", message));
+        }
+        Ok(())
     }
 
     fn check_log(&self, path: &Path) -> Result<(), ConfigError> {
@@ -304,8 +321,8 @@ impl NodeConfig {
     /// the guest's and the reactor's. With none the coordinating thread does all.
     pub fn hash_thread_cores(&self) -> Vec<Option<usize>> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let spare = if self.hash_cores.is_empty() { cores.saturating_sub(2) } else { self.hash_cores.len() };
-        let count = self.hash_workers.unwrap_or(spare.min(MAX_HASH_WORKERS));
+        let spare = cores.saturating_sub(2).min(DEFAULT_HASH_WORKERS);
+        let count = self.hash_workers.unwrap_or(if self.hash_cores.is_empty() { spare } else { self.hash_cores.len() });
         let core_of = |at: usize| self.hash_cores.get(at % self.hash_cores.len().max(1)).copied();
         (0..count).map(core_of).collect()
     }

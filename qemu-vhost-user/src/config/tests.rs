@@ -245,4 +245,12 @@ fn a_core_that_nothing_can_be_pinned_to_is_refused() {
     assert_eq!(three.hash_thread_cores(), [Some(5), Some(1023), Some(5)]);
     let free = NodeConfig { hash_cores: Vec::new(), ..three };
     assert_eq!(free.hash_thread_cores(), [None; 3]);
+    for (lines, wanted) in [
+        ("hash_workers = 257", "asks for 257"),
+        ("reactor_cores = [2, 3]\nhash_cores = [4, 3]", "core 3, which is in reactor_cores"),
+    ] {
+        let text = format!("{NODE}{lines}\n");
+        let text = NodeConfig::load(&files.write("node.toml", &text)).unwrap_err().to_string();
+        assert!(text.contains(wanted), "{text}");
+    }
 }

@@ -65,6 +65,8 @@ pub enum SyncError {
     PeerAborted {
         /// A rejoin must come first.
         needs_rejoin: bool,
+        /// A short hash or a digest agreed falsely.
+        hash_agreed_falsely: bool,
         /// In the peer's words.
         reason: String,
     },
@@ -168,6 +170,17 @@ impl SyncError {
         match self {
             Self::Channel(_) => true,
             Self::NotResumed { cause, .. } => cause.channel_broken(),
+            _ => false,
+        }
+    }
+
+    /// Whether a short hash or a digest took what differs for equal. It would again, so the next syncvm must not rest on them.
+    #[must_use]
+    pub fn hash_agreed_falsely(&self) -> bool {
+        match self {
+            Self::PeerAborted { hash_agreed_falsely, .. } => *hash_agreed_falsely,
+            Self::Transfer(TransferError::FalselyEqual | TransferError::Content) => true,
+            Self::NotResumed { cause, .. } => cause.hash_agreed_falsely(),
             _ => false,
         }
     }

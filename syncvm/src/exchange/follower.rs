@@ -13,7 +13,7 @@ use super::{
     SyncReport, background_turn, slot_hasher, verify,
 };
 use crate::dirty::DirtySet;
-use crate::hash::SlotHasher;
+use crate::hash::{PageHashValue, SlotHasher};
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::{Basis, Pairing};
 use crate::transfer::{
@@ -45,6 +45,10 @@ pub struct FollowerContext<G, C, O> {
     pub(crate) pairing: Pairing,
     pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
+    /// Of the last batch.
+    hashes: Vec<PageHashValue>,
+    /// How many pages of this syncvm needed no hashing.
+    known_hashes: usize,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
     blocks: BlockSize,
@@ -78,6 +82,8 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             link: Link::new(parts.channel),
             standing,
             pairing,
+            hashes: Vec::new(),
+            known_hashes: 0,
             staging: Staging::new(pages),
             blocks: BlockSize::default(),
         }
@@ -145,8 +151,13 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
         batch: &[PageNumber],
         kind: Kind,
     ) -> Result<(), SyncError> {
-        let hashes = self.pool.hash_pages(self.config.hash, self.guest.ram(), batch);
-        self.link.send(header, kind, &[hashes.as_flattened()], deadlines.next())
+        let (hash, ram) = (self.config.hash, self.guest.ram());
+        match kind {
+            // The check of I4 believes nothing that was known before.
+            Kind::VerifyHashes => self.pool.pool().hash_pages_into(hash, ram, batch, &mut self.hashes),
+            _ => self.known_hashes += self.pool.hash_pages_into(hash, ram, batch, &mut self.hashes),
+        }
+        self.link.send(header, kind, &[self.hashes.as_flattened()], deadlines.next())
     }
 
     /// The guest's memory is no longer anything that I5 allows.
@@ -180,6 +191,7 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
     number: u64,
 ) -> Result<SyncReport, SyncError> {
     ctx.link.reset_counts();
+    ctx.known_hashes = 0;
     let header = Header { group: ctx.config.group, view: ctx.view, number, scope: Scope::Sync, round: 0 };
     let mut run = Run {
         header,
@@ -205,7 +217,7 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
 impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Everything that can be given up without a trace.
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
-        self.stop_and_harvest()?;
+        let present = self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
         match leader.transfer {
             TransferMode::All => self.receive(staging, &union)?,
@@ -216,7 +228,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             TransferMode::Delta => self.receive_blocks(staging, &union)?,
         }
         let transfer = self.staged(staging);
-        self.check_leftovers(&transfer)?;
+        self.check_leftovers(present.as_deref(), &transfer)?;
         Ok((transfer, leader))
     }
 
@@ -224,15 +236,20 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.ctx.observer.crash_point(phase);
     }
 
-    fn stop_and_harvest(&mut self) -> Result<(), SyncError> {
+    /// Where loads have leftovers, returns the device state. It is saved before the harvest, as on the leader: what saving
+    /// writes into guest memory is then compared.
+    fn stop_and_harvest(&mut self) -> Result<Option<Vec<u8>>, SyncError> {
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
         self.point(Phase::FollowerStopped);
+        let guest = &mut self.ctx.guest;
+        let present = if guest.loads_have_leftovers() { Some(guest.save_device_state()?) } else { None };
+        self.report.phases.save_us = self.watch.lap();
         self.ctx.harvest()?;
         self.report.phases.harvest_us = self.watch.lap();
         self.point(Phase::FollowerHarvested);
-        Ok(())
+        Ok(present)
     }
 
     /// The leader's set first, then ours: the two sides never send at the same time.
@@ -301,7 +318,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 }
             }
         };
-        match staging.check(&end, self.ctx.config.hash)? {
+        match staging.check(&end)? {
             Verdict::Sound => Ok(()),
             Verdict::Doubtful => Err(TransferError::Content.into()),
         }
@@ -324,8 +341,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
     /// only a rejoin does; a joiner has just been.
-    fn check_leftovers(&mut self, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
-        let parts = self.ctx.guest.leftovers(transfer.device_state())?;
+    fn check_leftovers(&self, present: Option<&[u8]>, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
+        let Some(present) = present else { return Ok(()) };
+        let parts = self.ctx.guest.leftovers(present, transfer.device_state());
         if parts.is_empty() {
             return Ok(());
         }
@@ -392,6 +410,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn finish(self) -> SyncReport {
         SyncReport {
+            known_hashes: self.ctx.known_hashes,
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,
             total_us: self.watch.total(),

@@ -33,11 +33,15 @@ pub struct LeaderContext<G, C, O> {
     pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
     pub(crate) outgoing: Outgoing,
+    /// Of the last batch.
+    hashes: Vec<PageHashValue>,
+    /// How many pages of this syncvm needed no hashing.
+    known_hashes: usize,
     pub(crate) rejoins: u16,
     /// The number of the last syncvm tried.
     pub(crate) last_number: u64,
-    /// The last syncvm failed. Perhaps because short hashes or digests agreed falsely, which they might do again: the next
-    /// one compares whole hashes and sends whole pages.
+    /// In the last syncvm a short hash or a digest agreed falsely, which they would do again: the next one, and only that,
+    /// compares whole hashes and sends whole pages. A link that is too slow for those is not asked twice.
     cautious: bool,
 }
 
@@ -59,6 +63,8 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             link: Link::new(parts.channel),
             pairing,
             outgoing: Outgoing::default(),
+            hashes: Vec::new(),
+            known_hashes: 0,
             rejoins: 0,
             last_number: 0,
             cautious: false,
@@ -133,9 +139,14 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
         kind: Kind,
         divergent: &mut Vec<PageNumber>,
     ) -> Result<(), SyncError> {
-        let ours = self.pool.hash_pages(self.config.hash, self.guest.ram(), batch);
+        let (hash, ram) = (self.config.hash, self.guest.ram());
+        match kind {
+            // The check of I4 believes nothing that was known before.
+            Kind::VerifyHashes => self.pool.pool().hash_pages_into(hash, ram, batch, &mut self.hashes),
+            _ => self.known_hashes += self.pool.hash_pages_into(hash, ram, batch, &mut self.hashes),
+        }
         let theirs = self.link.expect(header, kind, "a batch of hashes", deadlines)?;
-        compare(batch, &ours, theirs, divergent)
+        compare(batch, &self.hashes, theirs, divergent)
     }
 }
 
@@ -186,6 +197,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
     number: u64,
 ) -> Result<SyncReport, SyncError> {
     ctx.link.reset_counts();
+    ctx.known_hashes = 0;
     ctx.last_number = ctx.last_number.max(number);
     let header = Header { group: ctx.config.group, view: ctx.view, number, scope: Scope::Sync, round: 0 };
     let mut run = Run {
@@ -375,6 +387,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn finish(self) -> SyncReport {
         self.ctx.outgoing.trim();
         SyncReport {
+            known_hashes: self.ctx.known_hashes,
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,
             total_us: self.watch.total(),
@@ -384,7 +397,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn fail(mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
-        self.ctx.cautious = true;
+        self.ctx.cautious = error.hash_agreed_falsely();
         if matches!(error, SyncError::Diverged { .. }) {
             self.ctx.pairing.forget_peer();
         }

@@ -126,7 +126,8 @@ impl<C: Channel> Link<C> {
 
     fn abort(&self) -> Result<SyncError, SyncError> {
         let abort = Abort::decode(self.body())?;
-        Ok(SyncError::PeerAborted { needs_rejoin: abort.needs_rejoin, reason: abort.reason })
+        let Abort { needs_rejoin, hash_agreed_falsely, reason } = abort;
+        Ok(SyncError::PeerAborted { needs_rejoin, hash_agreed_falsely, reason })
     }
 
     /// Tells the peer that this side gave up, so that it need not wait for its deadline. Best effort.
@@ -134,7 +135,11 @@ impl<C: Channel> Link<C> {
         if error.channel_broken() || matches!(error, SyncError::PeerAborted { .. }) {
             return;
         }
-        let abort = Abort { needs_rejoin: error.needs_rejoin(), reason: error.to_string() };
+        let abort = Abort {
+            needs_rejoin: error.needs_rejoin(),
+            hash_agreed_falsely: error.hash_agreed_falsely(),
+            reason: error.to_string(),
+        };
         let deadline = Instant::now() + ABORT_PATIENCE;
         if let Err(error) = self.send(header, Kind::Abort, &[&abort.encode()], deadline) {
             tracing::debug!(%error, "the peer could not be told that the exchange was given up");
@@ -169,10 +174,14 @@ impl<C: Channel> Link<C> {
     ) -> Result<(Terms, DirtySet), SyncError> {
         let pages = ours.ram_pages as usize;
         let mut wire = Vec::new();
+        let mut first = None;
         loop {
             let body = self.expect(header, kind, "a dirty set", deadlines)?;
             let (theirs, piece) = Terms::decode(body)?;
             check_terms(ours, &theirs)?;
+            if *first.get_or_insert(theirs) != theirs {
+                return Err(WireError::Value { field: "terms of a piece", value: wire.len() as u64 }.into());
+            }
             if piece.append_to(&mut wire, DirtySet::max_encoded_bytes(pages))? {
                 return Ok((theirs, DirtySet::decode(&wire, pages)?));
             }

@@ -9,7 +9,7 @@ use crate::transfer::TransferMode;
 pub struct PhaseTimes {
     /// Stopping the guest.
     pub stop_us: u64,
-    /// Saving the device state (leader).
+    /// Saving the device state (on the follower only if a load might leave some of it).
     pub save_us: u64,
     /// Harvesting the dirty set.
     pub harvest_us: u64,
@@ -52,6 +52,8 @@ pub struct SyncReport {
     pub transfer: TransferMode,
     /// Pages whose hashes were compared: the union, or none with [`TransferMode::All`].
     pub compared_pages: usize,
+    /// How many of these had been hashed on this side before the stop.
+    pub known_hashes: usize,
     /// Pages of these that really differed.
     pub divergent_pages: usize,
     /// Pages that were sent: the divergent ones, or all of the union with [`TransferMode::All`].

@@ -64,6 +64,7 @@ pub(super) fn follow<G: Guest, C: Channel, O: Observer>(
             ctx.lose_guest();
             Err(SyncError::PeerAborted {
                 needs_rejoin: true,
+                hash_agreed_falsely: false,
                 reason: "the guests differ after the syncvm (invariant I4); see the leader's log".into(),
             })
         }

@@ -24,6 +24,8 @@ const TURN_PAGES: usize = 512;
 struct Pace {
     period: Duration,
     due: Instant,
+    /// This slot has had a harvest.
+    adapted: bool,
 }
 
 impl Pace {
@@ -36,7 +38,16 @@ impl Pace {
     const SHARE: u32 = 20;
 
     fn new() -> Self {
-        Self { period: Self::FIRST, due: Instant::now() + Self::FIRST }
+        Self { period: Self::FIRST, due: Instant::now() + Self::FIRST, adapted: false }
+    }
+
+    /// A slot that was over before its first harvest says nothing about the guest: the next one tries sooner, or a period
+    /// that has once become long would never be left again.
+    fn next_slot(&mut self) {
+        if !std::mem::take(&mut self.adapted) && self.period > Self::FIRST {
+            self.period = (self.period / 2).max(Self::FIRST);
+        }
+        self.restart();
     }
 
     fn restart(&mut self) {
@@ -51,6 +62,7 @@ impl Pace {
             self.period = (self.period / 2).max(Self::LEAST);
         }
         self.period = self.period.max(took * Self::SHARE);
+        self.adapted = true;
         self.restart();
     }
 }
@@ -142,7 +154,7 @@ impl SlotHasher {
         if let Some(cache) = &mut self.cache {
             cache.valid.clear();
             cache.written.clear();
-            cache.pace.restart();
+            cache.pace.next_slot();
         }
     }
 
@@ -193,33 +205,35 @@ impl SlotHasher {
         Some(Instant::now())
     }
 
-    /// The hashes of `pages` of the stopped guest, in their order: known ones, and the others from the pool.
+    /// Puts the hashes of `pages` of the stopped guest, in their order, in place of what `hashes` holds: known ones, and the
+    /// others from the pool. Says how many were known. Allocates only where there was too little room before.
     ///
     /// # Panics
     /// When a page lies beyond the RAM file.
-    #[must_use]
-    pub fn hash_pages(&self, kind: HashKind, ram: &GuestRam, pages: &[PageNumber]) -> Vec<PageHashValue> {
-        let mut missing = Vec::new();
-        let mut hashes = Vec::with_capacity(pages.len());
-        if self.cache.is_some() {
-            for (at, &page) in pages.iter().enumerate() {
-                let known = self.lookup(kind, page);
-                hashes.push(known.unwrap_or_default());
-                if known.is_none() {
-                    missing.push((at, page));
-                }
-            }
+    pub fn hash_pages_into(
+        &mut self,
+        kind: HashKind,
+        ram: &GuestRam,
+        pages: &[PageNumber],
+        hashes: &mut Vec<PageHashValue>,
+    ) -> usize {
+        let known = |cache: &Cache, page| cache.kind == kind && cache.valid.contains(page);
+        let Some(cache) = self.cache.as_mut().filter(|cache| pages.iter().any(|page| known(cache, *page))) else {
+            self.pool.hash_pages_into(kind, ram, pages, hashes);
+            return 0;
+        };
+        let mut unknown = std::mem::take(&mut cache.turn);
+        unknown.clear();
+        unknown.extend(pages.iter().filter(|page| !known(cache, **page)));
+        self.pool.hash_pages_into(kind, ram, &unknown, &mut cache.turn_hashes);
+        cache.turn = unknown;
+        let mut fresh = cache.turn_hashes.iter();
+        hashes.clear();
+        for &page in pages {
+            let hash = if known(cache, page) { Some(&cache.hashes[page.index()]) } else { fresh.next() };
+            hashes.push(*hash.expect("a fresh hash for each page that has none"));
         }
-        if missing.len() == pages.len() || self.cache.is_none() {
-            self.pool.hash_pages_into(kind, ram, pages, &mut hashes);
-            return hashes;
-        }
-        let unknown: Vec<PageNumber> = missing.iter().map(|(_, page)| *page).collect();
-        let found = self.pool.hash_pages(kind, ram, &unknown);
-        for ((at, _), hash) in missing.iter().zip(found) {
-            hashes[*at] = hash;
-        }
-        hashes
+        pages.len() - cache.turn.len()
     }
 }
 
@@ -248,11 +262,14 @@ mod tests {
     }
 
     /// At the stop: every hash is that of the page as it is, known or not.
-    fn check(hasher: &SlotHasher, ram: &GuestRam, kind: HashKind) -> usize {
+    fn check(hasher: &mut SlotHasher, ram: &GuestRam, kind: HashKind) -> usize {
         let pages: Vec<PageNumber> = (0..PAGES as u32).map(PageNumber).collect();
         let fresh = HashPool::new(0).hash_pages(kind, ram, &pages);
-        assert!(hasher.hash_pages(kind, ram, &pages) == fresh, "a hash is not that of its page");
-        pages.iter().filter(|page| hasher.lookup(kind, **page).is_some()).count()
+        let mut hashes = vec![[7; HASH_BYTES]; 3];
+        let known = hasher.hash_pages_into(kind, ram, &pages, &mut hashes);
+        assert!(hashes == fresh, "a hash is not that of its page");
+        assert_eq!(known, pages.iter().filter(|page| hasher.lookup(kind, **page).is_some()).count());
+        known
     }
 
     #[test]
@@ -291,7 +308,7 @@ mod tests {
                 stop.store(true, Ordering::Relaxed);
                 writer.join().unwrap();
                 hasher.harvest(&mut pending, harvest).unwrap();
-                check(&hasher, &ram, HashKind::City128)
+                check(&mut hasher, &ram, HashKind::City128)
             });
             assert!(known < PAGES && pending.count() > 7, "{known} known of {}", pending.count());
         }
@@ -345,8 +362,8 @@ mod tests {
                 }
             }
             hasher.harvest(&mut pending, |into| { into.union_with(&dirty); Ok::<(), ()>(()) }).unwrap();
-            check(&hasher, &ram, kind);
-            check(&hasher, &ram, HashKind::City128);
+            check(&mut hasher, &ram, kind);
+            check(&mut hasher, &ram, HashKind::City128);
         }
     }
 
@@ -367,10 +384,10 @@ mod tests {
             assert!(hasher.hash_some(HashKind::City128, &ram).unwrap() <= Instant::now());
         }
         assert!(hasher.hash_some(HashKind::City128, &ram).unwrap() > Instant::now(), "all is done");
-        assert_eq!(check(&hasher, &ram, HashKind::City128), PAGES);
-        assert_eq!(check(&hasher, &ram, HashKind::Xxh3_128), 0, "hashes of another kind do not count");
+        assert_eq!(check(&mut hasher, &ram, HashKind::City128), PAGES);
+        assert_eq!(check(&mut hasher, &ram, HashKind::Xxh3_128), 0, "hashes of another kind do not count");
         hasher.forget();
-        assert_eq!(check(&hasher, &ram, HashKind::City128), 0);
+        assert_eq!(check(&mut hasher, &ram, HashKind::City128), 0);
     }
 
     #[test]
@@ -391,5 +408,11 @@ mod tests {
         assert_eq!(pace.period, Pace::LEAST * 2, "an idle guest");
         pace.adapt(Duration::from_millis(5), 1000, 10);
         assert_eq!(pace.period, Duration::from_millis(100), "a large guest");
+        pace.next_slot();
+        assert_eq!(pace.period, Duration::from_millis(100), "it was harvested");
+        for slots in 0..9 {
+            pace.next_slot();
+            assert!(pace.period >= Pace::FIRST && (slots < 8 || pace.period == Pace::FIRST), "slots too short for it");
+        }
     }
 }

@@ -21,18 +21,12 @@ pub struct HashPool {
 impl HashPool {
     /// Starts `workers` threads named `plover-hash-N` that run where the kernel puts them. With 0 the calling thread does
     /// all the work.
-    ///
-    /// # Panics
-    /// When the system cannot start a thread.
     #[must_use]
     pub fn new(workers: usize) -> Self {
         Self::on_cores(&vec![None; workers])
     }
 
     /// Starts one thread per entry, on that core or, without one, where the kernel puts it.
-    ///
-    /// # Panics
-    /// When the system cannot start a thread.
     #[must_use]
     pub fn on_cores(cores: &[Option<usize>]) -> Self {
         Self { workers: Workers::new(cores) }

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::transfer::Header;
+use crate::exchange::ChannelError;
+use crate::transfer::{Header, MAX_BODY_BYTES};
 
 /// What may have been saved up while less than the limit was sent.
 const BURST: Duration = Duration::from_millis(100);
@@ -21,12 +22,28 @@ impl Pace {
         Self { bytes_per_s: mib_per_s << 20, paid: Instant::now() }
     }
 
+    /// The longest message, so that the peer hears something several times within `silence`.
+    pub fn message_bytes(&self, silence: Duration) -> usize {
+        match self.bytes_per_s {
+            0 => MAX_BODY_BYTES,
+            rate => ((rate as f64 * (silence / 8).as_secs_f64()) as usize).min(MAX_BODY_BYTES),
+        }
+    }
+
     /// Waits until `bytes` more may be sent: not longer than the message before takes at the limit.
-    pub fn wait_for(&mut self, bytes: usize) {
-        let wait = self.charge(bytes, Instant::now());
+    ///
+    /// # Errors
+    /// That would be after the end of the exchange.
+    pub fn wait_for(&mut self, bytes: usize, end: Instant) -> Result<(), ChannelError> {
+        let now = Instant::now();
+        let wait = self.charge(bytes, now);
+        if now + wait > end {
+            return Err(ChannelError::Timeout);
+        }
         if !wait.is_zero() {
             std::thread::sleep(wait);
         }
+        Ok(())
     }
 
     fn charge(&mut self, bytes: usize, now: Instant) -> Duration {
@@ -110,6 +127,18 @@ mod tests {
         }
         assert!(now.duration_since(again) >= Duration::from_millis(4_700));
         assert_eq!(Pace::new(0).charge(1 << 40, now), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_slow_rejoin_is_heard_within_the_silence_and_ends_in_time() {
+        let silence = Duration::from_millis(1000);
+        assert_eq!(Pace::new(1).message_bytes(silence), 128 << 10);
+        assert_eq!(Pace::new(0).message_bytes(silence), MAX_BODY_BYTES);
+        assert_eq!(Pace::new(1000).message_bytes(silence), MAX_BODY_BYTES);
+        let (mut pace, end) = (Pace::new(1), Instant::now() + Duration::from_millis(200));
+        assert!(pace.wait_for(1 << 20, end).is_ok(), "the first is not waited for");
+        assert!(matches!(pace.wait_for(1, end), Err(ChannelError::Timeout)), "a second is too long");
+        assert!(Instant::now() < end, "known before");
     }
 
     #[test]

@@ -91,13 +91,12 @@ impl UffdTracker {
     fn scan(&self, range: &Mapping, regions: &mut [PageRegion], found: &Mutex<Found<'_>>) -> Result<(), TrackerError> {
         let mut at = range.start;
         while at < range.end() {
-            let (filled, walked_to) = match sys::scan_written(self.pagemap.as_fd(), at, range.end(), regions) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                other => other.map_err(kernel(
-                    "PAGEMAP_SCAN",
-                    " (it needs Linux 6.7 or later, and the mapping as it was at the start)",
-                ))?,
-            };
+            // EINTR is an error as any other: pages may have been protected again without being reported.
+            let scanned = sys::scan_written(self.pagemap.as_fd(), at, range.end(), regions);
+            let (filled, walked_to) = scanned.map_err(kernel(
+                "PAGEMAP_SCAN",
+                " (it needs Linux 6.7 or later, and the mapping as it was at the start)",
+            ))?;
             let mut found = lock(found);
             found.stats.calls += 1;
             for region in &regions[..filled] {

@@ -24,7 +24,10 @@ impl PageBuffer {
     pub fn reserve(&mut self, pages: usize) {
         let wanted = self.used_bytes + pages * PAGE_BYTES;
         if self.data.len() < wanted {
-            self.data.resize(wanted, 0);
+            // Fresh from the kernel, which zeroes each page when it is first written. Resizing would write all of it here.
+            let mut larger = vec![0; wanted];
+            larger[..self.used_bytes].copy_from_slice(self.bytes());
+            self.data = larger;
         }
     }
 

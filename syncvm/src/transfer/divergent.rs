@@ -3,7 +3,8 @@
 //! Both sides know the union as an ascending list, so a page is named by its place in that list: one bit. The list also
 //! carries what makes 4-byte hashes enough on the way there: one 128-bit hash over the full hashes of all pages that the
 //! leader takes for equal. The follower has the same hashes; if its own hash over them differs, a short hash has let a
-//! difference through, and nothing of the exchange counts.
+//! difference through, and nothing of the exchange counts. The list of the union is hashed in front, because places mean
+//! nothing unless both sides have the same one.
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -27,6 +28,24 @@ pub fn short(hash: &PageHashValue) -> [u8; SHORT_HASH_BYTES] {
 pub struct HashOfHashes(Xxh3);
 
 impl HashOfHashes {
+    /// Page numbers hashed at a time.
+    const CHUNK_PAGES: usize = 1024;
+
+    /// Begins with the pages that the places of a [`DivergentList`] mean.
+    #[must_use]
+    pub fn over(union: &[PageNumber]) -> Self {
+        let mut hash = Self::default();
+        let mut numbers = [0; 4 * Self::CHUNK_PAGES];
+        for pages in union.chunks(Self::CHUNK_PAGES) {
+            let numbers = &mut numbers[..4 * pages.len()];
+            for (into, page) in numbers.chunks_exact_mut(4).zip(pages) {
+                into.copy_from_slice(&page.0.to_le_bytes());
+            }
+            hash.0.update(numbers);
+        }
+        hash
+    }
+
     /// Adds the next page's hash.
     pub fn add(&mut self, hash: &PageHashValue) {
         self.0.update(hash);
@@ -39,10 +58,16 @@ impl HashOfHashes {
     }
 }
 
+impl std::fmt::Debug for HashOfHashes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HashOfHashes({:02x?})", self.value())
+    }
+}
+
 /// The body of [`super::Kind::Divergent`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DivergentList {
-    /// Over the full hashes of the pages of the union that are not in the list, in order.
+    /// Over the union and the full hashes of its pages that are not in the list, in order.
     pub equal_hash: [u8; 16],
     /// Places in the union.
     places: DirtySet,

@@ -25,20 +25,17 @@ impl Outgoing {
     }
 
     /// As [`Self::copy_pages`], of pages of which it is known whether they are zero.
-    pub fn copy_from(&mut self, ram: &GuestRam, pages: impl ExactSizeIterator<Item = (PageNumber, Option<bool>)>) {
+    pub fn copy_from(&mut self, ram: &GuestRam, pages: impl Iterator<Item = (PageNumber, Option<bool>)> + Clone) {
         self.pages.clear();
         self.data.clear();
-        self.data.reserve(pages.len());
+        self.data.reserve(pages.clone().filter(|(_, known)| *known != Some(true)).count());
         for (number, known) in pages {
-            let slot = self.data.slot();
-            let zero = known.unwrap_or_else(|| {
+            let zero = known == Some(true) || {
+                let slot = self.data.slot();
                 ram.read_page(number, slot);
-                is_zero(slot)
-            });
+                known.is_none() && is_zero(slot)
+            };
             if !zero {
-                if known.is_some() {
-                    ram.read_page(number, slot);
-                }
                 self.data.keep();
             }
             self.pages.push((number, zero));
@@ -85,13 +82,26 @@ impl Outgoing {
     pub fn send_pages<E>(
         &self,
         checksum: &mut Checksum,
+        send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.send_pages_within(MAX_BODY_BYTES, checksum, send)
+    }
+
+    /// As [`Self::send_pages`], in messages of about `most_bytes`, at least one page each.
+    ///
+    /// # Errors
+    /// Whatever `send` fails with.
+    pub fn send_pages_within<E>(
+        &self,
+        most_bytes: usize,
+        checksum: &mut Checksum,
         mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut first = 0;
         let mut data_at = 0;
         let mut table = Vec::new();
         while first < self.pages.len() {
-            let (count, data_bytes) = self.chunk_from(first);
+            let (count, data_bytes) = self.chunk_from(first, most_bytes.min(MAX_BODY_BYTES));
             table.clear();
             table.extend_from_slice(&(count as u32).to_le_bytes());
             for (number, zero) in &self.pages[first..first + count] {
@@ -108,13 +118,13 @@ impl Outgoing {
     }
 
     /// How many pages from `first` on fit one message, and the bytes of data among them.
-    fn chunk_from(&self, first: usize) -> (usize, usize) {
+    fn chunk_from(&self, first: usize, most_bytes: usize) -> (usize, usize) {
         let mut bytes = 4;
         let mut data_bytes = 0;
         let mut count = 0;
         for (_, zero) in &self.pages[first..] {
             let data = if *zero { 0 } else { PAGE_BYTES };
-            if bytes + ENTRY_BYTES + data > MAX_BODY_BYTES {
+            if count > 0 && bytes + ENTRY_BYTES + data > most_bytes {
                 break;
             }
             bytes += ENTRY_BYTES + data;

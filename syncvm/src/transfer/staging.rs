@@ -6,7 +6,7 @@
 //! checksum becomes one.
 //!
 //! A transfer of blocks begins with copies of the follower's own pages, into which the blocks go. Blocks are chosen by short
-//! digests, so the pages are hashed again when all is there, and only the content that the leader named is
+//! digests, so each page is hashed as soon as it is patched, and only the content that the leader named is
 //! [`Verdict::Sound`].
 
 use thiserror::Error;
@@ -80,6 +80,23 @@ pub enum Verdict {
     Doubtful,
 }
 
+/// The pages that blocks have gone into, in order.
+#[derive(Debug)]
+struct Patched {
+    union: HashOfHashes,
+    hash: HashKind,
+    /// As they are after the last block or replacement.
+    hashes: Vec<PageHashValue>,
+}
+
+impl Patched {
+    fn content(&self) -> [u8; 16] {
+        let mut content = self.union.clone();
+        self.hashes.iter().for_each(|hash| content.add(hash));
+        content.value()
+    }
+}
+
 /// Collects a transfer. One per follower; its buffers are kept from one syncvm to the next.
 #[derive(Debug)]
 pub struct Staging {
@@ -91,10 +108,8 @@ pub struct Staging {
     seen: DirtySet,
     zero_pages: u64,
     checksum: Checksum,
-    /// With blocks: how many of the pages in `data` have been patched.
-    patched: Option<usize>,
-    /// With blocks: the hashes of the patched pages.
-    hashes: Vec<PageHashValue>,
+    /// With blocks: what is known of the pages in `data`.
+    patched: Option<Patched>,
     sound: bool,
 }
 
@@ -111,7 +126,6 @@ impl Staging {
             zero_pages: 0,
             checksum: Checksum::default(),
             patched: None,
-            hashes: Vec::new(),
             sound: false,
         }
     }
@@ -126,13 +140,19 @@ impl Staging {
         self.zero_pages = 0;
         self.checksum = Checksum::default();
         self.patched = None;
-        self.hashes.clear();
         self.sound = false;
     }
 
     /// As [`Self::begin`], for blocks of the pages of `union` that `list` (decoded from `wire`) names. The guest must not
-    /// run: copies of its pages are what the blocks go into.
-    pub fn begin_blocks(&mut self, ram: &GuestRam, union: &[PageNumber], list: &DivergentList, wire: &[u8]) {
+    /// run: copies of its pages are what the blocks go into. `hash` is the hash of pages.
+    pub fn begin_blocks(
+        &mut self,
+        ram: &GuestRam,
+        union: &[PageNumber],
+        list: &DivergentList,
+        wire: &[u8],
+        hash: HashKind,
+    ) {
         self.begin();
         self.checksum.add(Kind::Divergent, &[wire]);
         for (place, zero) in list.iter() {
@@ -144,7 +164,7 @@ impl Staging {
             self.zero_pages += u64::from(zero);
             self.pages.push((page, data_at));
         }
-        self.patched = Some(0);
+        self.patched = Some(Patched { union: HashOfHashes::over(union), hash, hashes: Vec::new() });
     }
 
     /// How many pages wait for blocks.
@@ -173,13 +193,15 @@ impl Staging {
     pub fn blocks_chunk(&mut self, body: &[u8], size: BlockSize) -> Result<usize, TransferError> {
         let chunk = BlocksChunk::decode(body, size)?;
         let waiting = self.pages_of_blocks();
-        let first = self.patched.expect("blocks are for a transfer of blocks");
+        let patched = self.patched.as_mut().expect("blocks are for a transfer of blocks");
+        let first = patched.hashes.len();
         let end = first + chunk.pages();
         if end > waiting {
             return Err(TransferError::TooManyPages { excess: end - waiting });
         }
-        chunk.patch(&mut self.data.bytes_mut()[first * PAGE_BYTES..end * PAGE_BYTES]);
-        self.patched = Some(end);
+        let pages = &mut self.data.bytes_mut()[first * PAGE_BYTES..end * PAGE_BYTES];
+        chunk.patch(pages);
+        patched.hashes.extend(pages.chunks_exact(PAGE_BYTES).map(patched.hash.function()));
         self.checksum.add(Kind::Blocks, &[body]);
         Ok(chunk.blocks())
     }
@@ -195,6 +217,12 @@ impl Staging {
             let place = self.pages.binary_search_by_key(&page, |(page, _)| *page);
             let data_at = place.ok().and_then(|place| self.pages[place].1);
             let (Some(at), Some(bytes)) = (data_at, bytes) else { return Err(TransferError::NotInUnion { page }) };
+            let patched = self
+                .patched
+                .as_mut()
+                .and_then(|patched| Some((patched.hash, patched.hashes.get_mut(at / PAGE_BYTES)?)));
+            let Some((hash, known)) = patched else { return Err(TransferError::NotInUnion { page }) };
+            *known = hash.function()(bytes);
             self.data.bytes_mut()[at..at + PAGE_BYTES].copy_from_slice(bytes);
             count += 1;
         }
@@ -205,7 +233,7 @@ impl Staging {
     /// The short hashes of the pages as they are patched, for the leader to find which are not its own.
     #[must_use]
     pub fn short_hashes(&self) -> Vec<u8> {
-        self.hashes.iter().flat_map(short).collect()
+        self.patched.iter().flat_map(|patched| patched.hashes.iter().flat_map(short)).collect()
     }
 
     /// Takes the body of a [`Kind::Pages`] message.
@@ -248,7 +276,7 @@ impl Staging {
     ///
     /// # Errors
     /// When anything is missing, too much, or different on the way.
-    pub fn check(&mut self, end: &End, hash: HashKind) -> Result<Verdict, TransferError> {
+    pub fn check(&mut self, end: &End) -> Result<Verdict, TransferError> {
         self.sound = false;
         let counts = [
             ("pages", end.pages, self.pages.len() as u64),
@@ -257,8 +285,8 @@ impl Staging {
             ("complete device states", 1, self.device_complete.into()),
             (
                 "pages with blocks",
-                self.patched.map_or(0, |_| self.pages_of_blocks() as u64),
-                self.patched.unwrap_or(0) as u64,
+                self.patched.as_ref().map_or(0, |_| self.pages_of_blocks() as u64),
+                self.patched.as_ref().map_or(0, |patched| patched.hashes.len() as u64),
             ),
         ];
         for (field, announced, received) in counts {
@@ -270,20 +298,9 @@ impl Staging {
         if end.checksum != received {
             return Err(TransferError::Checksum { announced: end.checksum, received });
         }
-        let content = if self.patched.is_some() { self.content(hash) } else { [0; 16] };
+        let content = self.patched.as_ref().map_or([0; 16], Patched::content);
         self.sound = content == end.content;
         Ok(if self.sound { Verdict::Sound } else { Verdict::Doubtful })
-    }
-
-    /// Hashes the patched pages.
-    fn content(&mut self, hash: HashKind) -> [u8; 16] {
-        let mut hashes = std::mem::take(&mut self.hashes);
-        hashes.clear();
-        hashes.extend(self.data.iter().map(hash.function()));
-        let mut content = HashOfHashes::default();
-        hashes.iter().for_each(|hash| content.add(hash));
-        self.hashes = hashes;
-        content.value()
     }
 
     /// The transfer, once [`Self::check`] found it sound.

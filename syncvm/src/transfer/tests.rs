@@ -1,6 +1,5 @@
 use super::*;
 use crate::dirty::DirtySet;
-use crate::hash::HashKind;
 use crate::ram::GuestRam;
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -54,7 +53,7 @@ fn collect<'a>(
             other => panic!("unexpected {other:?}"),
         }
     }
-    if staging.check(&end.expect("an end"), HashKind::default())? == Verdict::Doubtful {
+    if staging.check(&end.expect("an end"))? == Verdict::Doubtful {
         return Err(TransferError::Content);
     }
     Ok(staging.verified())
@@ -131,7 +130,9 @@ fn headers_terms_and_aborts_come_back() {
         body.push(8);
         assert_eq!(Terms::decode(&body), Ok((terms, piece)));
     }
-    let abort = Abort { needs_rejoin: true, reason: "because".into() };
+    let abort = Abort { needs_rejoin: true, hash_agreed_falsely: false, reason: "because".into() };
+    assert_eq!(Abort::decode(&abort.encode()), Ok(abort.clone()));
+    let abort = Abort { needs_rejoin: false, hash_agreed_falsely: true, ..abort };
     assert_eq!(Abort::decode(&abort.encode()), Ok(abort));
     for code in 0..40 {
         assert!(Kind::from_code(code).is_none_or(|kind| kind as u16 == code));

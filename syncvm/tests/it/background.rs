@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crate::common::*;
-use syncvm::Pairing;
 use syncvm::exchange::{FollowerContext, LeaderContext, Parts};
 use syncvm::hash::HashKind;
+use syncvm::{PAGE_BYTES, PageNumber, Pairing};
 
 fn with_background(guest: FakeGuest, channel: MemoryChannel) -> Parts<FakeGuest, MemoryChannel, Watcher> {
     let mut parts = parts(guest, channel);
@@ -50,11 +50,63 @@ fn pages_hashed_in_the_background_and_written_again_are_not_missed() {
     let (mut leader, mut follower) = busy_pair();
     assert!(follower.hash_in_background().unwrap().is_none(), "an empty guest has nothing to hash");
     good_sync(&mut leader, &mut follower, 1);
+    let (mut leader_knew, mut follower_knew) = (0, 0);
     for number in 2..12 {
         leader.config.hash = if number == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
         // A turn that harvests and one that hashes, at least twice.
         slot(&mut leader, &mut follower, 5);
-        good_sync(&mut leader, &mut follower, number);
+        let (led, followed) = good_sync(&mut leader, &mut follower, number);
+        leader_knew += led.known_hashes;
+        follower_knew += followed.known_hashes;
+    }
+    assert!(leader_knew > 100 && follower_knew > 0, "hashes are used: {leader_knew} and {follower_knew}");
+}
+
+/// Fills `pages` with `byte`.
+fn fill(guest: &FakeGuest, pages: std::ops::Range<u32>, byte: u8) {
+    for page in pages.map(PageNumber) {
+        guest.ram.write_page(page, &[byte; PAGE_BYTES]);
+        guest.dirty.lock().unwrap().insert(page);
+    }
+}
+
+/// Waits until everything that either has written is hashed.
+fn hash_all(leader: &mut Leader, follower: &mut Follower) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    for side in 0..2 {
+        let mut harvested = false;
+        loop {
+            assert!(Instant::now() < deadline, "nothing is harvested");
+            let next = if side == 0 { leader.hash_in_background() } else { follower.hash_in_background() };
+            let clean = |guest: &FakeGuest| guest.dirty.lock().unwrap().is_empty();
+            harvested |= if side == 0 { clean(&leader.guest) } else { clean(&follower.guest) };
+            if next.unwrap().expect("it is switched on") > Instant::now() && harvested {
+                break;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn what_a_syncvm_writes_makes_hashes_worthless() {
+    for verify in [false, true] {
+        let (mut leader, mut follower) = busy_pair();
+        (leader.guest.writes_per_run, follower.guest.writes_per_run) = (0, 0);
+        leader.config.verify = verify;
+        good_sync(&mut leader, &mut follower, 1);
+        // Both have A and know its hash, then the leader alone writes B ...
+        fill(&leader.guest, 100..300, 0xa);
+        fill(&follower.guest, 100..300, 0xa);
+        hash_all(&mut leader, &mut follower);
+        fill(&leader.guest, 100..300, 0xb);
+        let (led, followed) = good_sync(&mut leader, &mut follower, 2);
+        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 0, 200));
+        // ... and A again: a follower that still believed in A would take B for it.
+        fill(&leader.guest, 100..300, 0xa);
+        let (led, followed) = good_sync(&mut leader, &mut follower, 3);
+        assert_eq!((led.divergent_pages, followed.known_hashes), (200, 0));
+        assert_eq!((led.verified, followed.verified), (verify, verify));
     }
 }
 
@@ -80,4 +132,8 @@ fn nothing_happens_in_the_background_unless_it_is_switched_on_and_the_guest_can_
     guest.needs_stop = true;
     let mut leader = LeaderContext::new(with_background(guest, a), Pairing::fresh(PAGES));
     assert!(leader.hash_in_background().unwrap().is_none());
+    leader.guest.needs_stop = false;
+    assert!(leader.hash_in_background().unwrap().is_some());
+    leader.guest.tells_nothing = true;
+    assert!(leader.hash_in_background().unwrap().is_none(), "a harvest would be every page");
 }

@@ -62,6 +62,8 @@ pub enum Refusal {
 pub struct FakeGuest {
     /// A device state part of its own that a load would leave; a reset takes it away.
     pub leftover: Option<String>,
+    /// A page that saving the device state writes, as QEMU's may.
+    pub save_writes: Option<PageNumber>,
     pub ram: GuestRam,
     pub dirty: Arc<Mutex<DirtySet>>,
     pub device: Vec<u8>,
@@ -74,6 +76,8 @@ pub struct FakeGuest {
     pub at_load: Option<(Vec<u8>, Vec<u8>)>,
     pub at_resume: (Vec<u8>, Vec<u8>),
     pub needs_stop: bool,
+    /// Harvests are of no use in the background.
+    pub tells_nothing: bool,
     pub drop_every: Option<usize>,
     pub corrupt_load: bool,
     /// After this many more runs the guest calms down to one write per run.
@@ -84,6 +88,7 @@ impl FakeGuest {
     pub fn new(seed: u64, pages: usize) -> Self {
         let mut guest = Self {
             leftover: None,
+            save_writes: None,
             ram: new_ram(pages),
             dirty: Arc::new(Mutex::new(DirtySet::new(pages))),
             device: vec![seed as u8; 3000],
@@ -95,6 +100,7 @@ impl FakeGuest {
             at_load: None,
             at_resume: Default::default(),
             needs_stop: false,
+            tells_nothing: false,
             drop_every: None,
             corrupt_load: false,
             calm_after_runs: None,
@@ -176,8 +182,14 @@ impl Guest for FakeGuest {
     fn harvest_needs_stop(&self) -> bool {
         self.needs_stop
     }
-    fn leftovers(&mut self, _incoming: &[u8]) -> Result<Vec<String>, GuestError> {
-        Ok(self.leftover.iter().cloned().collect())
+    fn harvest_tells_pages_apart(&self) -> bool {
+        !self.tells_nothing
+    }
+    fn loads_have_leftovers(&self) -> bool {
+        self.leftover.is_some() || self.save_writes.is_some()
+    }
+    fn leftovers(&self, _present: &[u8], _incoming: &[u8]) -> Vec<String> {
+        self.leftover.iter().cloned().collect()
     }
     fn reset_devices(&mut self) -> Result<(), GuestError> {
         assert!(!self.running, "reset while running");
@@ -187,6 +199,10 @@ impl Guest for FakeGuest {
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         assert!(!self.running, "saved while running");
         self.refused(Refusal::Save)?;
+        if let Some(page) = self.save_writes {
+            self.ram.write_page(page, &[self.rng.next() as u8 | 1; PAGE_BYTES]);
+            self.dirty.lock().unwrap().insert(page);
+        }
         Ok(self.device.clone())
     }
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {

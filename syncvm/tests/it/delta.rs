@@ -7,9 +7,9 @@ use proptest::prelude::{ProptestConfig, any, prop, proptest};
 use syncvm::exchange::{Guest, SyncError};
 use syncvm::hash::HashKind;
 use syncvm::transfer::{
-    BlockSize, Header, Kind, SHORT_HASH_BYTES, TransferError, TransferMode, decode_digests, digest_page,
+    BlockSize, Header, Kind, Piece, SHORT_HASH_BYTES, Terms, TransferError, TransferMode, decode_digests, digest_page,
 };
-use syncvm::{PAGE_BYTES, PageNumber};
+use syncvm::{DirtySet, PAGE_BYTES, PageNumber};
 
 /// Two equal guests that write nothing by themselves.
 fn calm_pair(seed: u64, pages: usize) -> (Leader, Follower) {
@@ -74,6 +74,59 @@ fn a_short_hash_that_agrees_falsely_ends_the_syncvm_and_the_next_compares_whole_
     write(&leader.guest, 6, 100, b"only here");
     let (led, _) = good_sync(&mut leader, &mut follower, 4);
     assert_eq!((led.transfer, led.divergent_pages, led.sent_blocks), (TransferMode::Delta, 1, 1));
+}
+
+#[test]
+fn a_failure_of_another_kind_does_not_ask_more_of_the_link() {
+    let (mut leader, mut follower) = calm_pair(1, PAGES);
+    write(&leader.guest, 5, 100, b"only here");
+    let outcome = sync(&mut leader, &mut follower, 2, Some(Fault { at_message: 3, how: Break::Refused }));
+    assert!(outcome.0.is_err());
+    let (led, _) = good_sync(&mut leader, &mut follower, 3);
+    assert_eq!((led.transfer, led.divergent_pages), (TransferMode::Delta, 1));
+}
+
+/// The same set with `page` in place of what was in it.
+fn another_set(pages: usize, page: u32) -> impl Fn(&Header, &[u8]) -> Vec<u8> + Send + 'static {
+    move |_, body| {
+        let (terms, _) = Terms::decode(body).unwrap();
+        let (mut set, mut wire) = (DirtySet::new(pages), Vec::new());
+        set.insert(PageNumber(page));
+        set.encode(&mut wire);
+        let piece = Piece { total_bytes: wire.len() as u64, offset_bytes: 0, bytes: &wire };
+        [&terms.encode(), piece.head().as_slice(), &wire].concat()
+    }
+}
+
+#[test]
+fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
+    for zero in [false, true] {
+        let (mut leader, mut follower) = calm_pair(9, PAGES);
+        let content = if zero { [0; PAGE_BYTES] } else { [3; PAGE_BYTES] };
+        write(&leader.guest, 5, 0, &content);
+        write(&follower.guest, 5, 0, &[7; PAGE_BYTES]);
+        write(&follower.guest, 6, 0, &[9; PAGE_BYTES]);
+        follower.guest.dirty.lock().unwrap().clear();
+        // Both unions have one page, but not the same.
+        let outcome = mangled_sync(
+            &mut leader,
+            &mut follower,
+            2,
+            replace(Kind::DirtySet, another_set(PAGES, 6)),
+            replace(Kind::DirtySet, another_set(PAGES, 5)),
+        );
+        assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
+        assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
+    }
+}
+
+#[test]
+fn what_saving_the_followers_devices_writes_is_compared() {
+    let (mut leader, mut follower) = calm_pair(10, PAGES);
+    follower.guest.save_writes = Some(PageNumber(9));
+    for number in 2..5 {
+        good_sync(&mut leader, &mut follower, number);
+    }
 }
 
 #[test]

@@ -215,6 +215,10 @@ impl Guest for QemuGuest {
         !self.tracker.exact_while_running()
     }
 
+    fn harvest_tells_pages_apart(&self) -> bool {
+        self.tracker.kind() != TrackerKind::Full
+    }
+
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         self.qmp
             .save_devices_state(self.state_file.path())
@@ -231,9 +235,12 @@ impl Guest for QemuGuest {
         self.qmp.load_devices_state(self.state_file.path()).map_err(|error| failed(error.to_string()))
     }
 
-    fn leftovers(&mut self, incoming: &[u8]) -> Result<Vec<String>, GuestError> {
-        let present = self.save_device_state()?;
-        Ok(device_state::leftovers(&present, incoming))
+    fn loads_have_leftovers(&self) -> bool {
+        true
+    }
+
+    fn leftovers(&self, present: &[u8], incoming: &[u8]) -> Vec<String> {
+        device_state::leftovers(present, incoming)
     }
 
     fn reset_devices(&mut self) -> Result<(), GuestError> {

@@ -33,9 +33,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn send_short_hashes(&mut self, pages: &[PageNumber]) -> Result<Vec<PageHashValue>, SyncError> {
         let mut hashes = Vec::with_capacity(pages.len());
-        let mut wire = Vec::new();
+        let (mut wire, mut ours) = (Vec::new(), Vec::new());
         for batch in pages.chunks(BATCH_PAGES) {
-            let ours = self.ctx.pool.hash_pages(self.ctx.config.hash, self.ctx.guest.ram(), batch);
+            self.ctx.known_hashes +=
+                self.ctx.pool.hash_pages_into(self.ctx.config.hash, self.ctx.guest.ram(), batch, &mut ours);
             wire.clear();
             ours.iter().for_each(|hash| wire.extend_from_slice(&short(hash)));
             self.ctx.link.send(&self.header, Kind::Hashes, &[&wire], self.deadlines.next())?;
@@ -60,13 +61,13 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             link.recv_pieces(&self.header, Kind::Divergent, "the list of divergent pages", limit, &self.deadlines)?;
         let list = DivergentList::decode(&wire, pages.len())?;
         self.report.phases.list_us = self.watch.lap();
-        let mut equal = HashOfHashes::default();
+        let mut equal = HashOfHashes::over(pages);
         let equals = hashes.iter().enumerate().filter(|(place, _)| !list.contains(*place));
         equals.for_each(|(_, hash)| equal.add(hash));
         if equal.value() != list.equal_hash {
             return Err(TransferError::FalselyEqual.into());
         }
-        staging.begin_blocks(self.ctx.guest.ram(), pages, &list, &wire);
+        staging.begin_blocks(self.ctx.guest.ram(), pages, &list, &wire, self.ctx.config.hash);
         Ok(())
     }
 
@@ -103,6 +104,6 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 got => return Err(SyncError::Unexpected { got, wanted: "a part of the transfer" }),
             }
         };
-        Ok(staging.check(&end, self.ctx.config.hash)?)
+        Ok(staging.check(&end)?)
     }
 }

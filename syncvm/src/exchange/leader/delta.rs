@@ -20,14 +20,14 @@ pub(super) struct Delta {
     /// Each page that differs, with whether it is zero.
     divergent: Vec<(PageNumber, bool)>,
     checksum: Checksum,
-    /// Of the pages that are not zero.
+    /// Of the union, and of its divergent pages that are not zero.
     content: HashOfHashes,
     short_hashes: Vec<[u8; SHORT_HASH_BYTES]>,
 }
 
 impl Delta {
     /// The pages to be copied.
-    pub fn pages(&self) -> impl ExactSizeIterator<Item = (PageNumber, Option<bool>)> + '_ {
+    pub fn pages(&self) -> impl Iterator<Item = (PageNumber, Option<bool>)> + Clone + '_ {
         self.divergent.iter().map(|&(page, zero)| (page, Some(zero)))
     }
 }
@@ -36,11 +36,13 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Steps 3 and 4 with short hashes.
     pub(super) fn compare_short(&mut self, union: &DirtySet) -> Result<Delta, SyncError> {
         let pages: Vec<PageNumber> = union.iter().collect();
-        let (mut delta, mut equal) = (Delta::default(), HashOfHashes::default());
-        let mut places = Vec::new();
+        let mut equal = HashOfHashes::over(&pages);
+        let mut delta = Delta { content: equal.clone(), ..Delta::default() };
+        let (mut places, mut ours) = (Vec::new(), Vec::new());
         let zero_hash = self.ctx.config.hash.zero_page();
         for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-            let ours = self.ctx.pool.hash_pages(self.ctx.config.hash, self.ctx.guest.ram(), batch);
+            self.ctx.known_hashes +=
+                self.ctx.pool.hash_pages_into(self.ctx.config.hash, self.ctx.guest.ram(), batch, &mut ours);
             let theirs =
                 self.ctx.link.expect(&self.header, Kind::Hashes, "a batch of short hashes", &self.deadlines)?;
             if theirs.len() != batch.len() * SHORT_HASH_BYTES {
