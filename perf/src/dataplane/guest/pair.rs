@@ -4,13 +4,12 @@ use std::fs;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, ensure};
+use huge_pages::HugePages;
 use rig::guest::BOOT_LIMIT_SECS;
 use rig::testbed::GUEST_IP;
 use rig::{Cluster, ClusterOptions, Deadline, Guest, PlainMemory, Process, Service, Testbed, release_program};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
-
-use crate::dataplane::hugepages::HugePages;
 
 /// The peer's address. Its MAC address follows from it.
 const PEER_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 51);
