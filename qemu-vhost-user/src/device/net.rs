@@ -484,6 +484,7 @@ impl NetDevice {
         ring.settle();
         let published = ring.published();
         if are_many(ring.unsignalled(), ring.size()) {
+            slot.heard = false;
             return false;
         }
         if ring.unsignalled() > 0 && slot.debt.is_none_or(|debt| debt.upto() != published) {
