@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::rows::Rows;
-use crate::{Effort, dataplane, fabric, log, ordering, page_hash, replica_steps, results, services, syncvm};
+use crate::{Effort, dataplane, fabric, failover, log, ordering, page_hash, replica_steps, results, services, syncvm};
 
 /// Takes each row as soon as it is measured, so that a later failure loses nothing, and knows which are wanted.
 pub type Sink<'a> = &'a mut Rows;
@@ -19,7 +19,7 @@ pub struct Group {
 }
 
 /// All groups.
-pub const GROUPS: [Group; 7] = [
+pub const GROUPS: [Group; 8] = [
     Group { name: "core", about: "parts that need no peer: page hashes", run: core },
     Group { name: "fabric", about: "round trips and bulk transfers between replicas, per transport", run: fabric::run },
     Group { name: "log", about: "the durable log, against fio and a bare io_uring loop", run: durable_log },
@@ -42,6 +42,11 @@ pub const GROUPS: [Group; 7] = [
         name: "services",
         about: "Redis and other services in protected guests: throughput, latency and cost under each policy",
         run: services::run,
+    },
+    Group {
+        name: "failover",
+        about: "what 64 Redis clients see while the leader's host dies, 20 ms by 20 ms",
+        run: failover::run,
     },
 ];
 
@@ -90,7 +95,7 @@ mod tests {
         let error = Group::find("cor").unwrap_err().to_string();
         assert!(
             error.contains("«cor»")
-                && error.ends_with("there are: core, fabric, log, consensus, dataplane, syncvm, services"),
+                && error.ends_with("there are: core, fabric, log, consensus, dataplane, syncvm, services, failover"),
             "{error}"
         );
     }

@@ -11,6 +11,7 @@
 
 pub mod dataplane;
 pub mod fabric;
+pub mod failover;
 pub mod group;
 pub mod log;
 pub mod ordering;

@@ -112,6 +112,19 @@ pub struct PeerStatus {
     pub refusal: Option<String>,
 }
 
+/// How far a rejoin is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RejoinStatus {
+    /// The round; 0 covers all of RAM.
+    pub round: u32,
+    /// Pages of it that are done.
+    pub done_pages: u64,
+    /// Its pages.
+    pub total_pages: u64,
+    /// When this round will end, at the pace so far.
+    pub left_ms: u64,
+}
+
 /// One stage of the reactor's turn.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct StageStatus {
@@ -212,6 +225,9 @@ pub struct GroupStatus {
     pub policy: String,
     /// Dirty tracker in use and why.
     pub tracker: String,
+    /// How far the rejoin is that this replica takes part in.
+    #[serde(default)]
+    pub rejoin: Option<RejoinStatus>,
     /// The last acknowledged syncvm.
     pub last_sync: Option<SyncStatus>,
     /// Sums.
@@ -350,6 +366,17 @@ impl GroupStatus {
                 .map(|part| format!("{} {:.1}/{:.1}/{:.1}", part.name, part.p50_ms, part.p99_ms, part.max_ms))
                 .collect();
             let _ = writeln!(text, "  slot      p50/p99/max ms: {}", parts.join(", "));
+        }
+        if let Some(rejoin) = &self.rejoin {
+            let percent = 100 * rejoin.done_pages / rejoin.total_pages.max(1);
+            let _ = writeln!(
+                text,
+                "  rejoin    round {}: {} of {} pages ({percent} %), about {:.1} s to its end",
+                rejoin.round,
+                rejoin.done_pages,
+                rejoin.total_pages,
+                rejoin.left_ms as f64 / 1000.0
+            );
         }
         if let Some(last) = &self.last_sync {
             let phases: Vec<String> = last.phases_us.iter().map(|(name, us)| format!("{name} {us}")).collect();

@@ -78,6 +78,17 @@ impl DirtySet {
         }
     }
 
+    /// Removes every page of `other`.
+    ///
+    /// # Panics
+    /// When the sizes differ.
+    pub fn subtract(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "dirty sets of different guests meet");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine &= !theirs;
+        }
+    }
+
     /// Keeps the pages that are in exactly one of the two sets: what has to be said to somebody who knows `other`.
     ///
     /// # Panics
@@ -182,6 +193,7 @@ mod tests {
         Insert(usize),
         Range(usize, usize),
         Union(Vec<usize>),
+        Subtract(Vec<usize>),
         Difference(Vec<usize>),
         Clear,
         Fill,
@@ -192,6 +204,7 @@ mod tests {
             8 => (0..pages).prop_map(Op::Insert),
             8 => (0..=pages, 0..=pages).prop_map(|(a, b)| Op::Range(a.min(b), a.max(b) - a.min(b))),
             4 => prop::collection::vec(0..pages, 0..20).prop_map(Op::Union),
+            4 => prop::collection::vec(0..pages, 0..20).prop_map(Op::Subtract),
             4 => prop::collection::vec(0..pages, 0..20).prop_map(Op::Difference),
             1 => Just(Op::Clear),
             1 => Just(Op::Fill),
@@ -215,6 +228,12 @@ mod tests {
                         list.iter().for_each(|&page| other.insert(PageNumber(page as u32)));
                         set.union_with(&other);
                         oracle.extend(list);
+                    }
+                    Op::Subtract(list) => {
+                        let mut other = DirtySet::new(pages);
+                        list.iter().for_each(|&page| other.insert(PageNumber(page as u32)));
+                        set.subtract(&other);
+                        list.iter().for_each(|page| { oracle.remove(page); });
                     }
                     Op::Difference(list) => {
                         let theirs: BTreeSet<usize> = list.into_iter().collect();

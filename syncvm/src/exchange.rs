@@ -23,12 +23,15 @@ pub use leader::{LeaderContext, lead_syncvm};
 pub use phase::Phase;
 pub use report::{PhaseTimes, SyncReport};
 
+pub(crate) use leader::compare;
 pub(crate) use link::Link;
 pub(crate) use report::Stopwatch;
 
 use crate::dirty::DirtySet;
-use crate::hash::{HashKind, HashPool};
+use crate::hash::{HashKind, HashPool, SlotHasher};
+use crate::pairing::Pairing;
 use crate::ram::GuestRam;
+use crate::rejoin::RejoinProgress;
 use crate::transfer::{BlockSize, TransferMode};
 
 /// Pages whose hashes travel in one message, and that are hashed before the next message is waited for:
@@ -131,8 +134,8 @@ pub trait Observer {
     /// does not run yet.
     fn applied(&mut self) {}
 
-    /// Rejoin, both sides: `done` of `total` pages of `round` were handled.
-    fn progress(&mut self, _round: u32, _done: usize, _total: usize) {}
+    /// Rejoin, both sides: how far it is.
+    fn progress(&mut self, _progress: RejoinProgress) {}
 }
 
 impl<T: Channel + ?Sized> Channel for &mut T {
@@ -155,6 +158,8 @@ pub struct ExchangeConfig {
     pub total_timeout: Duration,
     /// The page hash. The leader's setting counts, and the follower takes it over.
     pub hash: HashKind,
+    /// Hash pages while the guest runs, between exchanges (see [`crate::hash::SlotHasher`]). Each side for itself.
+    pub background_hashing: bool,
     /// The leader's guest runs again after the copy, not after the acknowledgement.
     pub early_resume: bool,
     /// How much of what may differ is sent. The leader's setting counts.
@@ -178,6 +183,7 @@ impl ExchangeConfig {
             silence_timeout: Duration::from_millis(1_000),
             total_timeout: Duration::from_secs(20),
             hash: HashKind::default(),
+            background_hashing: false,
             early_resume: true,
             transfer: TransferMode::default(),
             blocks: None,
@@ -203,6 +209,33 @@ impl Deadlines {
     pub fn next(&self) -> Instant {
         (Instant::now() + self.silence).min(self.end)
     }
+}
+
+fn slot_hasher(config: &ExchangeConfig, pool: Arc<HashPool>, pages: usize) -> SlotHasher {
+    let mut hasher = SlotHasher::new(pool);
+    hasher.set_background(config.background_hashing, pages);
+    hasher
+}
+
+/// One step of hashing in the background: a harvest when one is due, else some of the pages that the last one found.
+fn background_turn<G: Guest>(
+    guest: &mut G,
+    pairing: &mut Pairing,
+    hasher: &mut SlotHasher,
+    config: &ExchangeConfig,
+) -> Result<Option<Instant>, SyncError> {
+    if !hasher.in_background() || guest.harvest_needs_stop() || !config.transfer.compares() {
+        return Ok(None);
+    }
+    if !hasher.harvest_is_due(Instant::now()) {
+        return Ok(hasher.hash_some(config.hash, guest.ram()));
+    }
+    let harvested = hasher.harvest_live(pairing.pending(), |into| guest.harvest(into));
+    if harvested.is_err() {
+        pairing.pending().fill();
+    }
+    harvested?;
+    Ok(Some(Instant::now()))
 }
 
 /// What both contexts are made of.

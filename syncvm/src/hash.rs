@@ -4,12 +4,14 @@
 //! one false match is below 2^-28. 64 bits would not do. Both hashes are keyless; guests are not treated as
 //! adversaries of their own replication.
 
+mod cache;
 mod city;
 mod pool;
 
 use std::fmt;
 use std::str::FromStr;
 
+pub use cache::SlotHasher;
 pub use pool::HashPool;
 
 use crate::page::PAGE_BYTES;
@@ -65,6 +67,12 @@ impl HashKind {
             Self::City128 => City128::hash,
             Self::Xxh3_128 => Xxh3_128::hash,
         }
+    }
+
+    /// The digest of a list of hashes: equal digests, equal hashes.
+    #[must_use]
+    pub fn of_hashes(self, hashes: &[PageHashValue]) -> PageHashValue {
+        self.function()(hashes.as_flattened())
     }
 
     /// The hash of a page of zeros.

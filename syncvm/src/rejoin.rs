@@ -6,14 +6,26 @@
 //! an ordinary `SyncVm`, whose dirty set is that rest: [`lead_syncvm`](crate::exchange::lead_syncvm) stops
 //! the guest and makes the joiner whole.
 //!
+//! A round over every page compares in two steps: digests of granules of 2 MiB first, and page hashes only of granules that
+//! differ (the tree of hashes of PLOVER's authors has more levels; two make the rest small enough).
+//!
 //! The order within a round is what makes it correct: **harvest, then read**. A page written after it was
 //! read is in the next harvest; a page read while it is written is too.
 
+mod granules;
+mod pace;
+
 use std::time::{Duration, Instant};
+
+use pace::{Pace, RoundClock};
+
+pub use pace::RejoinProgress;
 
 use crate::exchange::{
     BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Link, Observer, Phase, Standing, SyncError,
+    compare,
 };
+use crate::hash::PageHashValue;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::ram::GuestRam;
 use crate::transfer::{Checksum, Header, Kind, PagesChunk, Scope, Terms, TransferError, WireError};
@@ -25,8 +37,10 @@ pub struct RejoinPolicy {
     pub max_rounds: u32,
     /// Few enough pages for the stop that follows.
     pub target_pages: usize,
-    /// No new round begins after this time.
+    /// No new round begins when this time has passed since the end of round 0, which takes as long as all of RAM takes.
     pub max_time: Duration,
+    /// Pages sent per second at most, in MiB; 0: no limit.
+    pub mib_per_s: u64,
     /// The whole rejoin fails after this time.
     pub give_up_after: Duration,
     /// What happens when rounds or time are used up.
@@ -39,6 +53,7 @@ impl Default for RejoinPolicy {
             max_rounds: 12,
             target_pages: 2_000,
             max_time: Duration::from_secs(30),
+            mib_per_s: 0,
             give_up_after: Duration::from_secs(300),
             at_limit: AtLimit::StopAnyway,
         }
@@ -66,6 +81,12 @@ pub enum RoundsEnd {
 }
 
 impl RejoinPolicy {
+    /// Time that the pages of `ram_bytes` need with this limit on top of what they need without it.
+    #[must_use]
+    pub fn time_for(&self, ram_bytes: u64) -> Duration {
+        ram_bytes.checked_div(self.mib_per_s << 20).map_or(Duration::ZERO, Duration::from_secs)
+    }
+
     /// Whether to end after `rounds` rounds, with `left` pages to do and `before` pages done in the last one.
     #[must_use]
     pub fn decide(&self, rounds: u32, elapsed: Duration, left: usize, before: usize) -> Option<RoundsEnd> {
@@ -118,6 +139,7 @@ pub fn lead_rejoin<G: Guest, C: Channel, O: Observer>(
     ctx.link.reset_counts();
     ctx.rejoins = ctx.rejoins.wrapping_add(1);
     ctx.pairing.forget_peer();
+    ctx.pool.forget();
     let mut header = Header {
         group: ctx.config.group,
         view: ctx.view,
@@ -144,10 +166,12 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
     let deadlines = Deadlines { end: start + policy.give_up_after, silence: ctx.config.silence_timeout };
     let mut report = RejoinReport::default();
     let mut before = usize::MAX;
+    let mut pace = Pace::new(policy.mib_per_s);
+    let mut later_rounds = start;
     loop {
         live_harvest(ctx)?;
         let left = ctx.pairing.pending_count();
-        if let Some(end) = policy.decide(report.rounds, start.elapsed(), left, before) {
+        if let Some(end) = policy.decide(report.rounds, later_rounds.elapsed(), left, before) {
             if end != RoundsEnd::SmallEnough && policy.at_limit == AtLimit::GiveUp {
                 let target = policy.target_pages;
                 return Err(SyncError::NotConverging { left, target });
@@ -158,7 +182,10 @@ fn rounds<G: Guest, C: Channel, O: Observer>(
             break;
         }
         before = left;
-        lead_round(ctx, header, &deadlines, &mut report)?;
+        lead_round(ctx, header, &deadlines, &mut pace, &mut report)?;
+        if report.rounds == 0 {
+            later_rounds = Instant::now();
+        }
         report.rounds += 1;
         header.round += 1;
         ctx.observer.crash_point(Phase::LeaderRound);
@@ -187,29 +214,64 @@ fn lead_round<G: Guest, C: Channel, O: Observer>(
     ctx: &mut LeaderContext<G, C, O>,
     header: &Header,
     deadlines: &Deadlines,
+    pace: &mut Pace,
     report: &mut RejoinReport,
 ) -> Result<(), SyncError> {
-    let pages: Vec<PageNumber> = ctx.pairing.open(header.basis()).iter().collect();
+    let set = ctx.pairing.open(header.basis());
+    let (pages, all): (Vec<PageNumber>, bool) = (set.iter().collect(), set.is_all());
     let terms = ctx.terms();
     let set = ctx.pairing.in_flight();
     ctx.link.send_set(header, Kind::RoundSet, &terms, set, deadlines)?;
-    for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-        let mut divergent = Vec::new();
-        ctx.compare_batch(header, deadlines, batch, Kind::Hashes, &mut divergent)?;
-        ctx.outgoing.copy_pages(ctx.guest.ram(), &divergent);
-        let mut checksum = Checksum::default();
-        let link = &mut ctx.link;
-        ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| link.send(header, kind, parts, deadlines.next()))?;
-        let value = checksum.value().to_le_bytes();
-        ctx.link.send(header, Kind::BatchEnd, &[&value], deadlines.next())?;
-        report.sent_pages += divergent.len() as u64;
-        report.compared_pages += batch.len() as u64;
-        let done = index * BATCH_PAGES + batch.len();
-        ctx.observer.progress(header.round & 0xffff, done, pages.len());
+    let mut clock = RoundClock::start(header, pages.len());
+    let mut hashes = Vec::new();
+    for section in sections(&pages, all) {
+        ctx.pool.pool().hash_pages_into(ctx.config.hash, ctx.guest.ram(), section, &mut hashes);
+        let (section_pages, hashes) = if all {
+            granules::lead(ctx, header, deadlines, section, &hashes)?
+        } else {
+            (section.to_vec(), std::mem::take(&mut hashes))
+        };
+        report.compared_pages += section.len() as u64;
+        clock.done(section.len() - section_pages.len());
+        for (batch, ours) in section_pages.chunks(BATCH_PAGES).zip(hashes.chunks(BATCH_PAGES)) {
+            report.sent_pages += lead_batch(ctx, header, deadlines, pace, batch, ours)?;
+            clock.done(batch.len());
+            ctx.observer.progress(clock.progress());
+        }
+        ctx.observer.progress(clock.progress());
     }
     ctx.link.expect(header, Kind::RoundAck, "the end of the round", deadlines)?;
     ctx.pairing.commit();
     Ok(())
+}
+
+/// What is compared at a time: in a round over every page as many granules as fit a message, else one batch.
+fn sections(pages: &[PageNumber], all: bool) -> impl Iterator<Item = &[PageNumber]> {
+    pages.chunks(if all { granules::SECTION_PAGES } else { BATCH_PAGES })
+}
+
+/// Receives the joiner's hashes of a batch and sends the pages that differ. How many.
+fn lead_batch<G: Guest, C: Channel, O: Observer>(
+    ctx: &mut LeaderContext<G, C, O>,
+    header: &Header,
+    deadlines: &Deadlines,
+    pace: &mut Pace,
+    batch: &[PageNumber],
+    ours: &[PageHashValue],
+) -> Result<u64, SyncError> {
+    let mut divergent = Vec::new();
+    let theirs = ctx.link.expect(header, Kind::Hashes, "a batch of hashes", deadlines)?;
+    compare(batch, ours, theirs, &mut divergent)?;
+    ctx.outgoing.copy_pages(ctx.guest.ram(), &divergent);
+    let mut checksum = Checksum::default();
+    let link = &mut ctx.link;
+    ctx.outgoing.send_pages(&mut checksum, |_, kind, parts| {
+        pace.wait_for(parts.iter().map(|part| part.len()).sum());
+        link.send(header, kind, parts, deadlines.next())
+    })?;
+    let value = checksum.value().to_le_bytes();
+    ctx.link.send(header, Kind::BatchEnd, &[&value], deadlines.next())?;
+    Ok(divergent.len() as u64)
 }
 
 /// Follower: takes part in the leader's next rejoin, until the leader says that a syncvm follows. From the
@@ -304,13 +366,25 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
         ctx.pairing.adopt(leader.basis);
     }
     let pages: Vec<PageNumber> = set.iter().collect();
-    for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-        ctx.send_hashes(header, deadlines, batch, Kind::Hashes)?;
-        let ram = ctx.guest.ram().clone();
-        report.sent_pages += take_batch(&mut ctx.link, header, deadlines, &ram, batch)?;
-        report.compared_pages += batch.len() as u64;
-        let done = index * BATCH_PAGES + batch.len();
-        ctx.observer.progress(header.round & 0xffff, done, pages.len());
+    let mut clock = RoundClock::start(header, pages.len());
+    let ram = ctx.guest.ram().clone();
+    let mut hashes = Vec::new();
+    for section in sections(&pages, set.is_all()) {
+        ctx.pool.pool().hash_pages_into(ctx.config.hash, &ram, section, &mut hashes);
+        let (section_pages, hashes) = if set.is_all() {
+            granules::follow(ctx, header, deadlines, section, &hashes)?
+        } else {
+            (section.to_vec(), std::mem::take(&mut hashes))
+        };
+        report.compared_pages += section.len() as u64;
+        clock.done(section.len() - section_pages.len());
+        for (batch, ours) in section_pages.chunks(BATCH_PAGES).zip(hashes.chunks(BATCH_PAGES)) {
+            ctx.link.send(header, Kind::Hashes, &[ours.as_flattened()], deadlines.next())?;
+            report.sent_pages += take_batch(&mut ctx.link, header, deadlines, &ram, batch)?;
+            clock.done(batch.len());
+            ctx.observer.progress(clock.progress());
+        }
+        ctx.observer.progress(clock.progress());
     }
     ctx.link.send(header, Kind::RoundAck, &[], deadlines.next())?;
     Ok(true)

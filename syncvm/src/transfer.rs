@@ -63,6 +63,10 @@ pub enum Kind {
     RoundAck = 13,
     /// Rejoin: no more rounds; a syncvm follows.
     RoundsDone = 14,
+    /// Rejoin: digests of the granules of a section.
+    Granules = 40,
+    /// Rejoin: which of them differ.
+    Differing = 41,
     /// A piece of the [`DivergentList`].
     Divergent = 15,
     /// Digests of the blocks of the next divergent pages.
@@ -93,6 +97,8 @@ impl Kind {
             BatchEnd,
             RoundAck,
             RoundsDone,
+            Granules,
+            Differing,
             Divergent,
             Digests,
             Blocks,

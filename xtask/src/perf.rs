@@ -48,9 +48,11 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
             loud_step("programs that the guests run on", test::build_programs)?;
         }
     }
-    if group == "services" {
+    if matches!(group.as_str(), "services" | "failover") {
         setup::run(false)?;
-        setup::load_generators()?;
+        if group == "services" {
+            setup::load_generators()?;
+        }
         loud_step("programs that the guests run on", test::build_programs)?;
     }
     if group == "fabric" && !arguments.smoke && rig::is_root() && arguments.wants_some("fabric.rdma") {

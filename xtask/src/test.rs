@@ -114,7 +114,9 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
         Ok(())
     })?;
     if filters.is_empty() {
-        loud_step("measurements with guests work", || perf::smoke("dataplane").and_then(|()| perf::smoke("services")))?;
+        loud_step("measurements with guests work", || {
+            perf::smoke("dataplane").and_then(|()| perf::smoke("services")).and_then(|()| perf::smoke("failover"))
+        })?;
     }
     loud_step("end-to-end tests", || {
         let mut command = cargo();

@@ -22,8 +22,9 @@ pub fn lines(title: &str, x: Axis<'_>, y: Axis<'_>, series: &[Series]) -> String
     let height = 460.0;
     let mut drawing = Drawing::new(WIDTH, height);
     let (xs, ys) = (values(series, |point| point.0), values(series, |point| point.1));
-    let across = scale(x.kind, xs, (LEFT + 16.0, WIDTH - RIGHT - 16.0));
-    let up = scale(y.kind, ys, (height - BOTTOM, TOP));
+    let (wide, high) = ((LEFT + 16.0, WIDTH - RIGHT - 16.0), (height - BOTTOM, TOP));
+    let across = if x.kind == Kind::Log { Scale::log(xs, wide) } else { Scale::linear(xs, wide) };
+    let up = if y.kind == Kind::Log { Scale::decades(ys, high) } else { Scale::linear(ys, high) };
     head(&mut drawing, title, series);
     y_axis(&mut drawing, &up, y.label, (TOP, height - BOTTOM));
     x_axis(&mut drawing, &across, x.label, height - BOTTOM);
@@ -106,13 +107,6 @@ fn happened(drawing: &mut Drawing, across: &Scale, events: &[Event], bottom: f64
 
 fn values(series: &[Series], of: fn(&(f64, f64)) -> f64) -> impl Iterator<Item = f64> {
     series.iter().flat_map(move |series| series.points.iter().map(of))
-}
-
-fn scale(kind: Kind, values: impl Iterator<Item = f64>, pixels: (f64, f64)) -> Scale {
-    match kind {
-        Kind::Linear => Scale::linear(values, pixels),
-        Kind::Log => Scale::log(values, pixels),
-    }
 }
 
 fn colour(index: usize) -> &'static str {

@@ -5,7 +5,7 @@
 pub enum Kind {
     /// Equal steps are equally long; begins at zero unless a value is below.
     Linear,
-    /// Doubling is equally long everywhere; every value that occurs is named.
+    /// Doubling is equally long everywhere. Across, every value that occurs is named.
     Log,
 }
 
@@ -47,6 +47,23 @@ impl Scale {
         ticks.sort_by(f64::total_cmp);
         ticks.dedup();
         let (low, high) = (ticks.first().copied().unwrap_or(1.0), ticks.last().copied().unwrap_or(2.0));
+        Scale { kind: Kind::Log, low, high: if high > low { high } else { 2.0 * low }, pixels, ticks }
+    }
+
+    /// As [`log`](Self::log), but between round values: 1, 2 and 5 times powers of ten, or the powers alone if they are many.
+    #[must_use]
+    pub fn decades(values: impl Iterator<Item = f64>, pixels: (f64, f64)) -> Scale {
+        let (least, greatest) = bounds(values.filter(|value| *value > 0.0));
+        let (least, greatest) = if least > 0.0 { (least, greatest) } else { (greatest / 10.0, greatest) };
+        let round = |power: i32| [1.0, 2.0, 5.0].map(|digit| digit * 10f64.powi(power));
+        let (first, last) = (least.log10().floor() as i32, greatest.log10().floor() as i32 + 1);
+        let all: Vec<f64> = (first..=last).flat_map(round).collect();
+        let low = all.iter().copied().rfind(|tick| *tick <= least * (1.0 + 1e-9)).unwrap_or(least);
+        let high = all.iter().copied().find(|tick| *tick >= greatest * (1.0 - 1e-9)).unwrap_or(greatest);
+        let mut ticks: Vec<f64> = all.into_iter().filter(|tick| (low..=high).contains(tick)).collect();
+        if ticks.len() > 9 {
+            ticks.retain(|tick| tick.log10().fract().abs() < 1e-9);
+        }
         Scale { kind: Kind::Log, low, high: if high > low { high } else { 2.0 * low }, pixels, ticks }
     }
 
@@ -131,12 +148,21 @@ mod tests {
     }
 
     #[test]
+    fn a_scale_of_decades_has_round_ends() {
+        let scale = Scale::decades([230.0, 9_400.0, 800.0].into_iter(), (0.0, 1.0));
+        assert_eq!(scale.ticks, [200.0, 500.0, 1_000.0, 2_000.0, 5_000.0, 10_000.0]);
+        assert_eq!((scale.at(200.0), scale.at(10_000.0)), (0.0, 1.0));
+        assert_eq!(Scale::decades([3.0, 2e5].into_iter(), (0.0, 1.0)).ticks, [10.0, 100.0, 1e3, 1e4, 1e5]);
+    }
+
+    #[test]
     fn no_value_and_odd_values_still_give_an_axis() {
         for values in [vec![], vec![0.0], vec![f64::NAN], vec![5.0], vec![-2.0]] {
             for scale in [
                 Scale::linear(values.clone().into_iter(), (0.0, 9.0)),
                 Scale::tight(values.clone().into_iter(), (0.0, 9.0)),
                 Scale::log(values.clone().into_iter(), (0.0, 9.0)),
+                Scale::decades(values.clone().into_iter(), (0.0, 9.0)),
             ] {
                 assert!(scale.ticks.len() < 20 && scale.at(3.0).is_finite() && scale.at(f64::NAN).is_finite());
             }

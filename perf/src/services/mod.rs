@@ -28,6 +28,7 @@ use crate::group::Sink;
 use crate::pin::two_cpus;
 use crate::results::{self, Scratch};
 use crate::rows::Rows;
+pub(crate) use boot::copy_programs;
 use cell::Cell;
 use client::Client;
 use policy::{Policy, VSMR};

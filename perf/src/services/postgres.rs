@@ -3,11 +3,15 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rig::guest::artifacts_dir;
 
 use super::client::{Client, Speed, from_guests};
+
+/// From its listening until it serves.
+const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// What pgbench does: each session waits for each answer.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +28,15 @@ impl Load {
     /// # Errors
     /// pgbench fails.
     pub fn prepare(&self, client: &Client<'_>) -> Result<()> {
-        client.output(pgbench(client, &["--initialize", "--init-steps=dtGp", "--quiet"])?)?;
-        Ok(())
+        let start = Instant::now();
+        loop {
+            let outcome = client.output(pgbench(client, &["--initialize", "--init-steps=dtGp", "--quiet"])?);
+            let Err(error) = outcome else { return Ok(()) };
+            // It listens before it serves.
+            let starting = format!("{error:#}").contains("the database system is starting up");
+            ensure!(starting && start.elapsed() < START_LIMIT, error);
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Runs for so many milliseconds.

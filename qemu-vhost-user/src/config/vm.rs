@@ -155,6 +155,10 @@ pub struct Policy {
     pub verify: bool,
     /// The leader's guest runs again after the copy, not after the transfer.
     pub early_resume: bool,
+    /// Pages are hashed while the guest runs, so that fewer need it while it stands still.
+    pub background_hashing: bool,
+    /// MiB per second that a rejoin sends at most; 0: no limit.
+    pub rejoin_mib_per_s: u64,
     /// Of pages that differ, only the blocks that differ are sent.
     pub delta: bool,
     /// A peer that says nothing for this long counts as failed.
@@ -187,6 +191,8 @@ impl Default for Policy {
             degraded: Degraded::Serve,
             verify: false,
             early_resume: true,
+            background_hashing: false,
+            rejoin_mib_per_s: 0,
             delta: true,
             failure_timeout_ms: 100,
             idle_threshold_us: 100,
@@ -323,11 +329,21 @@ impl VmConfig {
             ("policy.sync_timeout_ms", self.policy.sync_timeout_ms, 50, 600_000),
             ("policy.guard_mib", self.policy.guard_mib as u64, 1, 4096),
             ("policy.arena_mib", self.policy.arena_mib as u64, 16, 65_536),
+            ("policy.rejoin_mib_per_s", self.policy.rejoin_mib_per_s, 0, 1 << 20),
         ];
         for (field, value, least, most) in ranges {
             if !(least..=most).contains(&value) {
                 return Err(invalid(&self.path, field, format!("is {value}; allowed are {least} to {most}")));
             }
+        }
+        // Messages have up to 1 MiB, and the pauses between them must not look like a failure.
+        let slowest = 2000 / self.policy.sync_timeout_ms + 1;
+        if (1..slowest).contains(&self.policy.rejoin_mib_per_s) {
+            let message = format!(
+                "is {}; with sync_timeout_ms = {} allowed are 0 (no limit) and {slowest} or more",
+                self.policy.rejoin_mib_per_s, self.policy.sync_timeout_ms
+            );
+            return Err(invalid(&self.path, "policy.rejoin_mib_per_s", message));
         }
         Ok(())
     }

@@ -246,6 +246,7 @@ impl Reactor<'_> {
             filter: self.ingress.filter_counts(&self.vm.uplink),
             policy: self.vm.policy.describe_sync(),
             tracker: self.guest.attached.as_ref().map(|attached| attached.tracker.clone()).unwrap_or_default(),
+            rejoin: self.worker.standing.rejoin(),
             last_sync: self.totals.last(),
             totals: self.totals_with_held(),
             peers: self.peers.iter().map(|peer| self.peer_status(peer.id, now)).collect(),

@@ -275,7 +275,7 @@ impl Connection {
                 break Some(Loss::Unsolicited);
             };
             if request.sent_us != group_sent_us {
-                tally.meter.latency(now_us.saturating_sub(group_sent_us), group);
+                tally.meter.latency(now_us, now_us.saturating_sub(group_sent_us), group);
                 (group_sent_us, group) = (request.sent_us, 0);
             }
             group += 1;
@@ -284,7 +284,7 @@ impl Connection {
             at += used;
         };
         if answers > 0 {
-            tally.meter.latency(now_us.saturating_sub(group_sent_us), group);
+            tally.meter.latency(now_us, now_us.saturating_sub(group_sent_us), group);
             tally.meter.answers(now_us, answers, self.last_answer_us);
             self.last_answer_us = now_us;
             self.waiting_since_us = now_us;

@@ -6,7 +6,7 @@
 
 use hdrhistogram::Histogram;
 
-use super::protocol::{LatencySummary, WindowReport};
+use super::protocol::{LatencySummary, Moment, WindowReport};
 
 /// Width of one bar of the throughput series, in microseconds.
 pub const SERIES_INTERVAL_US: u64 = 100_000;
@@ -63,6 +63,42 @@ impl Window {
     }
 }
 
+/// Answers and latencies of short intervals of equal length.
+struct Timeline {
+    interval_us: u64,
+    intervals: Vec<Interval>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Interval {
+    answers: u32,
+    latency_sum_us: u64,
+    slowest_us: u64,
+}
+
+impl Timeline {
+    /// `count` answers came that had waited `latency_us`.
+    fn add(&mut self, now_us: u64, latency_us: u64, count: u32) {
+        let slot = (now_us / self.interval_us) as usize;
+        if slot >= self.intervals.len() {
+            self.intervals.resize(slot + 1, Interval::default());
+        }
+        let interval = &mut self.intervals[slot];
+        interval.answers += count;
+        interval.latency_sum_us += latency_us * u64::from(count);
+        interval.slowest_us = interval.slowest_us.max(latency_us);
+    }
+
+    fn moments(&self) -> Vec<Moment> {
+        let moment = |interval: &Interval| Moment {
+            answers: interval.answers,
+            mean_us: interval.latency_sum_us / u64::from(interval.answers.max(1)),
+            slowest_us: interval.slowest_us,
+        };
+        self.intervals.iter().map(moment).collect()
+    }
+}
+
 fn ms(us: u64) -> f64 {
     us as f64 / 1000.0
 }
@@ -82,6 +118,7 @@ pub struct Meter {
     windows: Vec<Window>,
     closed: Vec<WindowReport>,
     series: Vec<u32>,
+    timeline: Option<Timeline>,
     last_answer_us: u64,
     operations: u64,
 }
@@ -92,6 +129,8 @@ pub struct Measured {
     pub windows: Vec<WindowReport>,
     /// Answers per [`SERIES_INTERVAL_US`].
     pub series: Vec<u32>,
+    /// If asked for.
+    pub timeline: Vec<Moment>,
     /// Latencies of the whole run.
     pub latency: LatencySummary,
 }
@@ -103,9 +142,17 @@ impl Meter {
             windows: vec![Window::new("start", now_us)],
             closed: Vec::new(),
             series: Vec::with_capacity(36_000),
+            timeline: None,
             last_answer_us: now_us,
             operations: 0,
         }
+    }
+
+    /// Also keeps answers and latencies per interval of that length; 0: does not.
+    #[must_use]
+    pub fn with_timeline(self, interval_us: u64) -> Meter {
+        let timeline = (interval_us > 0).then(|| Timeline { interval_us, intervals: Vec::with_capacity(4096) });
+        Meter { timeline, ..self }
     }
 
     fn window(&mut self) -> &mut Window {
@@ -129,10 +176,13 @@ impl Meter {
         window.connection_gap_us = window.connection_gap_us.max(connection_gap_us);
     }
 
-    /// `count` of these answers had waited `latency_us`.
-    pub fn latency(&mut self, latency_us: u64, count: u32) {
+    /// `count` of the answers that came at `now_us` had waited `latency_us`.
+    pub fn latency(&mut self, now_us: u64, latency_us: u64, count: u32) {
         // The histogram would take the value of no answers into its maximum.
         if count > 0 {
+            if let Some(timeline) = &mut self.timeline {
+                timeline.add(now_us, latency_us, count);
+            }
             self.window().latency.saturating_record_n(latency_us.max(1), u64::from(count));
         }
     }
@@ -174,7 +224,8 @@ impl Meter {
         for window in &self.windows {
             total.add(&window.latency).expect("all histograms of the meter have the same bounds");
         }
-        Measured { windows: self.closed, series: self.series, latency: summary(&total) }
+        let timeline = self.timeline.map(|timeline| timeline.moments()).unwrap_or_default();
+        Measured { windows: self.closed, series: self.series, timeline, latency: summary(&total) }
     }
 }
 
@@ -211,11 +262,23 @@ mod tests {
     }
 
     #[test]
+    fn a_timeline_has_answers_and_latencies_of_every_interval() {
+        let mut meter = Meter::new(0).with_timeline(20_000);
+        meter.latency(1_000, 100, 2);
+        meter.latency(19_999, 400, 1);
+        meter.latency(60_000, 50_000, 1);
+        let moments = meter.finish(70_000, false).timeline;
+        let found: Vec<_> = moments.iter().map(|m| (m.answers, m.mean_us, m.slowest_us)).collect();
+        assert_eq!(found, [(3, 200, 400), (0, 0, 0), (0, 0, 0), (1, 50_000, 50_000)]);
+        assert!(Meter::new(0).finish(9, false).timeline.is_empty());
+    }
+
+    #[test]
     fn latencies_of_all_windows_add_up() {
         let mut meter = Meter::new(0);
-        meter.latency(100, 98);
+        meter.latency(5, 100, 98);
         meter.mark("killed", 10);
-        meter.latency(5_000, 2);
+        meter.latency(20_005, 5_000, 2);
         let measured = meter.finish(20, false);
         assert_eq!(measured.windows[0].latency.max_us, 100);
         assert!(measured.windows[1].latency.p50_us >= 4_950);

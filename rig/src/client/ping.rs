@@ -176,7 +176,7 @@ impl Pinger {
                 self.duplicates += 1;
                 continue;
             }
-            self.meter.latency(now_us.saturating_sub(*sent_us), 1);
+            self.meter.latency(now_us, now_us.saturating_sub(*sent_us), 1);
             *sent_us = u64::MAX;
             self.answered += 1;
             let since_us = self.meter.last_answer_us();

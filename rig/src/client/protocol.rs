@@ -62,6 +62,8 @@ pub struct LoadParameters {
     pub drain_ms: u64,
     /// Time between progress lines.
     pub progress_ms: u64,
+    /// The report has answers and latencies per interval of that length; 0: it has not.
+    pub timeline_ms: u64,
     /// Read every key back after the load, for at most `verify_timeout_ms`.
     pub verify: bool,
     /// See `verify`.
@@ -90,6 +92,7 @@ impl Default for LoadParameters {
             idle_limit_ms: 30_000,
             drain_ms: 10_000,
             progress_ms: 100,
+            timeline_ms: 0,
             verify: true,
             verify_timeout_ms: 30_000,
             ledger_file: None,
@@ -438,12 +441,25 @@ pub struct LoadReport {
     pub latency: LatencySummary,
     /// Answers per 100 ms.
     pub series_100ms: Vec<u32>,
+    /// Per interval, from the start; see [`LoadParameters::timeline_ms`].
+    pub timeline: Vec<Moment>,
     /// CPU time of the load thread per answer, in nanoseconds.
     pub cpu_ns_per_operation: f64,
     /// Longest time by which the client woke up late: gaps below it say nothing about the server.
     pub longest_stall_ms: f64,
     /// Present when asked for.
     pub verification: Option<Verification>,
+}
+
+/// What one interval brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// Answers that came.
+    pub answers: u32,
+    /// How long they had been waited for, on average; 0 if there were none.
+    pub mean_us: u64,
+    /// The longest of these times.
+    pub slowest_us: u64,
 }
 
 /// The outcome of the shared registers.

@@ -112,6 +112,8 @@ fn check_parameters(p: &LoadParameters) -> Result<(), LoadError> {
     let size = p.value_bytes;
     check((TOKEN_BYTES..=1 << 20).contains(&size), "value_bytes", size as u64, "16 to 1048576")?;
     check(p.get_percent <= 100, "get_percent", p.get_percent.into(), "0 to 100")?;
+    let timeline = p.timeline_ms;
+    check(timeline == 0 || timeline >= 5, "timeline_ms", timeline, "0 or at least 5")?;
     check(p.progress_ms >= 10, "progress_ms", p.progress_ms, "at least 10")
 }
 
@@ -148,7 +150,7 @@ impl<'a> Load<'a> {
             in_flight: p.in_flight,
             poll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             connections: (0..p.connections).map(|number| Connection::new(number, run, p)).collect(),
-            tally: Tally::new(run, 0),
+            tally: Tally::new(run, 0, p.timeline_ms),
             ledger: Ledger { run, value_bytes: p.value_bytes, generations: Vec::new(), missing: Default::default() },
             serving: false,
             stop_us: None,
@@ -192,7 +194,7 @@ impl<'a> Load<'a> {
         }
         self.start = Instant::now();
         self.serving = true;
-        self.tally = Tally::new(self.run, 0);
+        self.tally = Tally::new(self.run, 0, self.p.timeline_ms);
         for connection in &mut self.connections {
             connection.waiting_since_us = 0;
         }
@@ -411,6 +413,7 @@ impl<'a> Load<'a> {
             windows: measured.windows,
             latency: measured.latency,
             series_100ms: measured.series,
+            timeline: measured.timeline,
             cpu_ns_per_operation: cpu.as_nanos() as f64 / operations.max(1) as f64,
             longest_stall_ms: self.longest_stall_us as f64 / 1000.0,
             verification: None,

@@ -36,9 +36,9 @@ pub struct Tally {
 
 impl Tally {
     /// Nothing counted yet.
-    pub fn new(run: u32, now_us: u64) -> Tally {
+    pub fn new(run: u32, now_us: u64, timeline_ms: u64) -> Tally {
         Tally {
-            meter: Meter::new(now_us),
+            meter: Meter::new(now_us).with_timeline(timeline_ms * 1000),
             acknowledged_writes: 0,
             wrong_reads: 0,
             wrong_read_samples: Vec::new(),

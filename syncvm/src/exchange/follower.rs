@@ -6,15 +6,14 @@
 
 mod delta;
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, verify,
+    SyncReport, background_turn, slot_hasher, verify,
 };
 use crate::dirty::DirtySet;
-use crate::hash::HashPool;
+use crate::hash::SlotHasher;
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::{Basis, Pairing};
 use crate::transfer::{
@@ -44,7 +43,7 @@ pub struct FollowerContext<G, C, O> {
     pub view: u64,
     pub(crate) standing: Standing,
     pub(crate) pairing: Pairing,
-    pub(crate) pool: Arc<HashPool>,
+    pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
@@ -69,12 +68,13 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     fn with(parts: Parts<G, C, O>, pairing: Pairing, standing: Standing) -> Self {
         let pages = parts.guest.ram().pages();
         assert_eq!(pairing.pages(), pages, "a pairing of another guest");
+        let pool = slot_hasher(&parts.config, parts.pool, pages);
         Self {
             guest: parts.guest,
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
-            pool: parts.pool,
+            pool,
             link: Link::new(parts.channel),
             standing,
             pairing,
@@ -117,11 +117,24 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     }
 
     pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
-        let harvested = self.guest.harvest(self.pairing.pending());
+        let Self { guest, pairing, pool, .. } = self;
+        let harvested = pool.harvest(pairing.pending(), |into| guest.harvest(into));
         if harvested.is_err() {
             self.pairing.pending().fill();
         }
         Ok(harvested?)
+    }
+
+    /// A turn of hashing in the background, for the owner to call between exchanges while the guest runs. Says when to call
+    /// again; `None` where there is nothing to do.
+    ///
+    /// # Errors
+    /// The harvest failed: the next syncvm covers every page.
+    pub fn hash_in_background(&mut self) -> Result<Option<Instant>, SyncError> {
+        if self.standing != Standing::Whole {
+            return Ok(None);
+        }
+        background_turn(&mut self.guest, &mut self.pairing, &mut self.pool, &self.config)
     }
 
     /// Hashes `batch` and sends the hashes.
@@ -139,6 +152,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     /// The guest's memory is no longer anything that I5 allows.
     pub(crate) fn lose_guest(&mut self) {
         self.standing = Standing::Empty;
+        self.pool.forget();
         self.pairing.forget_peer();
     }
 }
@@ -345,6 +359,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     fn apply(&mut self, transfer: &VerifiedTransfer<'_>, leader: &Terms) -> Result<(), SyncError> {
+        self.ctx.pool.forget();
         let FollowerContext { guest, observer, .. } = &mut *self.ctx;
         let differences = transfer.apply(guest.ram(), || {
             observer.crash_point(Phase::FollowerAppliedHalf);

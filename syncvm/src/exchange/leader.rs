@@ -5,17 +5,16 @@
 
 mod delta;
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use delta::Delta;
 
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, verify,
+    SyncReport, background_turn, slot_hasher, verify,
 };
 use crate::dirty::DirtySet;
-use crate::hash::{HASH_BYTES, HashPool, PageHashValue};
+use crate::hash::{HASH_BYTES, PageHashValue, SlotHasher};
 use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::Pairing;
 use crate::transfer::{Header, Kind, Outgoing, Scope, Terms, TransferMode, WireError};
@@ -31,7 +30,7 @@ pub struct LeaderContext<G, C, O> {
     /// The present view.
     pub view: u64,
     pub(crate) pairing: Pairing,
-    pub(crate) pool: Arc<HashPool>,
+    pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
     pub(crate) outgoing: Outgoing,
     pub(crate) rejoins: u16,
@@ -50,12 +49,13 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     #[must_use]
     pub fn new(parts: Parts<G, C, O>, pairing: Pairing) -> Self {
         assert_eq!(pairing.pages(), parts.guest.ram().pages(), "a pairing of another guest");
+        let pool = slot_hasher(&parts.config, parts.pool, pairing.pages());
         Self {
             guest: parts.guest,
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
-            pool: parts.pool,
+            pool,
             link: Link::new(parts.channel),
             pairing,
             outgoing: Outgoing::default(),
@@ -71,7 +71,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
         &self.pairing
     }
 
-    /// For a caller that harvests between exchanges, or starts over with [`Pairing::forget_peer`].
+    /// To start over with [`Pairing::forget_peer`].
     pub fn pairing_mut(&mut self) -> &mut Pairing {
         &mut self.pairing
     }
@@ -107,11 +107,21 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
 
     /// Harvests into the pairing. A harvest that fails may have lost pages, so every page counts as dirty.
     pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
-        let harvested = self.guest.harvest(self.pairing.pending());
+        let Self { guest, pairing, pool, .. } = self;
+        let harvested = pool.harvest(pairing.pending(), |into| guest.harvest(into));
         if harvested.is_err() {
             self.pairing.pending().fill();
         }
         Ok(harvested?)
+    }
+
+    /// A turn of hashing in the background, for the owner to call between exchanges while the guest runs. Says when to call
+    /// again; `None` where there is nothing to do.
+    ///
+    /// # Errors
+    /// The harvest failed: the next syncvm covers every page.
+    pub fn hash_in_background(&mut self) -> Result<Option<Instant>, SyncError> {
+        background_turn(&mut self.guest, &mut self.pairing, &mut self.pool, &self.config)
     }
 
     /// Hashes `batch` here while the follower does the same, receives its hashes, and adds what differs.
@@ -129,7 +139,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     }
 }
 
-fn compare(
+pub(crate) fn compare(
     batch: &[PageNumber],
     ours: &[PageHashValue],
     theirs: &[u8],
@@ -355,6 +365,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             return Err(SyncError::Unexpected { got: kind, wanted: "the acknowledgement" });
         }
         self.ctx.pairing.commit();
+        self.ctx.pool.forget();
         self.ctx.cautious = false;
         self.report.phases.ack_us = self.watch.lap();
         self.point(Phase::LeaderAcked);

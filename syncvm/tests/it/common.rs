@@ -12,6 +12,7 @@ use syncvm::exchange::{
     SyncError, SyncReport, follow_syncvm, lead_syncvm,
 };
 use syncvm::hash::HashPool;
+use syncvm::rejoin::RejoinProgress;
 use syncvm::transfer::Kind;
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber, Pairing};
 
@@ -298,6 +299,7 @@ pub struct Watcher {
     pub resumed: usize,
     pub seen: Vec<Phase>,
     pub die_at: Option<Phase>,
+    pub progress: Vec<RejoinProgress>,
 }
 
 impl Observer for Watcher {
@@ -310,6 +312,9 @@ impl Observer for Watcher {
     }
     fn may_run(&mut self) -> bool {
         !self.may_not_run
+    }
+    fn progress(&mut self, progress: RejoinProgress) {
+        self.progress.push(progress);
     }
     fn resumed(&mut self) {
         self.resumed += 1;

@@ -1,5 +1,6 @@
 //! syncvm through its public interface, against fakes that fail everywhere and against a real process.
 
+mod background;
 mod common;
 mod delta;
 mod exchange;

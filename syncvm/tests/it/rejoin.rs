@@ -84,7 +84,7 @@ fn a_joiner_ends_equal_although_the_guest_writes_all_the_time() {
 
 #[test]
 fn rounds_that_break_anywhere_leave_a_joiner_that_does_not_run_and_can_be_completed() {
-    for at_message in 0..9 {
+    for at_message in 0..12 {
         for how in [Break::Refused, Break::Lost, Break::Uncertain] {
             let (mut leader, mut follower) = pair(2, PAGES);
             good_sync(&mut leader, &mut follower, 1);
@@ -170,6 +170,64 @@ fn a_guest_that_rewrites_everything_in_every_round_still_joins() {
     // What is left is relative to round 1, and the joiner knows.
     assert_eq!(led.left_pages, 1);
     good_sync(&mut leader, &mut follower, 2);
+    good_sync(&mut leader, &mut follower, 3);
+}
+
+/// Two guests that are equal and calm.
+fn calm_pair(seed: u64) -> (Leader, Follower) {
+    let (mut leader, mut follower) = pair(seed, BIG);
+    (leader.guest.writes_per_run, follower.guest.writes_per_run) = (0, 0);
+    good_sync(&mut leader, &mut follower, 1);
+    (leader, follower)
+}
+
+#[test]
+fn a_replica_that_is_mostly_right_costs_the_granules_that_are_not() {
+    let (mut leader, mut follower) = calm_pair(11);
+    // Two pages of one granule, and one of the last, which is a short one.
+    for page in [600, 1000, BIG as u32 - 1] {
+        follower.guest.ram.write_page(PageNumber(page), &[0x5a; PAGE_BYTES]);
+    }
+    let (led, followed) = rejoin(&mut leader, &mut follower, 2, &policy(50), None);
+    let (led, followed) = (led.unwrap(), followed.unwrap());
+    assert_eq!((led.compared_pages, led.sent_pages), (BIG as u64, 3));
+    assert_eq!((followed.compared_pages, followed.sent_pages), (BIG as u64, 3));
+    let hash_bytes = 16 * (BIG.div_ceil(512) + 512 + BIG % 512) as u64;
+    assert!(led.bytes_received < hash_bytes + 300, "{} bytes, hashes are {hash_bytes}", led.bytes_received);
+    assert!(led.bytes_sent < 3 * PAGE_BYTES as u64 + 1000, "{} bytes", led.bytes_sent);
+    good_sync(&mut leader, &mut follower, 3);
+}
+
+#[test]
+fn a_granule_list_that_lies_is_found_out_by_the_syncvm_that_checks() {
+    let (mut leader, mut follower) = calm_pair(12);
+    let (led, _) = rejoin(&mut leader, &mut follower, 2, &policy(50), None);
+    assert_eq!(led.unwrap().sent_pages, 0);
+    // After the digests were compared and before the last syncvm: nobody harvests this write.
+    follower.guest.ram.write_page(PageNumber(77), &[0x5a; PAGE_BYTES]);
+    leader.config.verify = true;
+    let (led, _) = sync(&mut leader, &mut follower, 3, None);
+    assert!(matches!(led, Err(SyncError::Diverged { pages: 1, .. })), "{led:?}");
+}
+
+#[test]
+fn a_rejoin_keeps_within_its_rate_and_says_how_far_it_is() {
+    let (mut leader, mut follower) = calm_pair(13);
+    for page in 0..2048 {
+        follower.guest.ram.write_page(PageNumber(page), &[0x5a; PAGE_BYTES]);
+        leader.guest.ram.write_page(PageNumber(page), &[0x5b; PAGE_BYTES]);
+    }
+    let capped = RejoinPolicy { mib_per_s: 20, ..policy(50) };
+    let start = std::time::Instant::now();
+    let (led, _) = rejoin(&mut leader, &mut follower, 2, &capped, None);
+    assert!(led.unwrap().sent_pages >= 2048);
+    // 8 MiB at 20 MiB/s are 400 ms, less the burst and the last message.
+    assert!(start.elapsed() >= Duration::from_millis(230), "{:?}", start.elapsed());
+    for observer in [&leader.observer, &follower.observer] {
+        let last = observer.progress.last().unwrap();
+        assert_eq!((last.done_pages, last.total_pages, last.left), (BIG, BIG, Duration::ZERO));
+        assert!(observer.progress.windows(2).all(|two| two[0].done_pages <= two[1].done_pages));
+    }
     good_sync(&mut leader, &mut follower, 3);
 }
 

@@ -22,9 +22,11 @@ use dataplane::fabric::bulk::BulkCancel;
 use dataplane::mailbox::{self, mailbox};
 use dataplane::wait::{Bell, EventFd};
 use syncvm::exchange::SyncReport;
+use syncvm::rejoin::RejoinProgress;
 
 use crate::qemu::agent::VcpuClocks;
 use crate::qemu::fingerprint::Fingerprint;
+use crate::status::RejoinStatus;
 
 pub use crash::{CrashAction, CrashPoints};
 pub use serve::{WorkerSetup, start};
@@ -181,6 +183,8 @@ pub struct Standing {
     pub sealed: AtomicU64,
     /// The bulk connection that is in use: how to cut it, and the bytes it has moved.
     pub link: Mutex<Option<(BulkCancel, Arc<AtomicU64>)>>,
+    /// How far the present rejoin is.
+    pub rejoin: Mutex<Option<RejoinProgress>>,
 }
 
 impl Standing {
@@ -189,6 +193,17 @@ impl Standing {
         if let Some((cancel, _)) = self.link.lock().expect("no holder of this lock panics").as_ref() {
             cancel.cancel();
         }
+    }
+
+    /// How far the present rejoin is, for the status.
+    pub fn rejoin(&self) -> Option<RejoinStatus> {
+        let progress = (*self.rejoin.lock().expect("no holder of this lock panics"))?;
+        Some(RejoinStatus {
+            round: progress.round,
+            done_pages: progress.done_pages as u64,
+            total_pages: progress.total_pages as u64,
+            left_ms: progress.left.as_millis() as u64,
+        })
     }
 
     /// Bytes that the present bulk connection has moved: a sign of life of the peer.

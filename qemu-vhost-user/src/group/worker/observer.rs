@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use consensus::{Index, View};
 use syncvm::exchange::{Observer, Phase};
+use syncvm::rejoin::RejoinProgress;
 
 use super::{CrashPoints, Report, Standing, WorkerPort};
 
@@ -76,6 +77,10 @@ impl Observer for WorkerObserver {
     fn may_run(&mut self) -> bool {
         // The seal first: the reactor decides about the permission when it ends the slot.
         !self.keep_stopped && self.await_seal() && self.standing().may_run.load(Ordering::Acquire)
+    }
+
+    fn progress(&mut self, progress: RejoinProgress) {
+        *self.standing().rejoin.lock().expect("no holder of this lock panics") = Some(progress);
     }
 
     fn resumed(&mut self) {

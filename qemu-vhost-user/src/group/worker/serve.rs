@@ -126,6 +126,7 @@ impl Serve {
                 Side::Detached => ATTACH_INTERVAL.as_micros() as u64,
                 _ => IDLE_WAIT_US,
             };
+            let timeout_us = self.hash_in_background().map_or(timeout_us, |due_us| due_us.min(timeout_us));
             if let Err(error) = self.poller.wait(Some(timeout_us), &mut ready) {
                 tracing::error!(%error, "the guest worker cannot wait");
                 return;
@@ -143,6 +144,23 @@ impl Serve {
                 self.try_attach();
             }
         }
+    }
+
+    /// A turn of hashing between commands; µs until the next one. Only towards a peer that is there: nobody compares else.
+    fn hash_in_background(&mut self) -> Option<u64> {
+        if !self.setup.vm.policy.background_hashing || !self.has_link() {
+            return None;
+        }
+        let turn = match &mut self.side {
+            Side::Detached | Side::Alone(_) => return None,
+            Side::Leading(context, _) => context.hash_in_background(),
+            Side::Following(context) => context.hash_in_background(),
+        };
+        let next = turn.unwrap_or_else(|error| {
+            tracing::warn!(error = describe(&error), "written pages are unknown, the next syncvm covers all");
+            None
+        });
+        next.map(|due| due.saturating_duration_since(Instant::now()).as_micros() as u64)
     }
 
     fn guest(&mut self) -> Option<&mut QemuGuest> {
@@ -286,6 +304,7 @@ impl Serve {
                     config::HashKind::Xxh3 => HashKind::Xxh3_128,
                 },
                 early_resume: policy.early_resume,
+                background_hashing: policy.background_hashing,
                 transfer: match policy.sync {
                     SyncPolicy::Vsmr | SyncPolicy::Str if policy.delta => TransferMode::Delta,
                     SyncPolicy::Vsmr | SyncPolicy::Str => TransferMode::Pages,
@@ -358,17 +377,29 @@ impl Serve {
         }
     }
 
-    fn lead_rejoin(&mut self, view: View, peer: ReplicaId, number: Index) {
+    fn rejoin_policy(&self) -> RejoinPolicy {
         let policy = RejoinPolicy {
             target_pages: REJOIN_TARGET_PAGES,
-            give_up_after: REJOIN_TIMEOUT,
+            mib_per_s: self.setup.vm.policy.rejoin_mib_per_s,
             ..RejoinPolicy::default()
         };
+        // Rounds after the first may carry as much again.
+        let capped = 2 * policy.time_for(self.setup.vm.memory_mib << 20);
+        RejoinPolicy { give_up_after: REJOIN_TIMEOUT + capped, ..policy }
+    }
+
+    fn rejoin_over(&self) {
+        *self.port.standing.rejoin.lock().expect("no holder of this lock panics") = None;
+    }
+
+    fn lead_rejoin(&mut self, view: View, peer: ReplicaId, number: Index) {
+        let policy = self.rejoin_policy();
         self.drop_link();
         let result = self.leader_towards(peer, view, 0).and_then(|context| {
             context.observer.begin(number, view, false);
             lead_rejoin(context, number.0, &policy).map_err(|error| describe(&error))
         });
+        self.rejoin_over();
         match result {
             Ok(report) => {
                 let summary = format!(
@@ -487,12 +518,14 @@ impl Serve {
             }
             self.port.report(Report::Joining);
         }
+        let patience = self.rejoin_policy().give_up_after;
         let Some(context) = self.follower(view) else { return self.drop_link() };
         context.replace_channel(channel);
-        if rejoin && let Err(error) = follow_rejoin(context, REJOIN_TIMEOUT) {
+        if rejoin && let Err(error) = follow_rejoin(context, patience) {
             tracing::warn!(error = describe(&error), "the rejoin broke off");
             self.drop_link();
         }
+        self.rejoin_over();
     }
 }
 
