@@ -20,7 +20,7 @@ use thiserror::Error;
 use super::features::{Features, Offloads};
 use super::link::{Answer, Command, ReactorEnd, RingStart, drain, signal};
 use super::memory::{BackendDirty, RamIdentity};
-use super::moderation::{Debt, are_many};
+use super::moderation::{Debt, SMALL_FRAME_BYTES, are_many};
 use super::ring::{Ring, RingFault};
 use super::traffic::Scratch;
 
@@ -172,6 +172,8 @@ pub(super) struct Slot {
     error: Option<OwnedFd>,
     /// An interrupt that waits; of transmit rings only.
     debt: Option<Debt>,
+    /// The guest was given frames since it sent some; of transmit rings only.
+    heard: bool,
 }
 
 impl Slot {
@@ -196,6 +198,8 @@ pub struct NetDevice {
     pub(super) polling: bool,
     /// A ring is broken, so all stand still.
     pub(super) broken: bool,
+    /// The longest frame that [`Self::collect_tx`] passed on since the last flush.
+    pub(super) longest_tx_bytes: usize,
     pending: VecDeque<DeviceEvent>,
     pub(super) counters: Counters,
     pub(super) scratch: Scratch,
@@ -216,6 +220,7 @@ impl NetDevice {
             next_transmit: 0,
             polling: false,
             broken: false,
+            longest_tx_bytes: 0,
             pending: VecDeque::new(),
             counters: Counters::default(),
             scratch: Scratch::new(),
@@ -449,13 +454,16 @@ impl NetDevice {
     /// `moderation`). For a caller that calls this again by then.
     #[inline]
     pub fn flush_signals_in_time(&mut self, now_us: u64) {
+        let small = std::mem::take(&mut self.longest_tx_bytes) <= SMALL_FRAME_BYTES;
         for pair in 0..self.pairs_in_use {
             let receive = RingIndex::receive(pair);
             let ring = self.slots[usize::from(receive.0)].ring.as_deref();
-            let gives = ring.is_some_and(|ring| ring.unsignalled() > 0);
+            // After a start an interrupt is due without a frame.
+            let gives = ring.is_some_and(|ring| (1..=ring.size()).contains(&ring.unsignalled()));
             self.signal_ring(receive);
             let transmit = RingIndex::transmit(pair);
-            if !self.may_wait(transmit, now_us, gives) {
+            self.slots[usize::from(transmit.0)].heard |= gives;
+            if !self.may_wait(transmit, now_us, small) {
                 self.signal_ring(transmit);
             }
         }
@@ -468,24 +476,28 @@ impl NetDevice {
         debts.map(|debt| debt.due_us()).min().unwrap_or(u64::MAX)
     }
 
-    /// Whether a transmit ring's interrupt can wait, if one is due. `gives`: the guest was just given frames.
+    /// Whether a transmit ring's interrupt can wait, if one is due. `small`: no frame was longer.
     #[inline]
-    fn may_wait(&mut self, index: RingIndex, now_us: u64, gives: bool) -> bool {
+    fn may_wait(&mut self, index: RingIndex, now_us: u64, small: bool) -> bool {
         let slot = &mut self.slots[usize::from(index.0)];
         let Some(ring) = slot.ring.as_deref_mut().filter(|_| slot.call.is_some()) else { return false };
         ring.settle();
         let published = ring.published();
         if are_many(ring.unsignalled(), ring.size()) {
+            slot.heard = false;
             return false;
         }
         if ring.unsignalled() > 0 && slot.debt.is_none_or(|debt| debt.upto() != published) {
             // Looked at once per change: each look takes the line from the driver. What was owed before may be forgiven now.
             let kept = slot.debt.take().filter(|debt| !ring.forgives(debt.upto()));
+            let answer = std::mem::take(&mut slot.heard) && small && ring.unsignalled() == 1;
             if !ring.forgives(published) {
-                slot.debt = kept.or(Some(Debt::new(now_us, published)));
-                slot.debt.iter_mut().for_each(|debt| debt.extend(published));
+                slot.debt = Some(match kept {
+                    Some(debt) => debt.extended(published),
+                    None => Debt::new(now_us, published, answer),
+                });
             }
-        } else if let (Some(debt), true) = (&mut slot.debt, gives) {
+        } else if let (Some(debt), true) = (&mut slot.debt, slot.heard) {
             debt.note_received();
         }
         slot.debt.is_none_or(|debt| now_us < debt.due_us())

@@ -35,6 +35,7 @@ impl Scratch {
 struct Look<'a, F> {
     frame: &'a mut [u8],
     len: usize,
+    longest: usize,
     look: &'a mut F,
 }
 
@@ -42,6 +43,7 @@ impl<F: FnMut(&[u8]) -> bool> FrameSink for Look<'_, F> {
     #[inline]
     fn room(&mut self, len_bytes: usize) -> Option<&mut [u8]> {
         self.len = len_bytes;
+        self.longest = self.longest.max(len_bytes);
         Some(&mut self.frame[..len_bytes])
     }
 
@@ -171,7 +173,9 @@ impl NetDevice {
     pub fn collect_tx(&mut self, budget_frames: usize, sink: &mut impl FnMut(&[u8]) -> bool) -> usize {
         // Nothing in `collect` looks at it, so it can be away meanwhile.
         let mut frame = std::mem::take(&mut self.scratch.frame);
-        let accepted = self.collect(budget_frames, &mut Look { frame: &mut frame, len: 0, look: sink });
+        let mut look = Look { frame: &mut frame, len: 0, longest: self.longest_tx_bytes, look: sink };
+        let accepted = self.collect(budget_frames, &mut look);
+        self.longest_tx_bytes = look.longest;
         self.scratch.frame = frame;
         accepted
     }

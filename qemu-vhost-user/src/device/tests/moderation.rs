@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::bed::{Bed, RAM_BYTES, frame, take_count};
 use crate::device::features::Features;
-use crate::device::moderation::{LONGEST_WAIT_US, WAIT_US};
-use crate::device::net::Inject;
+use crate::device::moderation::{DIALOGUE_WAIT_US, RECEIVER_WAIT_US, SMALL_FRAME_BYTES, WAIT_US};
+use crate::device::net::{Inject, VNET_HEADER_BYTES};
 
 const EVENT_IDX: u64 = 1 << 29;
 /// When the tests begin.
@@ -69,21 +69,50 @@ fn a_guest_that_wants_none_gets_none_and_nothing_is_due() {
 }
 
 #[test]
-fn a_guest_in_a_dialogue_that_frees_its_buffers_itself_gets_none() {
+fn a_guest_in_a_dialogue_that_frees_its_buffers_itself_gets_none_and_no_sleep_is_short() {
     let mut bed = bed(EVENT_IDX, 16);
     let mut now = START_US;
     for _ in 0..100 {
-        send(&mut bed, 1);
-        assert_eq!(flush(&mut bed, now), [0, 0]);
-        assert_eq!(bed.device.signal_due_us(), now + WAIT_US);
-        // The answer comes in time, and with it the guest looks at what it has sent.
         receive(&mut bed);
-        assert_eq!(flush(&mut bed, now + WAIT_US / 2), [1, 0]);
-        assert_eq!(bed.device.signal_due_us(), now + LONGEST_WAIT_US);
-        assert!(bed.tx.reap(&bed.memory).is_some() && bed.rx.reap(&bed.memory).is_some());
+        assert_eq!(flush(&mut bed, now), [1, 0]);
+        // With what came the guest looks at what it has sent.
+        bed.tx.reap(&bed.memory);
+        assert!(bed.rx.reap(&bed.memory).is_some());
         bed.tx.want_interrupt(&bed.memory);
         bed.rx.want_interrupt(&bed.memory);
-        now += 2 * WAIT_US;
+        send(&mut bed, 1);
+        assert_eq!(flush(&mut bed, now), [0, 0]);
+        assert_eq!(bed.device.signal_due_us(), now + DIALOGUE_WAIT_US);
+        now += 4 * WAIT_US;
+    }
+}
+
+#[test]
+fn an_answer_that_others_follow_or_that_is_long_waits_no_longer_than_other_frames() {
+    for features in [0, EVENT_IDX] {
+        let mut bed = bed(features, 16);
+        receive(&mut bed);
+        assert_eq!(flush(&mut bed, START_US), [1, 0]);
+        send(&mut bed, 1);
+        assert_eq!(flush(&mut bed, START_US), [0, 0]);
+        send(&mut bed, 1);
+        assert_eq!(flush(&mut bed, START_US), [0, 0]);
+        assert_eq!(bed.device.signal_due_us(), START_US + WAIT_US);
+        assert_eq!(flush(&mut bed, START_US + WAIT_US), [0, 1]);
+        for (bytes, wait_us) in [(SMALL_FRAME_BYTES, DIALOGUE_WAIT_US), (SMALL_FRAME_BYTES + 1, WAIT_US)] {
+            while bed.tx.reap(&bed.memory).is_some() {}
+            while bed.rx.reap(&bed.memory).is_some() {}
+            bed.tx.want_interrupt(&bed.memory);
+            receive(&mut bed);
+            let now = 2 * START_US + bytes as u64 * DIALOGUE_WAIT_US;
+            flush(&mut bed, now);
+            let frame = frame(1, bytes - VNET_HEADER_BYTES);
+            bed.send(&frame, &[bytes as u32], false).unwrap();
+            assert_eq!(bed.device.collect_tx(64, &mut |_| true), 1);
+            assert_eq!(flush(&mut bed, now), [0, 0]);
+            assert_eq!(bed.device.signal_due_us(), now + wait_us);
+            assert_eq!(flush(&mut bed, now + wait_us), [0, 1]);
+        }
     }
 }
 
@@ -92,13 +121,13 @@ fn a_guest_that_only_takes_its_frames_is_told_after_the_longest_wait() {
     let mut bed = bed(EVENT_IDX, 16);
     send(&mut bed, 1);
     assert_eq!(flush(&mut bed, START_US), [0, 0]);
-    for after_us in (1..LONGEST_WAIT_US).step_by(WAIT_US as usize - 1) {
+    for after_us in (1..RECEIVER_WAIT_US).step_by(WAIT_US as usize - 1) {
         receive(&mut bed);
         let [_, sent] = flush(&mut bed, START_US + after_us);
         assert_eq!(sent, 0);
         bed.rx.reap(&bed.memory).unwrap();
     }
-    assert_eq!(flush(&mut bed, START_US + LONGEST_WAIT_US), [0, 1]);
+    assert_eq!(flush(&mut bed, START_US + RECEIVER_WAIT_US), [0, 1]);
 }
 
 #[test]
@@ -160,7 +189,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Receive),
         3 => any::<bool>().prop_map(|ask| Op::Reap { ask }),
         1 => Just(Op::Refuse),
-        6 => prop_oneof![Just(0), 1..2 * WAIT_US, 1..2 * LONGEST_WAIT_US].prop_map(|later_us| Op::Turn { later_us }),
+        6 => prop_oneof![Just(0), 1..2 * WAIT_US, 1..2 * RECEIVER_WAIT_US, 1..2 * DIALOGUE_WAIT_US].prop_map(|later_us| Op::Turn { later_us }),
     ]
 }
 
@@ -168,25 +197,30 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(500) })]
 
     /// A driver that has asked for an interrupt, looked once more, and sleeps: it is interrupted for the next frame that has
-    /// left, at the latest after the longest wait, if the reactor takes a turn when one is due.
+    /// left, at the latest after the wait of receivers if the reactor takes a turn when one is due. After the longer one of a
+    /// dialogue only if that frame follows what it was given, and is the only one.
     #[test]
     fn no_sleeping_sender_is_forgotten(event_idx in any::<bool>(), ops in prop::collection::vec(op(), 1..80)) {
         let mut bed = bed(if event_idx { EVENT_IDX } else { 0 }, 16);
         let mut now = START_US;
         // Asleep since the guest asked; waiting since a frame has left after that.
         let (mut asleep, mut waiting_since) = (true, None);
+        let (mut limit_us, mut heard) = (RECEIVER_WAIT_US, false);
         for op in ops {
             match op {
                 Op::Send => {
                     if bed.send(&frame(1, 60), &[72], false).is_some() {
                         bed.device.collect_tx(64, &mut |_| true);
                         bed.device.flush_signals_in_time(now);
+                        let answer = std::mem::take(&mut heard) && waiting_since.is_none();
+                        limit_us = if answer { DIALOGUE_WAIT_US } else { RECEIVER_WAIT_US };
                         waiting_since = waiting_since.or(asleep.then_some(now));
                     }
                 }
                 Op::Receive => {
                     while bed.rx.reap(&bed.memory).is_some() {}
                     receive(&mut bed);
+                    heard = true;
                     bed.device.flush_signals_in_time(now);
                 }
                 Op::Reap { ask } => {
@@ -219,8 +253,8 @@ proptest! {
                 (asleep, waiting_since) = (false, None);
             }
             if let Some(since) = waiting_since {
-                prop_assert!(now < since + LONGEST_WAIT_US, "not interrupted since {since}, now {now}");
-                prop_assert!(bed.device.signal_due_us() <= since + LONGEST_WAIT_US);
+                prop_assert!(now < since + limit_us, "not interrupted since {since}, now {now}");
+                prop_assert!(bed.device.signal_due_us() <= since + limit_us);
             }
         }
     }
