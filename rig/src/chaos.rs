@@ -19,6 +19,12 @@ const LONGEST_HOLD_MS: u32 = 800;
 /// Under load there are many syncvms per second; one must come to an armed crash point within this time.
 const CRASH_POINT_LIMIT: Duration = Duration::from_secs(15);
 
+/// A daemon answers within this that a crash point is armed, unless it comes to it first.
+const CRASH_POINT_ANSWER_LIMIT: Duration = Duration::from_secs(3);
+
+/// Within this the rig sees what has happened to a daemon that gave no answer.
+const CRASH_SEEN_LIMIT: Duration = Duration::from_secs(1);
+
 /// A host by its role at the time of the fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -232,19 +238,23 @@ fn strike(cluster: &Cluster, roles: &Roles, step: &Step) -> Result<Vec<Fault>> {
 pub fn crash_at(cluster: &Cluster, host: &Host, phase: &str, action: &str) -> Result<Vec<Fault>> {
     let (daemon, qemu) = (process(host, DAEMON)?, process(host, QEMU)?);
     let (daemon_starts, qemu_starts) = (daemon.starts(), qemu.starts());
-    cluster.ask(host, &["crash-point", VM, phase, action])?;
+    // The point may be reached before the daemon has answered, and then it never does: what happens to it decides.
+    let asked = cluster.ask_within(host, &["crash-point", VM, phase, action], CRASH_POINT_ANSWER_LIMIT);
+    let limit = if asked.is_ok() { CRASH_POINT_LIMIT } else { CRASH_SEEN_LIMIT };
     let died = |process: &Process, starts: u32| !process.is_running() || process.starts() > starts;
     let what = format!("{} to come to {phase} and {action}", host.name());
     let interval = Duration::from_millis(2);
-    wait_until_every(interval, Deadline::after(CRASH_POINT_LIMIT), &what, || {
+    let reached = wait_until_every(interval, Deadline::after(limit), &what, || {
         let reached = match action {
             "kill-qemu" => died(&qemu, qemu_starts),
             "freeze-daemon" => is_stopped(daemon.pid()),
             _ => died(&daemon, daemon_starts),
         };
         reached.then_some(())
-    })
-    .map_err(|error| cluster.explain(error))?;
+    });
+    if let Err(missed) = reached {
+        return Err(asked.err().unwrap_or_else(|| cluster.explain(missed)));
+    }
     // A daemon that has stopped itself is thawed by the fault's end; stopping it again changes nothing.
     Ok(if action == "freeze-daemon" { vec![daemon.frozen()?] } else { Vec::new() })
 }
