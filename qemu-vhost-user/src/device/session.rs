@@ -75,9 +75,13 @@ pub enum SessionError {
     System(#[from] std::io::Error),
 }
 
-/// Makes a device named `name` (for logs) and starts its session. The path of a listening endpoint is claimed before this
-/// returns.
-pub fn open(name: &str, endpoint: Endpoint) -> Result<(NetDevice, Session), SessionError> {
+/// Makes a device named `name` (for logs) and starts its session, whose thread calls `at_start` first. The path of a
+/// listening endpoint is claimed before this returns.
+pub fn open(
+    name: &str,
+    endpoint: Endpoint,
+    at_start: impl FnOnce() + Send + 'static,
+) -> Result<(NetDevice, Session), SessionError> {
     let source = Source::prepare(endpoint)?;
     let stop = Arc::new(AtomicBool::new(false));
     let (session_end, reactor_end) = pair(Arc::clone(&stop), ANSWER_DEADLINE)?;
@@ -89,7 +93,10 @@ pub fn open(name: &str, endpoint: Endpoint) -> Result<(NetDevice, Session), Sess
         connection: Mutex::new(None),
     });
     let runner = Runner { name: name.to_owned(), source, shared: Arc::clone(&shared), dirty: dirty.clone() };
-    let thread = std::thread::Builder::new().name(format!("vhost {name}")).spawn(move || runner.run(session_end))?;
+    let thread = std::thread::Builder::new().name(format!("vhost {name}")).spawn(move || {
+        at_start();
+        runner.run(session_end);
+    })?;
     Ok((NetDevice::new(reactor_end, dirty), Session { shared, thread: Some(thread) }))
 }
 

@@ -86,7 +86,7 @@ impl Reactor<'_> {
         let waits = self.guest.intact && self.vm.policy.interval_us().is_none();
         let idle_wait_us = if waits { self.vm.policy.max_idle_wait_ms * 1000 } else { 0 };
         if idle_wait_us > 0 {
-            self.guest.watch_idle();
+            self.guest.watch_idle(IDLE_POLL_US);
         }
         self.follow = Follow::Waiting { number, view, deadline_us: now + idle_wait_us };
         true

@@ -16,8 +16,6 @@ use crate::device::DeviceEvent;
 use crate::qemu::agent::VcpuClocks;
 use crate::qemu::fingerprint::Fingerprint;
 
-/// Sampling period of the agent while somebody looks: each sample wakes a thread beside the vCPU.
-const CLOCK_PERIOD_US: u32 = 250;
 /// A frame needs this long from the ring to a vCPU; before that, stillness says nothing.
 const INJECT_SETTLE_US: u64 = 200;
 
@@ -107,12 +105,11 @@ impl LocalGuest {
         self.intact && self.lineage.is_some_and(|leader| leader != me)
     }
 
-    /// Starts looking at the vCPUs' clocks.
-    pub fn watch_idle(&mut self) {
-        if !self.watching
-            && let Some(attached) = &self.attached
-        {
-            attached.clocks.set_period_us(CLOCK_PERIOD_US);
+    /// Has the vCPUs' clocks looked at so often from now on. Each look wakes a thread beside the vCPU.
+    pub fn watch_idle(&mut self, every_us: u64) {
+        let Some(attached) = &self.attached else { return };
+        attached.clocks.set_period_us(u32::try_from(every_us).unwrap_or(u32::MAX));
+        if !self.watching {
             self.detector.reset();
             self.watching = true;
         }

@@ -1,7 +1,7 @@
 //! The way in: frames from the uplink become batches, batches become proposals.
 //!
 //! A batch is proposed as soon as the uplink is empty or the batch is full, and while few proposals are on their way;
-//! under load the next batch therefore grows while the last ones commit. Only a serving leader orders; everybody else
+//! under load the next batch therefore grows while the last ones commit, and in a long slot for a moment more. Only a serving leader orders; everybody else
 //! throws away what the bridge floods to its TAP.
 
 use consensus::Entry;
@@ -30,9 +30,9 @@ pub struct Ingress {
     filter: Filter,
     watched: bool,
     last_proposed: u64,
-    /// No input is taken before this time: the secondary is behind.
+    /// No input is taken before this time: the secondary is behind, or more may come together.
     pub not_before_us: u64,
-    /// How often that was so.
+    /// How often the secondary was behind.
     pub pauses: u64,
     /// The last burst did not empty the uplink, which may say so no more.
     pub more: bool,
@@ -131,7 +131,8 @@ impl Reactor<'_> {
                 self.ingress.frames_in += frames as u64;
                 let heartbeat_us = heartbeat_interval_us(&self.vm.policy);
                 let pause_us = admission::pause_us(self.ordering.replica().second_lag(now), heartbeat_us);
-                self.ingress.not_before_us = now + pause_us;
+                let gather_us = self.lead.as_ref().map_or(0, |lead| lead.slots.gather_us(now));
+                self.ingress.not_before_us = now + pause_us.max(gather_us);
                 self.ingress.pauses += u64::from(pause_us > 0);
             }
             // Not proposed (the lead was just lost): the frames are dropped, and the clients' TCP sends them again.

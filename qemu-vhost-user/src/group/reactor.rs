@@ -117,7 +117,7 @@ impl Turns for Reactor<'_> {
         self.decide(now);
         self.pace.stages.lap(Stage::Decide, 0);
         let released = self.egress.go_on_releasing(now, self.ordering.replica());
-        let ended = self.end_turn();
+        let ended = self.end_turn(now);
         self.pace.stages.lap(Stage::Release, released);
         ended?;
         let work = inputs.frames + messages + durable + reports + collected.frames + delivered.frames + released > 0;
@@ -139,6 +139,7 @@ impl Turns for Reactor<'_> {
         next = next.min(self.follow.next_deadline_us(now));
         next = next.min(self.delivery.next_deadline_us());
         next = next.min(self.ingress.next_deadline_us(now));
+        next = next.min(self.device.signal_due_us());
         if let Some(lead) = &self.lead {
             next = next.min(lead.next_deadline_us(now));
         }
@@ -218,8 +219,8 @@ impl Reactor<'_> {
     }
 
     /// Interrupts the guest and hands frames to the wire, once for all of the turn's; says whether the group can go on.
-    fn end_turn(&mut self) -> Result<(), GroupError> {
-        self.device.flush_signals();
+    fn end_turn(&mut self, now: u64) -> Result<(), GroupError> {
+        self.device.flush_signals_in_time(now);
         let flushed = self.egress.flush();
         if let Some(error) = self.ingress.failure.take().or(flushed.err()) {
             return Err(GroupError::Uplink { name: self.egress.uplink().name().to_owned(), reason: error.to_string() });

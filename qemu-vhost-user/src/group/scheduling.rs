@@ -7,7 +7,8 @@ use crate::config::{Idle, NodeConfig, Scheduling};
 /// SCHED_RR priority of the packet path: above every normal thread, below the kernel's own.
 const REALTIME_PRIORITY: i32 = 5;
 
-/// Nice value of the guest worker, and of a reactor that spins.
+/// Nice value of the guest worker, of the thread that answers QEMU, of QEMU's own threads that are no vCPUs, and of a
+/// reactor that spins.
 const FAVOURED_NICE: i32 = -10;
 
 /// Cores that must be left over beside those of the reactors before `idle = "auto"` lets a reactor spin: one for the guest,
@@ -81,8 +82,10 @@ pub fn apply(scheduling: Scheduling, core: Option<usize>, idle: IdleStrategy, wh
     }
     if scheduling == Scheduling::Realtime {
         let parameters = libc::sched_param { sched_priority: REALTIME_PRIORITY };
+        // Not SCHED_RESET_ON_FORK: the kernel's workers that write the log for this thread are to inherit it, or each
+        // commit waits until the scheduler takes the core from a vCPU. The daemon's own threads exist already.
         // SAFETY: 0 is the calling thread; the structure lives across the call and is only read.
-        let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &parameters) };
+        let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &parameters) };
         if result != 0 {
             let error = std::io::Error::last_os_error();
             tracing::warn!(%error, what, "no real-time scheduling; a busy host may delay heartbeats");
@@ -90,16 +93,42 @@ pub fn apply(scheduling: Scheduling, core: Option<usize>, idle: IdleStrategy, wh
     }
 }
 
-/// Lets the calling thread go before QEMU's threads where cores are few, without keeping anybody out: for the guest
-/// worker, which computes for milliseconds at a time and would delay heartbeats as a real-time thread, and for reactors that
-/// spin.
+/// Lets the calling thread go before vCPUs where cores are few, without keeping anybody out: for the guest worker, which
+/// computes for milliseconds at a time and would delay heartbeats as a real-time thread, for the thread that answers QEMU,
+/// and for reactors that spin.
 pub fn favour(scheduling: Scheduling) {
-    if scheduling == Scheduling::Realtime {
-        // SAFETY: setpriority has no memory effects; 0 is the calling thread.
-        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, FAVOURED_NICE) } != 0 {
-            let error = std::io::Error::last_os_error();
-            tracing::warn!(%error, "a thread of the packet path keeps the default priority");
+    if scheduling == Scheduling::Realtime
+        && let Err(error) = favour_thread(0)
+    {
+        tracing::warn!(%error, "a thread of the packet path keeps the default priority");
+    }
+}
+
+/// As [`favour`], for the threads of the QEMU with this process id that are no vCPUs: they stop, save and resume the guest, and
+/// on a core that they share with a busy vCPU each of these steps would wait for the end of its time slice.
+pub fn favour_qemu(scheduling: Scheduling, pid: i32) {
+    if scheduling != Scheduling::Realtime {
+        return;
+    }
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    for task in tasks.flatten() {
+        let tid = task.file_name().to_str().and_then(|name| name.parse().ok());
+        // As QEMU names them: «CPU 0/KVM», «ALL CPUs/TCG».
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        if let Some(tid) = tid
+            && !name.contains("CPU")
+            && let Err(error) = favour_thread(tid)
+        {
+            tracing::debug!(%error, tid, name = name.trim(), "a thread of QEMU keeps its priority");
         }
+    }
+}
+
+fn favour_thread(tid: libc::id_t) -> std::io::Result<()> {
+    // SAFETY: setpriority has no memory effects.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, tid, FAVOURED_NICE) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

@@ -67,8 +67,9 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
     let now = now_us();
-    let (device, _session) =
-        device::open(&vm.name, endpoint(node, vm, socket)).map_err(|error| GroupError::Device(error.to_string()))?;
+    let scheduling = node.scheduling;
+    let (device, _session) = device::open(&vm.name, endpoint(node, vm, socket), move || scheduling::favour(scheduling))
+        .map_err(|error| GroupError::Device(error.to_string()))?;
     let worker = worker::start(worker_setup(node, vm, bulk, device.dirty())).map_err(system("guest worker"))?;
     let idle = choose_idle(node, vm, place);
     if vm.mode == Mode::Unreplicated {

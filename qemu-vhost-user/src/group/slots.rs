@@ -27,6 +27,19 @@ const FEW_PAGES: usize = 1024;
 /// Making an idle guest equal takes at most one part in so many of its time.
 const IDLE_SHARE: u64 = 32;
 
+/// While the guest may become idle it is looked at again after one part in so many of the time that the slot has
+/// lasted, so that what is lost by late looks stays a small part ...
+const LOOK_SHARE: u64 = 16;
+/// ... but not later than this: held frames would leave late.
+const LONGEST_LOOK_US: u64 = 1_000;
+
+/// Inputs are gathered for one part in so many of the time that the slot has lasted ...
+const GATHER_SHARE: u64 = 16;
+/// ... if that is long enough for some to come ...
+const SHORTEST_GATHER_US: u64 = 250;
+/// ... and at most for this.
+const LONGEST_GATHER_US: u64 = 2_000;
+
 /// Shortest time between two looks that only time brings about.
 const SHORTEST_REST_US: u64 = 100;
 /// A syncvm that did not relieve a full arena or log is not tried again before this time.
@@ -104,6 +117,15 @@ impl Slots {
         self.next_look_us.max(now_us + SHORTEST_REST_US)
     }
 
+    /// How long inputs are gathered before they are ordered, µs. A slot lasts only while its guest computes, so inputs that
+    /// come together a little later are not missed, and each round of ordering costs all replicas the same, however
+    /// much it orders. Nothing in a short slot, in which clients wait for an answer.
+    pub fn gather_us(&self, now_us: u64) -> u64 {
+        let active_us = self.active_since_us.map_or(0, |since_us| now_us.saturating_sub(since_us));
+        let gather_us = active_us / GATHER_SHARE;
+        if gather_us < SHORTEST_GATHER_US { 0 } else { gather_us.min(LONGEST_GATHER_US) }
+    }
+
     fn proposed(&mut self, now_us: u64, ends_slot: bool) {
         let ran_us = now_us.saturating_sub(self.since_us);
         let was_active = self.active_since_us.is_some();
@@ -148,13 +170,25 @@ impl Slots {
         };
     }
 
-    fn look_again(&mut self, now_us: u64, active: bool) {
+    /// `active_us`: how long the slot has had something to release or to reconcile.
+    fn look_again(&mut self, now_us: u64, active_us: Option<u64>) {
         self.next_look_us = match self.fixed_us {
             Some(fixed_us) => self.since_us + fixed_us.saturating_sub(self.stop_costs.predicted_us().min(fixed_us / 2)),
-            None if active => now_us + IDLE_POLL_US,
-            None => self.since_us + self.idle_slot_us,
+            None => match active_us {
+                Some(active_us) => now_us + look_interval_us(active_us),
+                None => self.since_us + self.idle_slot_us,
+            },
         };
     }
+}
+
+/// In powers of two, because the agent has to be woken whenever it changes.
+fn look_interval_us(active_us: u64) -> u64 {
+    let mut interval_us = IDLE_POLL_US;
+    while interval_us < LONGEST_LOOK_US && interval_us * 2 * LOOK_SHARE <= active_us {
+        interval_us *= 2;
+    }
+    interval_us
 }
 
 impl Reactor<'_> {
@@ -184,7 +218,7 @@ impl Reactor<'_> {
             (Some(_), _) => Activity::Unknown,
             (None, false) => Activity::Idle,
             (None, true) => {
-                self.guest.watch_idle();
+                self.guest.watch_idle(look_interval_us(active_us));
                 self.guest.activity(now, self.delivery.last_injected_us)
             }
         };
@@ -208,7 +242,7 @@ impl Reactor<'_> {
         let relieves = something || now.saturating_sub(slots.since_us) >= FULL_REST_US;
         let forced = lead.forced_sync || lead.hand_over.is_some() || (full && relieves);
         let end = slots.policy.decide(&state);
-        slots.look_again(now, something);
+        slots.look_again(now, something.then_some(active_us));
         if (forced || end.is_some())
             && self.propose_sync(now, second)
             && let Some(end) = end

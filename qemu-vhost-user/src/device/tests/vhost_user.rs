@@ -40,7 +40,7 @@ struct Daemon {
 
 impl Daemon {
     fn new(endpoint: Endpoint) -> Self {
-        let (device, session) = open("test", endpoint).unwrap();
+        let (device, session) = open("test", endpoint, || {}).unwrap();
         let dirty = device.dirty();
         let device = Arc::new(Mutex::new(device));
         let stop = Arc::new(AtomicBool::new(false));
@@ -400,20 +400,20 @@ fn the_session_follows_a_qemu_that_is_the_server() {
 fn a_path_in_use_is_refused_and_a_stale_one_is_not() {
     let path = Path::new("in-use");
     let listener = UnixListener::bind(&path.0).unwrap();
-    let refused = open("test", Endpoint::Listen(path.0.clone())).map(drop).unwrap_err();
+    let refused = open("test", Endpoint::Listen(path.0.clone()), || {}).map(drop).unwrap_err();
     assert!(matches!(&refused, SessionError::InUse { pid, .. } if *pid == std::process::id() as i32), "{refused}");
     assert!(refused.to_string().contains(path.0.to_str().unwrap()), "{refused}");
     drop(listener);
-    let (device, session) = open("test", Endpoint::Listen(path.0.clone())).unwrap();
+    let (device, session) = open("test", Endpoint::Listen(path.0.clone()), || {}).unwrap();
     assert!(UnixStream::connect(&path.0).is_ok());
     drop((device, session));
     assert!(!path.0.exists(), "the socket goes with its session");
     std::fs::write(&path.0, "precious").unwrap();
-    let refused = open("test", Endpoint::Listen(path.0.clone())).map(drop).unwrap_err();
+    let refused = open("test", Endpoint::Listen(path.0.clone()), || {}).map(drop).unwrap_err();
     assert!(matches!(refused, SessionError::NotASocket { .. }), "{refused}");
     assert_eq!(std::fs::read(&path.0).unwrap(), b"precious");
     let file = std::fs::File::open(&path.0).unwrap();
-    assert!(matches!(open("test", Endpoint::Inherited(file.into())), Err(SessionError::Inherited(_))));
+    assert!(matches!(open("test", Endpoint::Inherited(file.into()), || {}), Err(SessionError::Inherited(_))));
 }
 
 #[test]

@@ -182,6 +182,7 @@ impl Serve {
                     tracing::warn!(%error, "QEMU's events are only seen once a second");
                 }
                 self.port.crash_points.set_qemu(guest.pid);
+                scheduling::favour_qemu(self.setup.scheduling, guest.pid);
                 self.side = Side::Alone(Box::new(guest));
                 self.last_problem.clear();
                 self.port.report(Report::Attached {
