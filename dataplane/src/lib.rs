@@ -7,6 +7,7 @@
 
 pub mod arena;
 pub mod batch;
+mod cache_line;
 pub mod counters;
 pub mod cycles;
 pub mod doorbell;
