@@ -17,7 +17,7 @@ pub(crate) type LinePayload = [u8; LINE_BYTES];
 /// As `fence(SeqCst)`, for which compilers choose MFENCE: that waits for lines that were asked for beforehand, too, and costs three
 /// times as much.
 #[inline]
-pub(crate) fn full_fence() {
+pub fn full_fence() {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: adds nothing to a word at the end of the stack. A locked instruction orders all loads and stores around it, and the
     // compiler moves no access to memory over it.

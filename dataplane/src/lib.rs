@@ -23,4 +23,5 @@ mod sync;
 pub mod uplink;
 pub mod wait;
 
+pub use cache_line::full_fence;
 pub use frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, VnetHeader};

@@ -11,6 +11,11 @@
 //! uses the first [`WINDOW_LINES`] only: those stay in both first-level caches. Measured on an EPYC: a round trip through
 //! 4 KiB takes 1.6 times as long as one of a bare line, through 16 KiB and more 3.2 times.
 //!
+//! What a message costs is cache lines that change hands. A look at the next line before there is a record takes it from the
+//! producer, who must then fetch it back to write: a consumer that expects an answer does better to wait a moment (the shm lane
+//! does), and a producer that is about to answer to ask for its line early ([`Producer::claim`]). A record of one line is moved on
+//! towards the shared cache. Each was measured; to claim the next line right after a record made a round trip longer.
+//!
 //! Every word is an atomic, so that a peer that writes when it should not makes garbage, never undefined behaviour; what
 //! the peer wrote is read once and checked, and no word has two writers. Sleeping works as Dekker's algorithm does: each
 //! side stores, fences, and then looks at what the other stored.
