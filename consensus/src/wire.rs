@@ -56,6 +56,8 @@ pub enum WireError {
 
 const NOBODY: u8 = u8::MAX;
 const CHECKSUM_BYTES: usize = 4;
+/// From here on a sum by carry-less multiplication is faster than by the instruction made for it, which has less to set up.
+const FOLD_BYTES: usize = 512;
 /// An entry in a message: view (8), length (4), and at least its kind (1).
 const MIN_ENTRY_BYTES: usize = 13;
 
@@ -202,7 +204,12 @@ impl Message {
 
 /// A message's sum, begun with `sum` over what came before.
 pub(crate) fn checksum(sum: u32, bytes: &[u8]) -> u32 {
-    crc32c::crc32c_append(sum, bytes)
+    if bytes.len() < FOLD_BYTES {
+        return crc32c::crc32c_append(sum, bytes);
+    }
+    let mut digest = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc32Iscsi, u64::from(!sum));
+    digest.update(bytes);
+    digest.finalize() as u32
 }
 
 /// Appends a message without its sum. Each payload goes to `put_payload` when it is its turn.

@@ -91,6 +91,20 @@ fn seal(body: &mut Vec<u8>) {
 }
 
 proptest! {
+    /// However long the pieces are that a message is summed up in.
+    #[test]
+    fn the_sum_is_the_crc_of_all_bytes(payloads in prop::collection::vec(0..3000usize, 0..4), fill in any::<u8>()) {
+        let entry = |len: &usize| (View(1), Entry::Input(Payload::from(vec![fill; *len])));
+        let entries = payloads.iter().map(entry).collect();
+        let message = Message::Fetched { view: View(3), prev: Viewstamp { view: View(1), index: Index(2) }, entries };
+        let mut effects = Effects::default();
+        effects.messages.push((ReplicaId(1), message.clone()));
+        let bytes = encoded(&message);
+        let (body, sum) = bytes.split_last_chunk::<4>().unwrap();
+        prop_assert_eq!(u32::from_le_bytes(*sum), crc32c::crc32c(body));
+        effects.send_parts(&mut Encoder::default(), &[], |_, parts| assert_eq!(parts.concat(), bytes));
+    }
+
     #[test]
     fn messages_survive(message in message(), before in proptest::collection::vec(any::<u8>(), 0..9)) {
         let mut bytes = before.clone();

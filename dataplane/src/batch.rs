@@ -6,10 +6,13 @@
 
 use std::ops::DerefMut;
 
+use crate::cache_line;
 use crate::frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, check_length};
 
 const COUNT_BYTES: usize = 4;
 const LENGTH_BYTES: usize = 4;
+/// The walk through a payload knows the place of a length only when it has the one before, and would wait for memory each time.
+const FETCH_AHEAD_BYTES: usize = 1024;
 
 /// The least memory for a [`BatchBuilder`]: the largest frame must fit into an empty batch.
 pub const MIN_BATCH_BYTES: usize = COUNT_BYTES + LENGTH_BYTES + MAX_FRAME_BYTES;
@@ -198,6 +201,9 @@ pub fn frames(payload: &[u8]) -> Result<Frames<'_>, BatchError> {
             return Err(BatchError::Truncated { at });
         }
         at += LENGTH_BYTES + len;
+        if let Some(ahead) = payload.get(at + FETCH_AHEAD_BYTES) {
+            cache_line::fetch(ahead);
+        }
     }
     if at != payload.len() {
         return Err(BatchError::Trailing { bytes: payload.len() - at });

@@ -39,6 +39,11 @@ impl CycleClock {
         read(self.has_tsc)
     }
 
+    /// Whether a reading is one instruction, and ticks are some tenths of a nanosecond.
+    pub fn is_cheap(&self) -> bool {
+        self.has_tsc
+    }
+
     /// Converts `ticks` to µs, as measured from the clock's start to now. A clock that is younger than a millisecond knows
     /// its own rate badly.
     pub fn to_us(&self, ticks: u64) -> u64 {

@@ -7,6 +7,7 @@
 
 pub mod arena;
 pub mod batch;
+mod cache_line;
 pub mod counters;
 pub mod cycles;
 pub mod doorbell;
@@ -22,4 +23,5 @@ mod sync;
 pub mod uplink;
 pub mod wait;
 
+pub use cache_line::full_fence;
 pub use frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, VnetHeader};

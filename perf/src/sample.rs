@@ -90,44 +90,6 @@ pub fn paired(figure: Figure<'_>, effort: Effort, peer_name: &str, values: Vec<f
     row
 }
 
-/// As [`compare`], but for speeds that a disturbance can only lower: the best of `runs` on each side counts, and `ratio` is the
-/// quotient of the two. The spread is that of the ratios of neighbouring runs. There is no warm-up: a run begins with its own.
-///
-/// # Errors
-/// As [`compare`].
-pub fn compare_best(
-    figure: Figure<'_>,
-    effort: Effort,
-    runs: usize,
-    peer_name: &str,
-    mut ours: impl FnMut() -> Result<f64>,
-    mut peer: impl FnMut() -> Result<f64>,
-) -> Result<Row> {
-    let what = |side: &str| format!("{}, {side}", figure.id);
-    let mut run_ours = || checked(ours()).with_context(|| what("ours"));
-    let mut run_peer = || checked(peer()).with_context(|| what(peer_name));
-    let (mut values, mut peer_values) = (Vec::new(), Vec::new());
-    for run in 0..runs {
-        if run % 2 == 0 {
-            values.push(run_ours()?);
-            peer_values.push(run_peer()?);
-        } else {
-            peer_values.push(run_peer()?);
-            values.push(run_ours()?);
-        }
-    }
-    let ratios = sorted(values.iter().zip(&peer_values).map(|(value, peer)| value / peer).collect());
-    let best = |values: Vec<f64>| values.into_iter().fold(0.0, f64::max);
-    let mut row = alone(figure, effort, values.clone());
-    let (value, peer_value) = (best(values), best(peer_values));
-    row.value = value;
-    row.peer = Some(peer_name.to_owned());
-    row.peer_value = Some(peer_value);
-    row.ratio = Some(value / peer_value);
-    row.spread = spread(&ratios);
-    Ok(row)
-}
-
 /// Measures a figure that has no peer. The first call is a warm-up.
 ///
 /// # Errors
@@ -255,17 +217,6 @@ mod tests {
         assert_eq!(*order.borrow(), "ababbaab");
         assert_eq!((row.value, row.peer_value), (2.0, Some(5.0)));
         assert_eq!((row.runs, row.spread, row.smoke), (3, 0.0, true));
-    }
-
-    #[test]
-    fn the_best_run_of_each_side_counts() {
-        let rate = Figure { better: Better::Higher, ..TIME };
-        let (mut ours, mut theirs) = ([3.0, 9.0, 6.0].into_iter(), [2.0, 3.0, 6.0].into_iter());
-        let row = compare_best(rate, Effort::Full, 3, "p", || Ok(ours.next().unwrap()), || Ok(theirs.next().unwrap()))
-            .unwrap();
-        assert_eq!((row.value, row.peer_value, row.ratio, row.runs), (9.0, Some(6.0), Some(1.5), 3));
-        // Ratios of neighbours: 1.5, 3 and 1.
-        assert_eq!(row.spread, (2.25 - 1.25) / 1.5);
     }
 
     #[test]

@@ -123,6 +123,12 @@ pub(super) trait Lane: Send {
     /// The lane has ended. What came whole before was handed out.
     fn pump(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError>;
 
+    /// Whether it is too early for an answer to what was just sent: a pump now would find nothing as a rule, and its look would only
+    /// hold the peer up.
+    fn is_early(&mut self) -> bool {
+        false
+    }
+
     /// Bytes that wait for room at the peer.
     fn queued_bytes(&self) -> usize;
 
@@ -133,8 +139,14 @@ pub(super) trait Lane: Send {
     /// The owner is awake and polls: it needs no wake-up until it arms again.
     fn disarm(&mut self);
 
-    /// Whether the peer sleeps and is to be woken over the TCP connection. To be asked after each send and pump.
+    /// Whether the peer sleeps and is to be woken over the TCP connection. To be asked after sends and after each pump, and before
+    /// the owner sleeps.
     fn take_doorbell(&mut self) -> bool;
+
+    /// The same after a send, in less time: may miss a peer that has just gone to sleep.
+    fn take_early_doorbell(&mut self) -> bool {
+        self.take_doorbell()
+    }
 
     /// Becomes readable after [`arm`](Self::arm) when there is something. `None`: the TCP connection does.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;

@@ -433,7 +433,7 @@ impl Link {
             return;
         };
         let peer = self.peer;
-        let result = session.pump_lane(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
+        let result = session.poll_lane(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
         self.last_heard_us = Some(session.connection.last_heard_us);
         if let Err(reason) = result {
             self.lose(&reason, common, now_us, sink);

@@ -103,7 +103,7 @@ impl Session {
                     return Err(SendError::NotConnected);
                 }
                 lane.send(parts).map_err(|_| SendError::Full)?;
-                if lane.take_doorbell() {
+                if lane.take_early_doorbell() {
                     self.connection.ping();
                 }
                 Ok(())
@@ -147,11 +147,24 @@ impl Session {
         }
     }
 
-    /// Makes progress on the lane only, without a system call unless its device needs one.
+    /// Makes progress on the lane only, without a system call unless its device needs one; and only if it is time to.
     ///
     /// # Errors
     /// As [`pump`](Self::pump).
-    pub fn pump_lane(&mut self, now_us: u64, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
+    #[inline]
+    pub fn poll_lane(&mut self, now_us: u64, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
+        if let Carrier::Lane(lane) = &mut self.carrier
+            && lane.is_early()
+        {
+            if lane.take_doorbell() {
+                self.connection.ping();
+            }
+            return Ok(());
+        }
+        self.pump_lane(now_us, deliver)
+    }
+
+    fn pump_lane(&mut self, now_us: u64, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
         let Carrier::Lane(lane) = &mut self.carrier else {
             return Ok(());
         };
@@ -168,7 +181,12 @@ impl Session {
     /// Before the owner sleeps; `true`: there is something already.
     pub fn arm(&mut self) -> bool {
         match &mut self.carrier {
-            Carrier::Lane(lane) => lane.arm(),
+            Carrier::Lane(lane) => {
+                if lane.take_doorbell() {
+                    self.connection.ping();
+                }
+                lane.arm()
+            }
             Carrier::Stream | Carrier::SettingUp { .. } | Carrier::None => false,
         }
     }

@@ -31,9 +31,12 @@ const CHECK_EVERY: u64 = 1024;
 /// Longest wait for the guest.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+const GO: u8 = 0;
 /// No more frames of our own.
 const QUIET: u8 = 1;
 const END: u8 = 2;
+/// Nothing at all, and the CPU is free.
+const HALT: u8 = 3;
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -91,7 +94,24 @@ impl Backend {
 
     /// From now on it makes up no frames of its own.
     pub fn quieten(&self) {
-        self.shared.order.store(QUIET, Ordering::Release);
+        self.order(QUIET);
+    }
+
+    /// It stands still and leaves the CPU to others.
+    pub fn halt(&self) {
+        self.order(HALT);
+    }
+
+    /// It works again.
+    pub fn go_on(&self) {
+        self.order(GO);
+    }
+
+    fn order(&self, order: u8) {
+        self.shared.order.store(order, Ordering::Release);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
     }
 
     /// Ends it.
@@ -99,7 +119,7 @@ impl Backend {
     /// # Errors
     /// What it found wrong.
     pub fn finish(mut self) -> Result<()> {
-        self.shared.order.store(END, Ordering::Release);
+        self.order(END);
         let thread = self.thread.take().context("a backend ends once")?;
         thread.join().map_err(|_| anyhow!("our loop panicked"))?
     }
@@ -107,7 +127,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        self.shared.order.store(END, Ordering::Release);
+        self.order(END);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -132,6 +152,10 @@ impl Loop {
                 self.take_commands()?;
             }
             let order = self.shared.order.load(Ordering::Relaxed);
+            if order == HALT {
+                std::thread::park();
+                continue;
+            }
             if let Some(group) = &mut self.group {
                 match order {
                     END => return group.finish(&self.device),

@@ -1,40 +1,30 @@
 //! Our vhost-user-net device against DPDK's `net_vhost`, with DPDK's `net_virtio_user` as the guest of both.
 //!
-//! Two CPUs: the guest's testpmd has one, the backend the other. The rate is the backend's, counted over windows of
-//! [`WINDOW`]; a run's value is its best window, because a disturbance (the two CPUs do not run at the same time for a
-//! moment) can only lower it, and a window's length is taken from before its first look to after its last, which can only
-//! lower it as well. On a quiet machine the best window is hardly above the others.
+//! Two CPUs: the guest's testpmd has one, the backend the other. Both set-ups stay for the whole row and get the CPUs in turns
+//! ([`side`]), because a machine changes its mind about how near two of its CPUs are more often than a set-up can be made.
 
 mod backend;
 mod guest;
 mod member;
 mod ordered;
+mod side;
 mod testpmd;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::Effort;
 use crate::group::Sink;
 use crate::pin::two_cpus;
 use crate::results::Scratch;
-use crate::sample::{Better, Figure, compare_best};
-use backend::Backend;
+use crate::sample::{Better, Figure, paired};
 use huge_pages::HugePages;
-use testpmd::{Counts, MEMORY_MIB, Options, Testpmd};
+use side::Side;
+use testpmd::{Counts, MEMORY_MIB};
 
-/// Long against a look at the counters, short against a run.
-const WINDOW: Duration = Duration::from_millis(20);
-/// Time for caches and memory pools to settle.
-const WARM_UP: Duration = Duration::from_millis(100);
-/// Time for what is under way to arrive after the sender has stopped.
-const SETTLE: Duration = Duration::from_millis(50);
-/// Descriptors in a queue, testpmd's own choice.
-const QUEUE_SIZE: usize = 256;
-/// Frames that may be in queues when a run is stopped: both queues full.
-const IN_FLIGHT: u64 = 2 * QUEUE_SIZE as u64;
+/// Testpmds at a time: two guests and the peer.
+const TESTPMDS: u64 = 3;
 const PEER: &str = "DPDK net_vhost";
 
 /// What happens, as the guest sees it.
@@ -58,9 +48,9 @@ impl Mode {
         }
     }
 
-    /// Frames that the backend has dealt with. In `io` each frame counts once, when it is given back.
-    fn work(self, backend: Counts) -> u64 {
-        if self == Mode::Tx { backend.received } else { backend.sent }
+    /// Frames that the guest has dealt with. In `io` each frame counts once, when it comes back.
+    fn work(self, guest: Counts) -> u64 {
+        if self == Mode::Tx { guest.sent } else { guest.received }
     }
 }
 
@@ -83,8 +73,9 @@ fn devices(effort: Effort, sink: Sink<'_>) -> Result<()> {
     if cpus[0] == cpus[1] {
         eprintln!("NOTE: one CPU only: guest and backend take turns, these figures mean nothing");
     }
-    // For two processes, and a few for what DPDK cannot place in one piece.
-    let huge = HugePages::reserve(2 * (MEMORY_MIB / 2 + 16));
+    // For all processes, and a few for what DPDK cannot place in one piece; and the arenas of the replicas.
+    let arenas = 3 * (member::ARENA_BYTES as u64 >> 21);
+    let huge = HugePages::reserve(TESTPMDS * (MEMORY_MIB / 2 + 16) + arenas);
     if let Err(error) = &huge {
         eprintln!("NOTE: no huge pages ({error}): testpmd runs on normal pages, and both sides are slower for it");
     }
@@ -127,99 +118,19 @@ impl Run<'_> {
             return Ok(());
         }
         let figure = Figure { id: &id, unit: "Mpps", better: Better::Higher };
-        let runs = self.effort.pick(7, 1);
-        sink(compare_best(figure, self.effort, runs, PEER, || self.ours(), || self.peer())?)
-    }
-
-    fn ours(&self) -> Result<f64> {
-        let socket = self.directory.join("ours.sock");
-        let backend = Backend::start(socket.clone(), self.mode, self.ordered, self.frame_bytes, self.cpus[1])?;
-        let mut guest = self.guest(&socket)?;
-        backend.wait_until_running()?;
-        self.begin(&mut guest)?;
-        let rate = self.best_window(&|| Ok(backend.counts()));
-        // Who makes up frames stops first, so that the other gets all of them.
-        backend.quieten();
-        let outcome = self.settle(&mut guest).and_then(|guest| self.check(guest, backend.counts()));
-        backend.finish()?;
-        outcome.and(rate)
-    }
-
-    fn peer(&self) -> Result<f64> {
-        let socket = self.directory.join("peer.sock");
-        // The one before was killed and left it.
-        let _ = std::fs::remove_file(&socket);
-        let port = format!("net_vhost0,iface={}", socket.display());
-        let mut peer = self.start("peer", &port, self.mode.names().2, self.cpus[1])?;
-        let mut guest = self.guest(&socket)?;
-        peer.command("start")?;
-        self.begin(&mut guest)?;
-        let rate = self.best_window(&|| peer.counts());
-        if self.mode == Mode::Rx {
-            peer.command("stop")?;
-        }
-        let outcome = self.settle(&mut guest).and_then(|guest| self.check(guest, peer.counts()?));
-        outcome.and(rate)
-    }
-
-    fn guest(&self, socket: &Path) -> Result<Testpmd> {
-        let port = format!("net_virtio_user0,path={},queue_size={QUEUE_SIZE}", socket.display());
-        self.start("guest", &port, self.mode.names().1, self.cpus[0])
-    }
-
-    fn start(&self, name: &str, port: &str, forward: &str, cpu: usize) -> Result<Testpmd> {
-        let Run { frame_bytes, huge, directory, .. } = *self;
-        Testpmd::start(Options { name, port, forward, frame_bytes, cpu, huge, directory })
-    }
-
-    fn begin(&self, guest: &mut Testpmd) -> Result<()> {
-        guest.command(if self.mode == Mode::Io { "start tx_first" } else { "start" })?;
-        std::thread::sleep(WARM_UP);
-        Ok(())
-    }
-
-    /// The best window's rate in millions of frames per second.
-    fn best_window(&self, counts: &dyn Fn() -> Result<Counts>) -> Result<f64> {
-        let mut best = 0f64;
-        let end = Instant::now() + self.effort.pick(Duration::from_secs(1), Duration::from_millis(200));
-        let mut before = (Instant::now(), self.mode.work(counts()?));
-        while Instant::now() < end {
-            std::thread::sleep(WINDOW);
-            let next_start = Instant::now();
-            let work = self.mode.work(counts()?);
-            let seconds = before.0.elapsed().as_secs_f64();
-            best = best.max((work - before.1) as f64 / seconds / 1e6);
-            before = (next_start, work);
-        }
-        Ok(best)
-    }
-
-    /// Has the guest stop, and waits until nothing moves any more.
-    fn settle(&self, guest: &mut Testpmd) -> Result<Counts> {
-        if self.mode == Mode::Rx {
-            std::thread::sleep(SETTLE);
-        }
-        guest.command("stop")?;
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let mut before = guest.counts()?;
-        loop {
-            std::thread::sleep(SETTLE);
-            let now = guest.counts()?;
-            if now == before {
-                return Ok(now);
+        let [mut ours, mut peer] = [Side::ours(self)?, Side::peer(self)?];
+        let (mut values, mut peer_values) = (Vec::new(), Vec::new());
+        for pair in 0..self.effort.pick(40, 3) {
+            if pair % 2 == 0 {
+                values.push(ours.window()?);
+                peer_values.push(peer.window()?);
+            } else {
+                peer_values.push(peer.window()?);
+                values.push(ours.window()?);
             }
-            ensure!(Instant::now() < deadline, "the guest goes on after it was stopped");
-            before = now;
         }
-    }
-
-    /// What one side sent, the other has received.
-    fn check(&self, guest: Counts, backend: Counts) -> Result<()> {
-        let (to_guest, from_guest) = (guest.received.abs_diff(backend.sent), guest.sent.abs_diff(backend.received));
-        ensure!(
-            to_guest <= IN_FLIGHT && from_guest <= IN_FLIGHT,
-            "frames are missing: the guest counts {guest:?}, the backend {backend:?}"
-        );
-        (self.mode.work(backend) > 0).then_some(()).context("no frame passed")
+        ours.finish().context("ours")?;
+        peer.finish().context(PEER)?;
+        sink(paired(figure, self.effort, PEER, values, peer_values))
     }
 }

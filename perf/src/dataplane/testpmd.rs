@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::fd::OwnedFd;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Pid, Signal};
 
 use crate::peers::{self, Running};
 use crate::results::workspace;
@@ -36,7 +37,7 @@ pub struct Counts {
 /// How to start one.
 #[derive(Clone, Copy, Debug)]
 pub struct Options<'a> {
-    /// `guest` or `peer`, for file names.
+    /// For file names.
     pub name: &'a str,
     /// The port: `net_virtio_user0,path=…` or `net_vhost0,iface=…`.
     pub port: &'a str,
@@ -98,6 +99,28 @@ impl Testpmd {
     pub fn command(&mut self, line: &str) -> Result<()> {
         self.running.check().with_context(|| format!("testpmd said: {}", last_lines(&self.output)))?;
         writeln!(self.commands, "{line}").context("testpmd takes no more commands")
+    }
+
+    /// Stops its threads where they are, until [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn halt(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it run again.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn go_on(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let process = i32::try_from(self.running.id()).ok().and_then(Pid::from_raw);
+        rustix::process::kill_process(process.context("a process has a number")?, signal)
+            .with_context(|| format!("testpmd said: {}", last_lines(&self.output)))
     }
 
     /// Its counters at a moment during the call.

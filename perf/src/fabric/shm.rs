@@ -4,8 +4,8 @@
 //! has 64 bytes, which with their mark take two cache lines. Both sides spin, as reactors do that have a core each, with the
 //! processor's hint between two looks. One thread answers for everything, so that never two spin on one CPU, and it sleeps
 //! between the runs. The bare line carries a number, and whoever read it writes the same line: a processor passes it with two
-//! transfers. `fabric.shm.lines` is the least that two directions with memory of their own can do, a line for each:
-//! the reader's looks take the line from its writer, who must fetch it back before he can write.
+//! transfers. `fabric.shm.lines` is what two directions with memory of their own cost when both sides look without a pause: the
+//! reader's looks take the line from its writer, who must fetch it back before he can write.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};

@@ -146,7 +146,7 @@ impl DirtyBits {
 /// Stands between the writes of a burst and the marks of its pages, once for all of them.
 #[inline]
 pub(crate) fn fence_before_marks() {
-    fence(Ordering::SeqCst);
+    dataplane::full_fence();
 }
 
 impl<'a> WithBitmapSlice<'a> for DirtyBits {

@@ -24,8 +24,8 @@ const SYNC_STALL_LIMIT_US: u64 = 20_000;
 /// How long a guest's rings may take to start after `cont` before its frames are dropped.
 const RING_START_LIMIT_US: u64 = 1_000_000;
 
-/// Frames that are delivered in one turn of the reactor.
-const DELIVER_BUDGET_FRAMES: usize = 256;
+/// Frames that are delivered in one turn of the reactor: twice what the ingress takes, so that what waits becomes less.
+const DELIVER_BUDGET_FRAMES: usize = 512;
 
 /// What one turn delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -139,6 +139,7 @@ edition = "2024"
 warnings = "allow"
 
 [dependencies]
+crc-fast = { version = "1.10", default-features = false, features = ["std"] }
 crc32c = "0.6"
 thiserror = "2"
 

@@ -171,6 +171,40 @@ fn a_sleeper_is_rung_for_once() {
     assert!(far.take_doorbell());
 }
 
+/// Not by one message after the other either; and whoever pumps or wants to sleep is told all the same.
+#[test]
+fn a_look_for_an_answer_is_put_off_for_a_moment_only() {
+    let (mut near, mut far) = pair();
+    assert!(!near.is_early(), "nothing was sent");
+    near.send(&[b"1"]).unwrap();
+    far.send(&[b"2"]).unwrap();
+    assert!(near.arm());
+    near.disarm();
+    assert_eq!((pump(&mut *near), pump(&mut *far)), (vec![b"2".to_vec()], vec![b"1".to_vec()]));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let mut looks = 0;
+    while looks < 3 {
+        assert!(std::time::Instant::now() < deadline, "it never looks");
+        near.send(&[b"more"]).unwrap();
+        looks += usize::from(!near.is_early());
+        pump(&mut *far);
+    }
+}
+
+/// A sleeper that lay down long ago is seen without a fence, and rung for once altogether.
+#[test]
+fn an_early_look_for_a_sleeper_does_not_ring_twice() {
+    let (mut near, mut far) = pair();
+    assert!(!far.arm());
+    near.send(&[b"1"]).unwrap();
+    assert!(near.take_early_doorbell() && !near.take_early_doorbell() && !near.take_doorbell());
+    far.disarm();
+    assert_eq!(pump(&mut *far).len(), 1);
+    near.send(&[b"2"]).unwrap();
+    assert!(!near.take_early_doorbell() && !near.take_doorbell());
+    assert!(far.arm(), "there is something already");
+}
+
 /// What a late writer of a dead pair writes stays in that pair's memory.
 #[test]
 fn a_new_pair_never_gets_the_memory_of_a_dead_one() {
