@@ -11,8 +11,12 @@ use crate::status::{SyncStatus, SyncTotals};
 const SLOT_ENDS: [SlotEnd; 5] =
     [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength, SlotEnd::Interval];
 
-/// Each phase of a syncvm: its name and where a report has it.
-const PHASES: [(&str, fn(&PhaseTimes) -> u64); 14] = [
+/// A phase and where a report has it.
+type Phase = (&'static str, fn(&PhaseTimes) -> u64);
+
+/// In the order in which they happen on either side.
+const PHASES: [Phase; 15] = [
+    ("ahead", |times| times.ahead_us),
     ("stop", |times| times.stop_us),
     ("save", |times| times.save_us),
     ("harvest", |times| times.harvest_us),
