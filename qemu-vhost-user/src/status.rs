@@ -66,6 +66,10 @@ pub struct SyncTotals {
     /// The same of whole syncvms, from the stop to the acknowledgement.
     #[serde(default)]
     pub whole_us: Vec<(u64, u64)>,
+    /// Where the time of led syncvms went: phase name and its sum. Those up to `resume` (whether that comes before `transfer` or
+    /// not is `early_resume`'s) are what the guest stands still for.
+    #[serde(default)]
+    pub phases_us: Vec<(String, u64)>,
     /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
     /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to
@@ -372,6 +376,12 @@ impl GroupStatus {
                 .map(|part| format!("{} {:.1}/{:.1}/{:.1}", part.name, part.p50_ms, part.p99_ms, part.max_ms))
                 .collect();
             let _ = writeln!(text, "  slot      p50/p99/max ms: {}", parts.join(", "));
+        }
+        if totals.count > 0 {
+            let mean_ms = |us: u64| us as f64 / 1000.0 / totals.count as f64;
+            let phases: Vec<String> =
+                totals.phases_us.iter().map(|(name, us)| format!("{name} {:.2}", mean_ms(*us))).collect();
+            let _ = writeln!(text, "  phases    mean ms: {}", phases.join(", "));
         }
         if let Some(rejoin) = &self.rejoin {
             let percent = 100 * rejoin.done_pages / rejoin.total_pages.max(1);

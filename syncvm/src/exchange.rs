@@ -5,6 +5,7 @@
 //! by a deadline, and every failure leaves the guests and the dirty sets such that the next syncvm repairs
 //! everything.
 
+mod ahead;
 mod error;
 mod follower;
 mod leader;
@@ -28,8 +29,7 @@ pub(crate) use link::Link;
 pub(crate) use report::Stopwatch;
 
 use crate::dirty::DirtySet;
-use crate::hash::{HashKind, HashPool, SlotHasher};
-use crate::pairing::Pairing;
+use crate::hash::{HashKind, HashPool};
 use crate::ram::GuestRam;
 use crate::rejoin::RejoinProgress;
 use crate::transfer::{BlockSize, TransferMode};
@@ -165,7 +165,7 @@ pub struct ExchangeConfig {
     pub total_timeout: Duration,
     /// The page hash. The leader's setting counts, and the follower takes it over.
     pub hash: HashKind,
-    /// Hash pages while the guest runs, between exchanges (see [`crate::hash::SlotHasher`]). Each side for itself.
+    /// Hash written pages before the stop, while the guest still runs (see `ahead.rs`). Each side for itself.
     pub background_hashing: bool,
     /// The leader's guest runs again after the copy, not after the acknowledgement.
     pub early_resume: bool,
@@ -190,7 +190,7 @@ impl ExchangeConfig {
             silence_timeout: Duration::from_millis(1_000),
             total_timeout: Duration::from_secs(20),
             hash: HashKind::default(),
-            background_hashing: false,
+            background_hashing: true,
             early_resume: true,
             transfer: TransferMode::default(),
             blocks: None,
@@ -216,34 +216,6 @@ impl Deadlines {
     pub fn next(&self) -> Instant {
         (Instant::now() + self.silence).min(self.end)
     }
-}
-
-fn slot_hasher(config: &ExchangeConfig, pool: Arc<HashPool>, pages: usize) -> SlotHasher {
-    let mut hasher = SlotHasher::new(pool);
-    hasher.set_background(config.background_hashing, pages);
-    hasher
-}
-
-/// One step of hashing in the background: a harvest when one is due, else some of the pages that the last one found.
-fn background_turn<G: Guest>(
-    guest: &mut G,
-    pairing: &mut Pairing,
-    hasher: &mut SlotHasher,
-    config: &ExchangeConfig,
-) -> Result<Option<Instant>, SyncError> {
-    let useful = guest.harvest_tells_pages_apart() && config.transfer.compares();
-    if !hasher.in_background() || guest.harvest_needs_stop() || !useful {
-        return Ok(None);
-    }
-    if !hasher.harvest_is_due(Instant::now()) {
-        return Ok(hasher.hash_some(config.hash, guest.ram()));
-    }
-    let harvested = hasher.harvest_live(pairing.pending(), |into| guest.harvest(into));
-    if harvested.is_err() {
-        pairing.pending().fill();
-    }
-    harvested?;
-    Ok(Some(Instant::now()))
 }
 
 /// What both contexts are made of.

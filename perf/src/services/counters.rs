@@ -67,6 +67,9 @@ pub struct Syncs {
     pub stop_us: Distribution,
     /// From the stop to the acknowledgement.
     pub whole_us: Distribution,
+    /// Where their time went: name and sum of each phase.
+    #[serde(default)]
+    pub phases_us: Vec<(String, u64)>,
 }
 
 impl Syncs {
@@ -79,7 +82,21 @@ impl Syncs {
             bytes_sent: self.bytes_sent - before.bytes_sent,
             stop_us: self.stop_us.since(&before.stop_us),
             whole_us: self.whole_us.since(&before.whole_us),
+            phases_us: self.phases_us.iter().map(|(name, us)| (name.clone(), us - before.phase_us(name))).collect(),
         }
+    }
+
+    fn phase_us(&self, name: &str) -> u64 {
+        self.phases_us.iter().find(|(phase, _)| phase == name).map_or(0, |(_, us)| *us)
+    }
+
+    /// The mean of each phase, for people.
+    #[must_use]
+    pub fn phases(&self) -> String {
+        let mean_ms = |us: u64| us as f64 / 1000.0 / self.count.max(1) as f64;
+        let phases: Vec<String> =
+            self.phases_us.iter().map(|(name, us)| format!("{name} {:.2}", mean_ms(*us))).collect();
+        phases.join(", ")
     }
 
     /// Share of the pages that were equal although written.

@@ -137,8 +137,11 @@ impl<'a> Run<'a> {
             }
             let explain = |error| if policy.unreplicated { error } else { explain(&cluster, &error) };
             let cell = cell.map_err(explain).with_context(|| workload.id.to_owned())?;
-            let Cell { speed, .. } = &cell;
+            let Cell { speed, cost } = &cell;
             eprintln!("   {} under {}: {:.0} 1/s, p50 {:.0} us", workload.id, policy.name, speed.per_s, speed.p50_us);
+            if cost.syncs.count > 0 {
+                eprintln!("      a syncvm's phases, mean ms: {}", cost.syncs.phases());
+            }
             Ok(cell)
         };
         self.wanted.iter().map(measure).collect()

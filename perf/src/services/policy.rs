@@ -25,11 +25,12 @@ pub const MC: Policy = protected("mc", "sync = \"mc\"\n");
 pub const STR: Policy = protected("str", "sync = \"str\"\n");
 
 /// What each of our switches adds to the one before it; the last line is the default policy (PLOVER's Figure 7).
-pub const LADDER: [Policy; 5] = [
+pub const LADDER: [Policy; 6] = [
     UNREPLICATED,
-    protected("ordering", "sync = \"str\"\ndelta = false\n"),
-    protected("idle", "early_resume = false\ndelta = false\n"),
-    protected("early_resume", "delta = false\n"),
+    protected("ordering", "sync = \"str\"\nbackground_hashing = false\ndelta = false\n"),
+    protected("idle", "early_resume = false\nbackground_hashing = false\ndelta = false\n"),
+    protected("early_resume", "background_hashing = false\ndelta = false\n"),
+    protected("background", "delta = false\n"),
     protected("delta", ""),
 ];
 

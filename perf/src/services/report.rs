@@ -287,13 +287,13 @@ mod tests {
             let mut all = workload::ALL.iter().flat_map(|suite| suite.workloads);
             all.find(|one| one.id == id).expect("it is there")
         };
-        let columns = LADDER.iter().zip([1_000.0, 100.0, 300.0, 400.0, 500.0]);
+        let columns = LADDER.iter().zip([1_000.0, 100.0, 300.0, 400.0, 450.0, 500.0]);
         let columns = columns.map(|(policy, rate)| column(*policy, &[rate], 10)).collect();
         let ladder = measured(find(FIGURE_7), columns);
         let rows = ladder.rows(Effort::Full, &[]);
         let ratios: Vec<_> = rows.iter().map(|row| (row.id.as_str(), row.ratio)).collect();
-        assert_eq!(ratios.len(), 4, "{ratios:?}");
-        assert_eq!((ratios[0], ratios[3].1), (("switches.c64.k100.ordering", Some(0.1)), Some(0.5)));
+        assert_eq!(ratios.len(), 5, "{ratios:?}");
+        assert_eq!((ratios[0], ratios[4].1), (("switches.c64.k100.ordering", Some(0.1)), Some(0.5)));
         let directory = crate::results::Scratch::new(&std::env::temp_dir(), "plover-perf-plots").unwrap();
         let two = |id| measured(find(id), vec![column(UNREPLICATED, &[900.0], 0), column(VSMR, &[80.0], 10)]);
         let mut all = vec![ladder, two("redis-plain.c1.k100"), two(REDIS_PLAIN_16)];

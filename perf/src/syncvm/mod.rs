@@ -30,7 +30,7 @@ use pair::{Mode, Pair, Synced};
 use workload::{Shape, Side, Slot};
 
 /// Each is measured on the same slots, in turn. The first is what the rows are about.
-const MODES: [Mode; 5] = [
+const MODES: [Mode; 7] = [
     Mode::DEFAULT,
     Mode { name: "mc", set: |config| config.transfer = TransferMode::All, both_run: false },
     Mode {
@@ -40,16 +40,27 @@ const MODES: [Mode; 5] = [
     },
     Mode {
         name: "ordering only",
-        set: |config| (config.transfer, config.early_resume) = (TransferMode::Pages, false),
+        set: |config| {
+            config.early_resume = false;
+            (config.transfer, config.background_hashing) = (TransferMode::Pages, false);
+        },
         ..Mode::DEFAULT
     },
-    Mode { name: "+ early resume", set: |config| config.transfer = TransferMode::Pages, ..Mode::DEFAULT },
+    Mode {
+        name: "+ early resume",
+        set: |config| (config.transfer, config.background_hashing) = (TransferMode::Pages, false),
+        ..Mode::DEFAULT
+    },
+    Mode { name: "+ background hashing", set: |config| config.transfer = TransferMode::Pages, ..Mode::DEFAULT },
+    Mode { name: HASHED_AT_THE_STOP, set: |config| config.background_hashing = false, ..Mode::DEFAULT },
 ];
+const HASHED_AT_THE_STOP: &str = "hashed at the stop";
 /// What is switched on one after the other, up to what is the default, and what the plot calls it.
-const STEPS: [(&str, &str); 4] = [
+const STEPS: [(&str, &str); 5] = [
     ("mc, late resume", "checkpointing (mc, late resume)"),
     ("ordering only", "ordering, divergent pages only"),
     ("+ early resume", "+ early resume"),
+    ("+ background hashing", "+ background hashing"),
     ("default", "+ delta (default)"),
 ];
 
@@ -156,7 +167,12 @@ fn rows(modes: &[(Mode, Vec<Synced>)], effort: Effort) -> Result<Vec<Row>> {
     let stops = |slots: &[Synced]| slots.iter().map(Synced::stop_ms).collect::<Vec<f64>>();
     let stop = Figure { id: "syncvm.stop_ms", unit: "ms", better: Better::Lower };
     let mut rows = vec![alone(stop, effort, stops(ours))];
-    for (id, name) in [("syncvm.stop_vs_mc", "mc"), ("syncvm.stop_vs_mc.late_resume", "mc, late resume")] {
+    let peers = [
+        ("syncvm.stop_vs_mc", "mc"),
+        ("syncvm.stop_vs_mc.late_resume", "mc, late resume"),
+        ("syncvm.stop_vs_hashed_at_the_stop", HASHED_AT_THE_STOP),
+    ];
+    for (id, name) in peers {
         let (_, mc) = modes.iter().find(|(mode, _)| mode.name == name).context("the mode was measured")?;
         rows.push(paired(Figure { id, ..stop }, effort, name, stops(ours), stops(mc)));
     }

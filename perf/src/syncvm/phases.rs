@@ -9,7 +9,8 @@ use crate::sample::median;
 type Phase = (&'static str, fn(&PhaseTimes) -> u64);
 
 /// In the order in which they happen on either side.
-const PHASES: [Phase; 13] = [
+const PHASES: [Phase; 14] = [
+    ("hash ahead", |times| times.ahead_us),
     ("stop", |times| times.stop_us),
     ("save device state", |times| times.save_us),
     ("harvest", |times| times.harvest_us),
@@ -50,8 +51,11 @@ pub fn table(modes: &[(&str, &[Synced])]) -> String {
 /// What each mode costs.
 #[must_use]
 pub fn effects(modes: &[(&str, &[Synced])]) -> String {
-    let mut lines =
-        vec![["mode", "stop ms", "syncvm ms", "MB both ways", "of the 256-byte blocks"].map(str::to_owned).to_vec()];
+    let mut lines = vec![
+        ["mode", "stop ms", "syncvm ms", "MB both ways", "of the 256-byte blocks", "hashed ahead"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
     for (name, slots) in modes {
         let median_of = |of: &dyn Fn(&Synced) -> f64| median(slots.iter().map(of).collect());
         lines.push(vec![
@@ -60,6 +64,7 @@ pub fn effects(modes: &[(&str, &[Synced])]) -> String {
             format!("{:.2}", median_of(&|slot| slot.led.total_us as f64 / 1_000.0)),
             format!("{:.2}", median_of(&|slot| slot.bytes() as f64 / 1e6)),
             format!("{:.2} x", median_of(&|slot| slot.bytes() as f64 / slot.difference.block_bytes() as f64)),
+            format!("{:.0}", median_of(&|slot| slot.led.known_hashes as f64)),
         ]);
     }
     aligned(&lines)

@@ -1,7 +1,7 @@
 //! Sums and distributions over all syncvms of this process, for `plover status` and the demo's table.
 
 use hdrhistogram::Histogram;
-use syncvm::exchange::SyncReport;
+use syncvm::exchange::{PhaseTimes, SyncReport};
 use syncvm::slot::SlotEnd;
 
 use super::slots::SlotTimes;
@@ -11,11 +11,34 @@ use crate::status::{SyncStatus, SyncTotals};
 const SLOT_ENDS: [SlotEnd; 5] =
     [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength, SlotEnd::Interval];
 
+/// A phase and where a report has it.
+type Phase = (&'static str, fn(&PhaseTimes) -> u64);
+
+/// In the order in which they happen on either side.
+const PHASES: [Phase; 15] = [
+    ("ahead", |times| times.ahead_us),
+    ("stop", |times| times.stop_us),
+    ("save", |times| times.save_us),
+    ("harvest", |times| times.harvest_us),
+    ("exchange", |times| times.exchange_us),
+    ("compare", |times| times.compare_us),
+    ("list", |times| times.list_us),
+    ("copy", |times| times.copy_us),
+    ("resume", |times| times.resume_us),
+    ("digest", |times| times.digest_us),
+    ("transfer", |times| times.transfer_us),
+    ("ack", |times| times.ack_us),
+    ("apply", |times| times.apply_us),
+    ("load", |times| times.load_us),
+    ("verify", |times| times.verify_us),
+];
+
 /// What has been counted so far.
 pub struct Totals {
     stop_us: Histogram<u64>,
     whole_us: Histogram<u64>,
     sums: SyncTotals,
+    phases_us: [u64; PHASES.len()],
     last: Option<SyncStatus>,
     slot_ends: [u64; SLOT_ENDS.len()],
     /// Syncvms that failed.
@@ -34,6 +57,7 @@ impl Totals {
             stop_us: histogram(),
             whole_us: histogram(),
             sums: SyncTotals::default(),
+            phases_us: [0; PHASES.len()],
             last: None,
             slot_ends: [0; SLOT_ENDS.len()],
             failed: 0,
@@ -47,6 +71,9 @@ impl Totals {
         self.stop_us.saturating_record(report.guest_stop_us.max(1));
         self.whole_us.saturating_record(report.total_us.max(1));
         self.sums.count += 1;
+        for (sum, (_, of)) in self.phases_us.iter_mut().zip(PHASES) {
+            *sum += of(&report.phases);
+        }
         self.sums.dirty_pages += report.union_pages as u64;
         self.sums.divergent_pages += report.divergent_pages as u64;
         self.sums.bytes_sent += report.bytes_sent + report.bytes_received;
@@ -71,6 +98,7 @@ impl Totals {
             failed: self.failed,
             diverged: self.diverged,
             slot_times: self.slots.summary(),
+            phases_us: named(&self.phases_us),
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
             stop_us: occurrences(&self.stop_us),
@@ -110,27 +138,12 @@ fn status_of(report: &SyncReport) -> SyncStatus {
 
 /// The phases that took any time, by name.
 fn phases_of(report: &SyncReport) -> Vec<(String, u64)> {
-    let times = &report.phases;
-    [
-        ("stop", times.stop_us),
-        ("save", times.save_us),
-        ("harvest", times.harvest_us),
-        ("exchange", times.exchange_us),
-        ("compare", times.compare_us),
-        ("list", times.list_us),
-        ("copy", times.copy_us),
-        ("resume", times.resume_us),
-        ("digest", times.digest_us),
-        ("transfer", times.transfer_us),
-        ("ack", times.ack_us),
-        ("apply", times.apply_us),
-        ("load", times.load_us),
-        ("verify", times.verify_us),
-    ]
-    .into_iter()
-    .filter(|(_, us)| *us > 0)
-    .map(|(name, us)| (name.to_owned(), us))
-    .collect()
+    named(&PHASES.map(|(_, of)| of(&report.phases)))
+}
+
+fn named(phases_us: &[u64; PHASES.len()]) -> Vec<(String, u64)> {
+    let all = PHASES.iter().zip(phases_us).filter(|(_, us)| **us > 0);
+    all.map(|((name, _), us)| ((*name).to_owned(), *us)).collect()
 }
 
 #[cfg(test)]
@@ -148,5 +161,20 @@ mod tests {
         for (found, us) in [(&sums.stop_us, [900, 2_000_000]), (&sums.whole_us, [2_700, 6_000_000])] {
             assert!(found.len() == 2 && near(found[0], us[0], 2) && near(found[1], us[1], 1), "{found:?}");
         }
+    }
+
+    #[test]
+    fn phases_are_summed_over_led_syncvms_by_name() {
+        let mut totals = Totals::new();
+        for stop_us in [20, 22] {
+            let phases = PhaseTimes { stop_us, ack_us: 5, ..PhaseTimes::default() };
+            totals.led(&SyncReport { phases, ..SyncReport::default() });
+        }
+        totals.followed(&SyncReport {
+            phases: PhaseTimes { load_us: 9, ..PhaseTimes::default() },
+            ..SyncReport::default()
+        });
+        assert_eq!(totals.sums().phases_us, [("stop".to_owned(), 42), ("ack".to_owned(), 10)]);
+        assert_eq!(totals.last().expect("it was followed").phases_us, [("load".to_owned(), 9)]);
     }
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, background_turn, slot_hasher, verify,
+    SyncReport, ahead, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::{PageHashValue, SlotHasher};
@@ -49,6 +49,8 @@ pub struct FollowerContext<G, C, O> {
     hashes: Vec<PageHashValue>,
     /// How many pages of this syncvm needed no hashing.
     known_hashes: usize,
+    /// Pages of the last union.
+    usual_pages: usize,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
     blocks: BlockSize,
@@ -72,18 +74,18 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     fn with(parts: Parts<G, C, O>, pairing: Pairing, standing: Standing) -> Self {
         let pages = parts.guest.ram().pages();
         assert_eq!(pairing.pages(), pages, "a pairing of another guest");
-        let pool = slot_hasher(&parts.config, parts.pool, pages);
         Self {
             guest: parts.guest,
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
-            pool,
+            pool: SlotHasher::new(parts.pool),
             link: Link::new(parts.channel),
             standing,
             pairing,
             hashes: Vec::new(),
             known_hashes: 0,
+            usual_pages: 0,
             staging: Staging::new(pages),
             blocks: BlockSize::default(),
         }
@@ -123,24 +125,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
     }
 
     pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
-        let Self { guest, pairing, pool, .. } = self;
-        let harvested = pool.harvest(pairing.pending(), |into| guest.harvest(into));
-        if harvested.is_err() {
-            self.pairing.pending().fill();
-        }
-        Ok(harvested?)
-    }
-
-    /// A turn of hashing in the background, for the owner to call between exchanges while the guest runs. Says when to call
-    /// again; `None` where there is nothing to do.
-    ///
-    /// # Errors
-    /// The harvest failed: the next syncvm covers every page.
-    pub fn hash_in_background(&mut self) -> Result<Option<Instant>, SyncError> {
-        if self.standing != Standing::Whole {
-            return Ok(None);
-        }
-        background_turn(&mut self.guest, &mut self.pairing, &mut self.pool, &self.config)
+        ahead::harvest(&mut self.guest, &mut self.pairing, &mut self.pool)
     }
 
     /// Hashes `batch` and sends the hashes.
@@ -239,6 +224,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Where loads have leftovers, returns the device state. It is saved before the harvest, as on the leader: what saving
     /// writes into guest memory is then compared.
     fn stop_and_harvest(&mut self) -> Result<Option<Vec<u8>>, SyncError> {
+        let FollowerContext { guest, pairing, pool, config, usual_pages, .. } = &mut *self.ctx;
+        ahead::hash(guest, pairing, pool, config, *usual_pages)?;
+        self.report.phases.ahead_us = self.watch.lap();
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
@@ -271,6 +259,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, &difference, &self.deadlines)?;
         union.union_with(ours);
         self.report.union_pages = union.count();
+        self.ctx.usual_pages = self.report.union_pages;
         self.report.phases.exchange_us = self.watch.lap();
         self.point(Phase::FollowerExchanged);
         Ok((leader, union))
@@ -421,6 +410,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Given up before the acknowledgement: the guest goes on as it was, if it was anything.
     fn fail(&mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
+        self.ctx.pool.forget();
         self.ctx.link.send_abort(&self.header, &error);
         let runs = self.ctx.standing == Standing::Whole && self.stopped_at.is_some() && self.ctx.observer.may_run();
         match if runs { self.resume() } else { Ok(()) } {

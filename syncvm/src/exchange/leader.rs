@@ -11,7 +11,7 @@ use delta::Delta;
 
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, background_turn, slot_hasher, verify,
+    SyncReport, ahead, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::{HASH_BYTES, PageHashValue, SlotHasher};
@@ -37,6 +37,8 @@ pub struct LeaderContext<G, C, O> {
     hashes: Vec<PageHashValue>,
     /// How many pages of this syncvm needed no hashing.
     known_hashes: usize,
+    /// Pages of the last union.
+    usual_pages: usize,
     pub(crate) rejoins: u16,
     /// The number of the last syncvm tried.
     pub(crate) last_number: u64,
@@ -53,18 +55,18 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
     #[must_use]
     pub fn new(parts: Parts<G, C, O>, pairing: Pairing) -> Self {
         assert_eq!(pairing.pages(), parts.guest.ram().pages(), "a pairing of another guest");
-        let pool = slot_hasher(&parts.config, parts.pool, pairing.pages());
         Self {
             guest: parts.guest,
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
-            pool,
+            pool: SlotHasher::new(parts.pool),
             link: Link::new(parts.channel),
             pairing,
             outgoing: Outgoing::default(),
             hashes: Vec::new(),
             known_hashes: 0,
+            usual_pages: 0,
             rejoins: 0,
             last_number: 0,
             cautious: false,
@@ -113,21 +115,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
 
     /// Harvests into the pairing. A harvest that fails may have lost pages, so every page counts as dirty.
     pub(crate) fn harvest(&mut self) -> Result<(), SyncError> {
-        let Self { guest, pairing, pool, .. } = self;
-        let harvested = pool.harvest(pairing.pending(), |into| guest.harvest(into));
-        if harvested.is_err() {
-            self.pairing.pending().fill();
-        }
-        Ok(harvested?)
-    }
-
-    /// A turn of hashing in the background, for the owner to call between exchanges while the guest runs. Says when to call
-    /// again; `None` where there is nothing to do.
-    ///
-    /// # Errors
-    /// The harvest failed: the next syncvm covers every page.
-    pub fn hash_in_background(&mut self) -> Result<Option<Instant>, SyncError> {
-        background_turn(&mut self.guest, &mut self.pairing, &mut self.pool, &self.config)
+        ahead::harvest(&mut self.guest, &mut self.pairing, &mut self.pool)
     }
 
     /// Hashes `batch` here while the follower does the same, receives its hashes, and adds what differs.
@@ -249,6 +237,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 1 and the first half of step 2. Returns the device state.
     fn stop_and_harvest(&mut self) -> Result<Vec<u8>, SyncError> {
+        let LeaderContext { guest, pairing, pool, config, usual_pages, .. } = &mut *self.ctx;
+        ahead::hash(guest, pairing, pool, config, *usual_pages)?;
+        self.report.phases.ahead_us = self.watch.lap();
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
@@ -275,6 +266,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.report.dirty_peer = union.count();
         union.union_with(ours);
         self.report.union_pages = union.count();
+        self.ctx.usual_pages = self.report.union_pages;
         self.report.device_bytes = device_bytes;
         self.report.full_transfer_bytes = (self.report.dirty_local * PAGE_BYTES + device_bytes) as u64;
         self.report.phases.exchange_us = self.watch.lap();
@@ -397,6 +389,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     fn fail(mut self, error: SyncError) -> SyncError {
         self.ctx.pairing.abort();
+        self.ctx.pool.forget();
         self.ctx.cautious = error.hash_agreed_falsely();
         if matches!(error, SyncError::Diverged { .. }) {
             self.ctx.pairing.forget_peer();

@@ -7,6 +7,8 @@ use crate::transfer::TransferMode;
 /// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PhaseTimes {
+    /// Before the stop: harvesting and hashing while the guest runs.
+    pub ahead_us: u64,
     /// Stopping the guest.
     pub stop_us: u64,
     /// Saving the device state (on the follower only if a load might leave some of it).

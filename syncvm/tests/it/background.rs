@@ -1,65 +1,48 @@
-//! Hashing between syncvms while both guests write: the syncvms must not notice.
-
-use std::time::{Duration, Instant};
+//! Hashing ahead of the stop while both guests write: the syncvms must not notice.
 
 use crate::common::*;
-use syncvm::exchange::{FollowerContext, LeaderContext, Parts};
+use syncvm::PAGE_BYTES;
+use syncvm::PageNumber;
+use syncvm::Pairing;
+use syncvm::exchange::{FollowerContext, LeaderContext};
 use syncvm::hash::HashKind;
-use syncvm::{PAGE_BYTES, PageNumber, Pairing};
-
-fn with_background(guest: FakeGuest, channel: MemoryChannel) -> Parts<FakeGuest, MemoryChannel, Watcher> {
-    let mut parts = parts(guest, channel);
-    parts.config.background_hashing = true;
-    parts
-}
+use syncvm::transfer::TransferMode;
 
 const MANY_PAGES: usize = 1500;
-/// Of [`MANY_PAGES`]: enough to be worth a harvest, and most of them are not those of the time before.
+/// Of [`MANY_PAGES`]: enough to be worth a harvest more.
 const WRITES: usize = 150;
 
-/// So many turns of the leader and some of the follower, while both guests write between them.
-fn slot(leader: &mut Leader, follower: &mut Follower, wanted: usize) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut turns = 0;
-    while turns < wanted {
-        assert!(Instant::now() < deadline, "{turns} turns of {wanted}");
-        let next = leader.hash_in_background().unwrap().expect("it is switched on");
-        if next <= Instant::now() {
-            turns += 1;
-            leader.guest.run_a_while();
-        }
-        if follower.hash_in_background().unwrap().is_some_and(|next| next <= Instant::now()) {
-            follower.guest.run_a_while();
-        }
-        std::thread::yield_now();
-    }
-}
-
-fn busy_guest(seed: u64) -> FakeGuest {
-    FakeGuest { writes_per_run: WRITES, ..FakeGuest::new(seed, MANY_PAGES) }
-}
-
-fn busy_pair() -> (Leader, Follower) {
+fn busy_pair(races: bool) -> (Leader, Follower) {
     let (a, b) = channel_pair(None);
-    let leader = LeaderContext::new(with_background(busy_guest(1), a), Pairing::fresh(MANY_PAGES));
-    (leader, FollowerContext::new(with_background(busy_guest(2), b)))
+    let side = |seed, channel| {
+        let mut guest = FakeGuest { writes_per_run: WRITES, ..FakeGuest::new(seed, MANY_PAGES) };
+        guest.races = races;
+        let mut parts = parts(guest, channel);
+        parts.config.background_hashing = true;
+        parts
+    };
+    let leader = LeaderContext::new(side(1, a), Pairing::fresh(MANY_PAGES));
+    let mut pair = (leader, FollowerContext::new(side(2, b)));
+    good_sync(&mut pair.0, &mut pair.1, 1);
+    pair
 }
 
 #[test]
-fn pages_hashed_in_the_background_and_written_again_are_not_missed() {
-    let (mut leader, mut follower) = busy_pair();
-    assert!(follower.hash_in_background().unwrap().is_none(), "an empty guest has nothing to hash");
-    good_sync(&mut leader, &mut follower, 1);
-    let (mut leader_knew, mut follower_knew) = (0, 0);
-    for number in 2..12 {
-        leader.config.hash = if number == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
-        // A turn that harvests and one that hashes, at least twice.
-        slot(&mut leader, &mut follower, 5);
+fn pages_written_while_or_after_they_were_hashed_are_not_missed() {
+    let (mut leader, mut follower) = busy_pair(true);
+    let (mut known, mut hashed_again) = ([0, 0], [0, 0]);
+    for number in 2..40 {
+        leader.config.hash = if number % 9 == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
+        leader.config.verify = number % 8 == 5;
+        follower.config.verify = leader.config.verify;
         let (led, followed) = good_sync(&mut leader, &mut follower, number);
-        leader_knew += led.known_hashes;
-        follower_knew += followed.known_hashes;
+        for (side, report) in [led, followed].iter().enumerate() {
+            known[side] += report.known_hashes;
+            hashed_again[side] += report.compared_pages - report.known_hashes;
+        }
     }
-    assert!(leader_knew > 100 && follower_knew > 0, "hashes are used: {leader_knew} and {follower_knew}");
+    let enough = |counts: [usize; 2]| counts.iter().all(|count| *count > 100);
+    assert!(enough(known) && enough(hashed_again), "known {known:?}, hashed again {hashed_again:?}");
 }
 
 /// Fills `pages` with `byte`.
@@ -70,70 +53,66 @@ fn fill(guest: &FakeGuest, pages: std::ops::Range<u32>, byte: u8) {
     }
 }
 
-/// Waits until everything that either has written is hashed.
-fn hash_all(leader: &mut Leader, follower: &mut Follower) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    for side in 0..2 {
-        let mut harvested = false;
-        loop {
-            assert!(Instant::now() < deadline, "nothing is harvested");
-            let next = if side == 0 { leader.hash_in_background() } else { follower.hash_in_background() };
-            let clean = |guest: &FakeGuest| guest.dirty.lock().unwrap().is_empty();
-            harvested |= if side == 0 { clean(&leader.guest) } else { clean(&follower.guest) };
-            if next.unwrap().expect("it is switched on") > Instant::now() && harvested {
-                break;
-            }
-            std::thread::yield_now();
-        }
-    }
-}
-
 #[test]
 fn what_a_syncvm_writes_makes_hashes_worthless() {
     for verify in [false, true] {
-        let (mut leader, mut follower) = busy_pair();
+        let (mut leader, mut follower) = busy_pair(false);
         (leader.guest.writes_per_run, follower.guest.writes_per_run) = (0, 0);
-        leader.config.verify = verify;
-        good_sync(&mut leader, &mut follower, 1);
-        // Both have A and know its hash, then the leader alone writes B ...
-        fill(&leader.guest, 100..300, 0xa);
-        fill(&follower.guest, 100..300, 0xa);
-        hash_all(&mut leader, &mut follower);
+        (leader.config.verify, follower.config.verify) = (verify, verify);
+        good_sync(&mut leader, &mut follower, 2);
+        // The leader has B, the follower A, and both know ...
         fill(&leader.guest, 100..300, 0xb);
-        let (led, followed) = good_sync(&mut leader, &mut follower, 2);
-        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 0, 200));
-        // ... and A again: a follower that still believed in A would take B for it.
-        fill(&leader.guest, 100..300, 0xa);
+        fill(&follower.guest, 100..300, 0xa);
         let (led, followed) = good_sync(&mut leader, &mut follower, 3);
-        assert_eq!((led.divergent_pages, followed.known_hashes), (200, 0));
+        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 200, 200));
+        // ... and now the leader has A: a follower that still believed in A would take B for it.
+        fill(&leader.guest, 100..300, 0xa);
+        follower.config.background_hashing = false;
+        let (led, followed) = good_sync(&mut leader, &mut follower, 4);
+        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 200, 0));
         assert_eq!((led.verified, followed.verified), (verify, verify));
     }
 }
 
 #[test]
-fn hashes_survive_a_syncvm_that_failed() {
-    let (mut leader, mut follower) = busy_pair();
-    good_sync(&mut leader, &mut follower, 1);
+fn a_syncvm_that_failed_leaves_no_hash_behind() {
+    let (mut leader, mut follower) = busy_pair(true);
     for at_message in 0..8 {
         let number = 2 + 2 * at_message as u64;
-        slot(&mut leader, &mut follower, 3);
         let _ = sync(&mut leader, &mut follower, number, Some(Fault { at_message, how: Break::Refused }));
-        slot(&mut leader, &mut follower, 3);
         good_sync(&mut leader, &mut follower, number + 1);
+    }
+    for side in 0..2 {
+        let guest = if side == 0 { &mut leader.guest } else { &mut follower.guest };
+        // The first harvest is the one before the stop.
+        guest.refuse = Some(Refusal::Harvest);
+        let (led, _) = sync(&mut leader, &mut follower, 100 + side, None);
+        assert!(led.is_err() && leader.guest.running && follower.guest.running);
+        let (led, followed) = good_sync(&mut leader, &mut follower, 110 + side);
+        let all = if side == 0 { led.dirty_local } else { followed.dirty_local };
+        assert_eq!(all, MANY_PAGES, "pages may have been lost");
     }
 }
 
 #[test]
-fn nothing_happens_in_the_background_unless_it_is_switched_on_and_the_guest_can_be_harvested_running() {
-    let (mut leader, _) = pair(5, PAGES);
-    assert!(leader.hash_in_background().unwrap().is_none());
-    let (a, _) = channel_pair(None);
-    let mut guest = FakeGuest::new(6, PAGES);
-    guest.needs_stop = true;
-    let mut leader = LeaderContext::new(with_background(guest, a), Pairing::fresh(PAGES));
-    assert!(leader.hash_in_background().unwrap().is_none());
-    leader.guest.needs_stop = false;
-    assert!(leader.hash_in_background().unwrap().is_some());
-    leader.guest.tells_nothing = true;
-    assert!(leader.hash_in_background().unwrap().is_none(), "a harvest would be every page");
+fn nothing_is_hashed_ahead_unless_it_is_switched_on_possible_and_of_use() {
+    type Change = fn(&mut Leader);
+    let changes: [(&str, Change); 5] = [
+        ("off", |leader| leader.config.background_hashing = false),
+        ("stop", |leader| leader.guest.needs_stop = true),
+        ("everything", |leader| leader.guest.tells_nothing = true),
+        ("mc", |leader| leader.config.transfer = TransferMode::All),
+        ("few", |leader| leader.guest.writes_per_run = 2),
+    ];
+    for (name, change) in changes {
+        let (mut leader, mut follower) = busy_pair(false);
+        (leader.guest.writes_per_run, follower.guest.writes_per_run) = (WRITES, 2);
+        assert!(good_sync(&mut leader, &mut follower, 2).0.known_hashes > WRITES / 2);
+        change(&mut leader);
+        // What counts is how much the last one was about.
+        good_sync(&mut leader, &mut follower, 3);
+        good_sync(&mut leader, &mut follower, 4);
+        let (led, _) = good_sync(&mut leader, &mut follower, 5);
+        assert_eq!((led.known_hashes, led.compared_pages == 0), (0, name == "mc"), "{name}");
+    }
 }

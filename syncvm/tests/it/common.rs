@@ -1,9 +1,10 @@
 //! A guest in a memfd that writes at random whenever it "runs", and a channel that breaks where it is told.
 
 use std::io::IoSlice;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -82,6 +83,40 @@ pub struct FakeGuest {
     pub corrupt_load: bool,
     /// After this many more runs the guest calms down to one write per run.
     pub calm_after_runs: Option<usize>,
+    /// While it runs again, a thread writes all the time.
+    pub races: bool,
+    pub racer: Option<Racer>,
+}
+
+/// Writes pages until it is dropped.
+pub struct Racer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Racer {
+    fn start(ram: GuestRam, dirty: Arc<Mutex<DirtySet>>, mut rng: Rng) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                // Half of the writes go to a few pages. The page first, its bit after.
+                let pages = if rng.below(2) == 0 { 16 } else { ram.pages() };
+                let page = PageNumber(rng.below(pages) as u32);
+                ram.write_page(page, &[rng.next() as u8; PAGE_BYTES]);
+                dirty.lock().unwrap().insert(page);
+                std::thread::yield_now();
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Racer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
 }
 
 impl FakeGuest {
@@ -104,6 +139,8 @@ impl FakeGuest {
             drop_every: None,
             corrupt_load: false,
             calm_after_runs: None,
+            races: false,
+            racer: None,
         };
         guest.run_a_while();
         guest
@@ -148,6 +185,7 @@ impl FakeGuest {
 impl Guest for FakeGuest {
     fn stop(&mut self) -> Result<(), GuestError> {
         self.refused(Refusal::Stop)?;
+        self.racer = None;
         self.running = false;
         self.at_stop = self.state();
         Ok(())
@@ -162,6 +200,9 @@ impl Guest for FakeGuest {
             None => {}
         }
         self.run_a_while();
+        if self.races {
+            self.racer = Some(Racer::start(self.ram.clone(), Arc::clone(&self.dirty), self.rng.clone()));
+        }
         Ok(())
     }
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {

@@ -126,7 +126,6 @@ impl Serve {
                 Side::Detached => ATTACH_INTERVAL.as_micros() as u64,
                 _ => IDLE_WAIT_US,
             };
-            let timeout_us = self.hash_in_background().map_or(timeout_us, |due_us| due_us.min(timeout_us));
             if let Err(error) = self.poller.wait(Some(timeout_us), &mut ready) {
                 tracing::error!(%error, "the guest worker cannot wait");
                 return;
@@ -144,23 +143,6 @@ impl Serve {
                 self.try_attach();
             }
         }
-    }
-
-    /// A turn of hashing between commands; µs until the next one. Only towards a peer that is there: nobody compares else.
-    fn hash_in_background(&mut self) -> Option<u64> {
-        if !self.setup.vm.policy.background_hashing || !self.has_link() {
-            return None;
-        }
-        let turn = match &mut self.side {
-            Side::Detached | Side::Alone(_) => return None,
-            Side::Leading(context, _) => context.hash_in_background(),
-            Side::Following(context) => context.hash_in_background(),
-        };
-        let next = turn.unwrap_or_else(|error| {
-            tracing::warn!(error = describe(&error), "written pages are unknown, the next syncvm covers all");
-            None
-        });
-        next.map(|due| due.saturating_duration_since(Instant::now()).as_micros() as u64)
     }
 
     fn guest(&mut self) -> Option<&mut QemuGuest> {
