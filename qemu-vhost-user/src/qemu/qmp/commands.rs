@@ -52,12 +52,57 @@ pub struct MemoryBackend {
     pub share: bool,
 }
 
+/// A drive of the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockDevice {
+    /// The id of its `-drive`; empty for a `-blockdev`.
+    pub device: String,
+    /// The device that has it: its id, or its place in the object tree.
+    pub qdev: Option<String>,
+    /// What is in it; absent for an empty drive.
+    pub inserted: Option<BlockNode>,
+}
+
+/// A node of QEMU's block layer.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockNode {
+    /// Whether nobody can write through it.
+    #[serde(rename = "ro")]
+    pub read_only: bool,
+    /// Its driver: a format, a protocol or a filter.
+    #[serde(rename = "drv")]
+    pub driver: String,
+    /// What it is of.
+    pub file: String,
+    /// How it is cached.
+    pub cache: BlockCache,
+    /// Its contents.
+    pub image: BlockImage,
+}
+
+/// How a node of the block layer is cached.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockCache {
+    /// The host's page cache is not used (O_DIRECT).
+    pub direct: bool,
+}
+
+/// What a node of the block layer contains.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockImage {
+    /// How much of it the guest sees.
+    #[serde(rename = "virtual-size")]
+    pub virtual_size_bytes: u64,
+}
+
 /// The commands that Plover cannot do without.
-pub const NEEDED_COMMANDS: [&str; 8] = [
+pub const NEEDED_COMMANDS: [&str; 10] = [
     "stop",
     "cont",
     "query-status",
     "query-memdev",
+    "query-block",
+    "query-named-block-nodes",
     "qom-get",
     "human-monitor-command",
     "xen-save-devices-state",
@@ -204,6 +249,22 @@ impl Qmp {
     /// As [`Qmp::execute`].
     pub fn query_memory_backends(&mut self) -> Result<Vec<MemoryBackend>, QmpError> {
         self.ask("query-memdev", Value::Null)
+    }
+
+    /// The guest's drives.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_block(&mut self) -> Result<Vec<BlockDevice>, QmpError> {
+        self.ask("query-block", Value::Null)
+    }
+
+    /// All nodes of the block layer that have a name, which all have: also those below what a device sees.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_block_nodes(&mut self) -> Result<Vec<BlockNode>, QmpError> {
+        self.ask("query-named-block-nodes", json!({"flat": true}))
     }
 
     /// The vCPUs and their threads.
