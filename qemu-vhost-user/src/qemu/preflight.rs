@@ -2,7 +2,7 @@
 //!
 //! Facts are gathered first and judged by a function of their own, which the tests can feed. The last check is the
 //! whole chain itself: a VM that has not run yet saves its device state and loads it again, which finds devices that
-//! cannot do that. A VM that ran already is not put to that risk.
+//! cannot do that. A VM that ran already, or was given another's state, is not put to that risk.
 
 mod devices;
 
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use super::agent::{AgentClient, AgentError};
 use super::device_set::DeviceSet;
 use super::fingerprint::Fingerprint;
-use super::qmp::{BlockDevice, BlockNode, Qmp, QmpError, RunState, Version};
+use super::qmp::{BlockDevice, BlockNode, Qmp, QmpError, Version};
 use super::ram::{self, RamBlock, RamError, RamInfo};
 use super::state_file::{StateFile, StateFileError};
 
@@ -172,12 +172,14 @@ pub struct Accepted {
     pub fingerprint: Fingerprint,
     /// Where its RAM is.
     pub ram: RamInfo,
+    /// The VM is as QEMU started it: it may be booted.
+    pub fresh: bool,
 }
 
 /// Checks the QEMU behind `qmp` and the agent in it. `agent` is `None` if nobody answered on its socket; `replica` names this
 /// replica in messages; `run_directory` is where a trial's device state may lie for a moment.
 ///
-/// A VM that has not run yet (`-S`) also saves and loads its device state once. It is left as it was found.
+/// A VM that is as QEMU started it (`-S`) also saves and loads its device state once. It is left as it was found.
 ///
 /// # Errors
 /// A [`Refusal`], each with its remedy.
@@ -196,11 +198,12 @@ pub fn check(
     let ram = ram::locate(qmp)?;
     let facts = gather(qmp, &ram)?;
     judge(&facts)?;
-    if qmp.query_status()? == RunState::Prelaunch {
+    let fresh = qmp.is_fresh()?;
+    if fresh {
         try_state_round_trip(qmp, agent, replica, run_directory)?;
     }
     let fingerprint = fingerprint(qmp, &facts, &ram, replica)?;
-    Ok(Accepted { fingerprint, ram })
+    Ok(Accepted { fingerprint, ram, fresh })
 }
 
 fn check_version(version: &Version) -> Result<(), Refusal> {

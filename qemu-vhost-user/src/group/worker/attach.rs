@@ -29,7 +29,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Found {
     /// What must be equal on all replicas.
     pub fingerprint: Fingerprint,
-    /// The guest has never run.
+    /// The guest has never run and has nobody else's state.
     pub fresh: bool,
     /// It runs.
     pub running: bool,
@@ -103,8 +103,8 @@ impl QemuGuest {
         let connected = AgentClient::connect(&sockets.agent, deadline);
         let agent_error = connected.as_ref().err().map(|error| format!(" ({error})")).unwrap_or_default();
         let mut agent = connected.ok();
-        let Accepted { fingerprint, ram } = preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir)
-            .map_err(|refusal| match refusal {
+        let Accepted { fingerprint, ram, fresh } =
+            preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir).map_err(|refusal| match refusal {
                 Refusal::AgentMissing => format!("{refusal}{agent_error}"),
                 _ => refusal.to_string(),
             })?;
@@ -123,13 +123,7 @@ impl QemuGuest {
         let file = ram.clone_file().map_err(|error| error.to_string())?;
         let mapping = GuestRam::new(file, Some(ram.length_bytes)).map_err(|error| error.to_string())?;
         let state_file = StateFile::create(&sockets.run_dir, &vm.name).map_err(|error| error.to_string())?;
-        let found = Found {
-            fingerprint,
-            fresh: status == RunState::Prelaunch,
-            running: status == RunState::Running,
-            clocks,
-            tracker: why,
-        };
+        let found = Found { fingerprint, fresh, running: status == RunState::Running, clocks, tracker: why };
         let pid = ram.qemu_pid;
         let reboot_is_shutdown = reboot_is_shutdown(pid);
         let guest =
@@ -140,6 +134,14 @@ impl QemuGuest {
     /// Lets the hash workers share the harvests.
     pub fn use_pool(&mut self, pool: &Arc<HashPool>) {
         self.tracker.use_pool(pool);
+    }
+
+    /// Notes that the guest is about to be given another's state: from here on it can only be restarted.
+    ///
+    /// # Errors
+    /// QEMU does not take the note.
+    pub fn mark_used(&mut self) -> Result<(), GuestError> {
+        self.qmp.mark_used().map_err(|error| GuestError::new("take a note", error))
     }
 
     /// Readable when QEMU says something by itself.

@@ -423,7 +423,13 @@ impl Serve {
     /// The follower's context; a guest that led before is worth nothing to another leader.
     fn follower(&mut self, view: View) -> Option<&mut Follower> {
         if !matches!(self.side, Side::Following(_)) {
-            let guest = self.take_guest()?;
+            let mut guest = self.take_guest()?;
+            // A daemon that is started next must not take what it finds for a guest that waits to be booted.
+            if let Err(error) = guest.mark_used() {
+                tracing::error!(%error, "the guest cannot follow");
+                self.side = Side::Alone(Box::new(guest));
+                return None;
+            }
             let context = FollowerContext::new(self.parts(guest, view));
             self.side = Side::Following(Box::new(context));
         }
@@ -439,7 +445,7 @@ impl Serve {
             self.await_link(number, view);
         }
         let result = match self.follower(view) {
-            None => Err(("no QEMU is attached".to_owned(), false, false)),
+            None => Err(("there is no QEMU that can follow".to_owned(), false, false)),
             Some(context) => {
                 context.observer.begin(number, view, false);
                 follow_syncvm(context, number.0).map_err(|error| {

@@ -95,8 +95,11 @@ pub struct BlockImage {
     pub virtual_size_bytes: u64,
 }
 
+/// Id of the object that says that a VM is not as QEMU started it.
+const USED_MARK: &str = "plover-used";
+
 /// The commands that Plover cannot do without.
-pub const NEEDED_COMMANDS: [&str; 10] = [
+pub const NEEDED_COMMANDS: [&str; 12] = [
     "stop",
     "cont",
     "query-status",
@@ -104,6 +107,8 @@ pub const NEEDED_COMMANDS: [&str; 10] = [
     "query-block",
     "query-named-block-nodes",
     "qom-get",
+    "qom-list",
+    "object-add",
     "human-monitor-command",
     "xen-save-devices-state",
     "xen-load-devices-state",
@@ -171,6 +176,38 @@ impl Qmp {
             "guest-panicked" => RunState::GuestPanicked,
             _ => RunState::Other(status.status),
         })
+    }
+
+    /// Whether the VM is as QEMU started it: it has never run, and nobody has given it another's state. Its run state does
+    /// not say that: a load leaves it as it is, and a reset puts it back to [`RunState::Prelaunch`].
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn is_fresh(&mut self) -> Result<bool, QmpError> {
+        Ok(self.query_status()? == RunState::Prelaunch && !self.is_marked_used()?)
+    }
+
+    /// Notes in QEMU itself, for as long as its process lives, that the VM is no longer [fresh](Qmp::is_fresh): whoever
+    /// attaches next must know, and remembers nothing. To be called before the first byte of its memory is changed.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn mark_used(&mut self) -> Result<(), QmpError> {
+        if self.is_marked_used()? {
+            return Ok(());
+        }
+        // Any object would do; this type is in every build and does nothing.
+        let mark = json!({"qom-type": "secret", "id": USED_MARK, "data": "used"});
+        self.execute("object-add", mark).map(drop)
+    }
+
+    fn is_marked_used(&mut self) -> Result<bool, QmpError> {
+        #[derive(Deserialize)]
+        struct Object {
+            name: String,
+        }
+        let objects: Vec<Object> = self.ask("qom-list", json!({"path": "/objects"}))?;
+        Ok(objects.iter().any(|object| object.name == USED_MARK))
     }
 
     /// Writes the state of all devices and CPUs, everything but RAM, to a file that QEMU creates or truncates. The
