@@ -66,6 +66,26 @@ fn our_arguments_give_a_vm_that_can_be_protected() {
     vm.wait_for_console(READY);
 }
 
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_vm_that_was_given_anothers_state_is_not_fresh_for_whoever_attaches_next() {
+    let vm = Vm::new("fresh").start();
+    let fresh = || {
+        let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+        let accepted = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+        assert_eq!(qmp.query_status().expect("status"), RunState::Prelaunch);
+        accepted.fresh
+    };
+    assert!(fresh() && fresh(), "looking at it changes nothing");
+    let mut qmp = vm.qmp();
+    qmp.mark_used().expect("marked");
+    qmp.mark_used().expect("marked again");
+    drop(qmp);
+    assert!(!fresh());
+    vm.qmp().reset(false).expect("reset");
+    assert!(!fresh(), "its memory is what it was");
+}
+
 fn cpu_ns(clocks: &VcpuClocks, after_sequence: u64) -> (u64, u64) {
     let sample =
         until("a new sample of the vCPU clocks", || clocks.read().filter(|sample| sample.sequence > after_sequence));

@@ -86,6 +86,9 @@ fn the_others_may_fail_in_any_way() {
             survive(scenario, &format!("{role}: frozen, thawed later"), Expect::Stays, |roles| {
                 Ok(vec![host(roles).freeze()?])
             });
+            survive(scenario, &format!("{role}: QEMU frozen, thawed later"), Expect::Stays, |roles| {
+                Ok(vec![host(roles).process(rig::cluster::QEMU).expect("it was started").frozen()?])
+            });
             for name in [rig::cluster::DAEMON, rig::cluster::QEMU] {
                 survive(scenario, &format!("{role}: {name} killed"), Expect::Stays, |roles| kill(host(roles), name));
             }

@@ -59,7 +59,7 @@ struct Refused {
     said: &'static [&'static str],
 }
 
-const REFUSED: [Refused; 7] = [
+const REFUSED: [Refused; 11] = [
     Refused {
         what: "machine q35",
         from: "-machine pc,",
@@ -103,7 +103,44 @@ const REFUSED: [Refused; 7] = [
         more: &["-m", "128M"],
         said: &["128 MiB", "memory_mib = 256"],
     },
+    Refused {
+        what: "a disk that the guest can write",
+        from: "",
+        to: "",
+        more: &["-drive", "if=none,id=d0,driver=null-co,size=1M", "-device", "virtio-blk-pci,drive=d0"],
+        said: &["d0", "each replica would write its own copy", "readonly=on"],
+    },
+    Refused {
+        what: "a disk that is read past the page cache, below the node that the device sees",
+        from: "",
+        to: "",
+        more: &[
+            "-blockdev",
+            "driver=raw,node-name=n,read-only=on,file.driver=null-co,file.cache.direct=on",
+            "-device",
+            "virtio-blk-pci,drive=n",
+        ],
+        said: &["past the host's page cache", "cache.direct=off"],
+    },
+    Refused {
+        what: "a balloon",
+        from: "",
+        to: "",
+        more: &["-device", "virtio-balloon-pci"],
+        said: &["virtio-balloon-pci", "remove its -device"],
+    },
+    Refused {
+        what: "a second network card",
+        from: "",
+        to: "",
+        more: &["-netdev", "user,id=u0", "-device", "virtio-net-pci,id=second,netdev=u0,romfile=,guest_announce=off"],
+        said: &["second", "«user»", "one network card"],
+    },
 ];
+
+/// What may be there beside our devices: a disk that nobody writes.
+const ACCEPTED: [&str; 4] =
+    ["-drive", "if=none,id=d0,driver=null-co,size=1M,readonly=on", "-device", "virtio-blk-pci,drive=d0"];
 
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
@@ -120,7 +157,7 @@ fn a_qemu_that_cannot_be_protected_is_refused_with_the_remedy() {
         qemu.kill().unwrap();
     }
     // The same daemon takes a QEMU that is right, so none of these refusals was for another reason.
-    start_qemu(&cluster, host, "", "", &[]);
+    start_qemu(&cluster, host, "", "", &ACCEPTED);
     wait_said(&cluster, host, &["guest     prepared"]);
 }
 

@@ -70,7 +70,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let scheduling = node.scheduling;
     let (device, _session) = device::open(&vm.name, endpoint(node, vm, socket), move || scheduling::favour(scheduling))
         .map_err(|error| GroupError::Device(error.to_string()))?;
-    let worker = worker::start(worker_setup(node, vm, bulk, device.dirty())).map_err(system("guest worker"))?;
+    let worker = worker::start(worker_setup(node, vm, me, bulk, device.dirty())).map_err(system("guest worker"))?;
     let idle = choose_idle(node, vm, place);
     if vm.mode == Mode::Unreplicated {
         let parts = Parts {
@@ -125,7 +125,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     reactor.run(stopping)
 }
 
-fn worker_setup(node: &NodeConfig, vm: &VmConfig, bulk: BulkPort, dirty: BackendDirty) -> WorkerSetup {
+fn worker_setup(node: &NodeConfig, vm: &VmConfig, me: ReplicaId, bulk: BulkPort, dirty: BackendDirty) -> WorkerSetup {
     let mut vm = vm.clone();
     if vm.mode == Mode::Unreplicated {
         // Nobody asks what was written, so nothing shall watch it.
@@ -135,6 +135,7 @@ fn worker_setup(node: &NodeConfig, vm: &VmConfig, bulk: BulkPort, dirty: Backend
         run_dir: node.vm_run_dir(&vm.name),
         vm,
         node: node.name.clone(),
+        me,
         hash_cores: node.hash_thread_cores(),
         scheduling: node.scheduling,
         bulk,

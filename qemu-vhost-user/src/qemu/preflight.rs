@@ -2,14 +2,16 @@
 //!
 //! Facts are gathered first and judged by a function of their own, which the tests can feed. The last check is the
 //! whole chain itself: a VM that has not run yet saves its device state and loads it again, which finds devices that
-//! cannot do that. A VM that ran already is not put to that risk.
+//! cannot do that. A VM that ran already, or was given another's state, is not put to that risk.
+
+mod devices;
 
 use std::path::{Path, PathBuf};
 
 use super::agent::{AgentClient, AgentError};
 use super::device_set::DeviceSet;
 use super::fingerprint::Fingerprint;
-use super::qmp::{Qmp, QmpError, RunState, Version};
+use super::qmp::{BlockDevice, BlockNode, Qmp, QmpError, Version};
 use super::ram::{self, RamBlock, RamError, RamInfo};
 use super::state_file::{StateFile, StateFileError};
 
@@ -76,6 +78,36 @@ pub enum Refusal {
         "a network device would announce itself after every syncvm: add guest_announce=off to its -device virtio-net-pci"
     )]
     GuestAnnounce,
+    /// Each replica would write a disk of its own.
+    #[error(
+        "the guest can write to {}: each replica would write its own copy, and no syncvm makes the copies equal; start QEMU without it (the guest runs from its initramfs or from network storage), or attach it with readonly=on and the same content on all nodes",
+        .0.join(", ")
+    )]
+    WritableDisks(Vec<String>),
+    /// Reads of a disk would change memory unseen.
+    #[error(
+        "the guest reads {} past the host's page cache, which writes its memory unseen: attach it with cache.direct=off (cache=writeback) and aio=threads",
+        .0.join(", ")
+    )]
+    DirectDisks(Vec<String>),
+    /// A device that cannot be followed.
+    #[error("the guest has a device {device}: {why}; remove its -device")]
+    Device {
+        /// Its type.
+        device: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A network card that is not ours.
+    #[error(
+        "the network card {card} (on a backend «{kind}») would be served past plover, its frames neither ordered nor held: give the VM one network card, on plover's vhost-user socket"
+    )]
+    Network {
+        /// Its name.
+        card: String,
+        /// The type of its -netdev.
+        kind: String,
+    },
     /// This process may not look into QEMU.
     #[error(
         "plover runs without CAP_SYS_PTRACE and cannot follow the guest's memory: run it as root or give it CAP_SYS_PTRACE and CAP_NET_ADMIN"
@@ -128,6 +160,9 @@ struct Facts {
     blocks: Vec<RamBlock>,
     backend: String,
     qtree: String,
+    disks: Vec<BlockDevice>,
+    block_nodes: Vec<BlockNode>,
+    networks: String,
 }
 
 /// A QEMU that can be protected.
@@ -137,12 +172,14 @@ pub struct Accepted {
     pub fingerprint: Fingerprint,
     /// Where its RAM is.
     pub ram: RamInfo,
+    /// The VM is as QEMU started it: it may be booted.
+    pub fresh: bool,
 }
 
 /// Checks the QEMU behind `qmp` and the agent in it. `agent` is `None` if nobody answered on its socket; `replica` names this
 /// replica in messages; `run_directory` is where a trial's device state may lie for a moment.
 ///
-/// A VM that has not run yet (`-S`) also saves and loads its device state once. It is left as it was found.
+/// A VM that is as QEMU started it (`-S`) also saves and loads its device state once. It is left as it was found.
 ///
 /// # Errors
 /// A [`Refusal`], each with its remedy.
@@ -161,11 +198,12 @@ pub fn check(
     let ram = ram::locate(qmp)?;
     let facts = gather(qmp, &ram)?;
     judge(&facts)?;
-    if qmp.query_status()? == RunState::Prelaunch {
+    let fresh = qmp.is_fresh()?;
+    if fresh {
         try_state_round_trip(qmp, agent, replica, run_directory)?;
     }
     let fingerprint = fingerprint(qmp, &facts, &ram, replica)?;
-    Ok(Accepted { fingerprint, ram })
+    Ok(Accepted { fingerprint, ram, fresh })
 }
 
 fn check_version(version: &Version) -> Result<(), Refusal> {
@@ -218,6 +256,9 @@ fn gather(qmp: &mut Qmp, ram: &RamInfo) -> Result<Facts, Refusal> {
         blocks: ram::parse_ramblocks(&qmp.hmp("info ramblock")?),
         backend: ram.backend.clone(),
         qtree: qmp.hmp("info qtree")?,
+        disks: qmp.query_block()?,
+        block_nodes: qmp.query_block_nodes()?,
+        networks: qmp.hmp("info network")?,
     })
 }
 
@@ -269,7 +310,9 @@ fn judge(facts: &Facts) -> Result<(), Refusal> {
     if facts.qtree.lines().any(|line| line.trim() == "guest_announce = true") {
         return Err(Refusal::GuestAnnounce);
     }
-    Ok(())
+    devices::check_disks(&facts.disks, &facts.block_nodes)?;
+    devices::check_devices(&facts.qtree)?;
+    devices::check_networks(&facts.networks)
 }
 
 /// Saves the state of a VM that never ran and loads it again: for the VM nothing changes, and what cannot be loaded
@@ -313,6 +356,7 @@ fn fingerprint(qmp: &mut Qmp, facts: &Facts, ram: &RamInfo, replica: &str) -> Re
     if !append.is_empty() {
         further.push(format!("kernel command line: {append}"));
     }
+    further.extend(devices::disk_lines(&facts.disks));
     let mut warnings = Vec::new();
     if !facts.rtc_clock_vm {
         warnings.push(

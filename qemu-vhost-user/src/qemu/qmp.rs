@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use serde_json::Value;
 
-pub use commands::{CpuThread, MemoryBackend, RunState};
+pub use commands::{BlockCache, BlockDevice, BlockImage, BlockNode, CpuThread, MemoryBackend, RunState};
 pub use wire::{Event, EventKind, Version};
 
 use wire::{LineBuffer, Message, WireError};

@@ -16,7 +16,7 @@ use crate::qemu::agent::{AgentClient, VcpuClocks};
 use crate::qemu::device_state;
 use crate::qemu::fingerprint::Fingerprint;
 use crate::qemu::preflight::{self, Accepted, Refusal};
-use crate::qemu::qmp::{EventKind, Qmp, RunState};
+use crate::qemu::qmp::{EventKind, Qmp, QmpError, RunState};
 use crate::qemu::ram::RamInfo;
 use crate::qemu::state_file::StateFile;
 
@@ -24,12 +24,16 @@ use crate::qemu::state_file::StateFile;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one QMP command may take; QEMU's main loop can be busy for a while, but not for this long.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+/// A leader waits for its secondary with its own guest stopped. So what a secondary's QEMU is asked may take half of the longest silence in
+/// a syncvm: the leader hears of a QEMU that is frozen before it gives up by itself. At least this, and no longer than other
+/// commands.
+const SHORTEST_STOP_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// What became known at attaching.
 pub struct Found {
     /// What must be equal on all replicas.
     pub fingerprint: Fingerprint,
-    /// The guest has never run.
+    /// The guest has never run and has nobody else's state.
     pub fresh: bool,
     /// It runs.
     pub running: bool,
@@ -61,6 +65,12 @@ pub struct QemuGuest {
     /// Its process.
     pub pid: i32,
     powered_off: bool,
+    /// How long a secondary's commands may take.
+    stop_timeout: Duration,
+    /// A leader waits.
+    hurried: bool,
+    /// The last command that is expected to be quick had no answer in its time.
+    unanswered: bool,
     /// `-no-reboot` or `-action reboot=shutdown`: a reset of ours must not end QEMU.
     reboot_is_shutdown: bool,
 }
@@ -103,8 +113,8 @@ impl QemuGuest {
         let connected = AgentClient::connect(&sockets.agent, deadline);
         let agent_error = connected.as_ref().err().map(|error| format!(" ({error})")).unwrap_or_default();
         let mut agent = connected.ok();
-        let Accepted { fingerprint, ram } = preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir)
-            .map_err(|refusal| match refusal {
+        let Accepted { fingerprint, ram, fresh } =
+            preflight::check(&mut qmp, agent.as_mut(), replica, &sockets.run_dir).map_err(|refusal| match refusal {
                 Refusal::AgentMissing => format!("{refusal}{agent_error}"),
                 _ => refusal.to_string(),
             })?;
@@ -123,23 +133,75 @@ impl QemuGuest {
         let file = ram.clone_file().map_err(|error| error.to_string())?;
         let mapping = GuestRam::new(file, Some(ram.length_bytes)).map_err(|error| error.to_string())?;
         let state_file = StateFile::create(&sockets.run_dir, &vm.name).map_err(|error| error.to_string())?;
-        let found = Found {
-            fingerprint,
-            fresh: status == RunState::Prelaunch,
-            running: status == RunState::Running,
-            clocks,
-            tracker: why,
-        };
+        let found = Found { fingerprint, fresh, running: status == RunState::Running, clocks, tracker: why };
         let pid = ram.qemu_pid;
         let reboot_is_shutdown = reboot_is_shutdown(pid);
-        let guest =
-            Self { qmp, agent, ram: mapping, tracker, dirty, state_file, pid, powered_off: false, reboot_is_shutdown };
+        let guest = Self {
+            qmp,
+            agent,
+            ram: mapping,
+            tracker,
+            dirty,
+            state_file,
+            pid,
+            powered_off: false,
+            stop_timeout: stop_timeout(vm.policy.sync_timeout_ms),
+            hurried: false,
+            unanswered: false,
+            reboot_is_shutdown,
+        };
         Ok((guest, found))
+    }
+
+    /// Whether a leader waits for what is asked of QEMU from here on.
+    pub fn hurry(&mut self, hurried: bool) {
+        self.hurried = hurried;
+    }
+
+    /// Runs a command within the limit that holds in a hurry, and notes whether it was answered.
+    fn quickly<T>(
+        &mut self,
+        limit: Duration,
+        operation: &'static str,
+        command: impl FnOnce(&mut Qmp) -> Result<T, QmpError>,
+    ) -> Result<T, GuestError> {
+        self.qmp.set_timeout(if self.hurried { limit } else { COMMAND_TIMEOUT });
+        let done = command(&mut self.qmp);
+        self.qmp.set_timeout(COMMAND_TIMEOUT);
+        self.unanswered = done.as_ref().is_err_and(QmpError::is_timeout);
+        done.map_err(|error| GuestError::new(operation, error))
+    }
+
+    /// Whether QEMU does nothing: it answers neither in the time of a `stop` and half as much again nor then. (Asked twice,
+    /// because this process may have stood still together with it.)
+    pub fn is_silent(&mut self) -> bool {
+        !self.answers_within(self.stop_timeout * 3 / 2) && self.is_stuck()
+    }
+
+    /// Whether QEMU left a command unanswered and does not answer now either.
+    pub fn is_stuck(&mut self) -> bool {
+        self.unanswered && !self.answers_within(self.stop_timeout / 4)
+    }
+
+    fn answers_within(&mut self, limit: Duration) -> bool {
+        let hurried = std::mem::replace(&mut self.hurried, true);
+        // That the connection is gone is seen elsewhere.
+        let _ = self.quickly(limit, "say how it is", Qmp::query_status);
+        self.hurried = hurried;
+        !self.unanswered
     }
 
     /// Lets the hash workers share the harvests.
     pub fn use_pool(&mut self, pool: &Arc<HashPool>) {
         self.tracker.use_pool(pool);
+    }
+
+    /// Notes that the guest is about to be given another's state: from here on it can only be restarted.
+    ///
+    /// # Errors
+    /// QEMU does not take the note.
+    pub fn mark_used(&mut self) -> Result<(), GuestError> {
+        self.qmp.mark_used().map_err(|error| GuestError::new("take a note", error))
     }
 
     /// Readable when QEMU says something by itself.
@@ -161,6 +223,10 @@ impl QemuGuest {
             Ok(()) => QemuNews::Nothing,
         }
     }
+}
+
+fn stop_timeout(sync_timeout_ms: u64) -> Duration {
+    (Duration::from_millis(sync_timeout_ms) / 2).clamp(SHORTEST_STOP_TIMEOUT, COMMAND_TIMEOUT)
 }
 
 /// Whether QEMU was told to end instead of rebooting; there is no command that asks it.
@@ -197,11 +263,11 @@ fn choose_tracker(
 
 impl Guest for QemuGuest {
     fn stop(&mut self) -> Result<(), GuestError> {
-        self.qmp.stop().map_err(|error| GuestError::new("stop", error))
+        self.quickly(self.stop_timeout, "stop", Qmp::stop)
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.qmp.cont().map_err(|error| GuestError::new("run", error))
+        self.quickly(self.stop_timeout / 2, "run", Qmp::cont)
     }
 
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
@@ -220,9 +286,8 @@ impl Guest for QemuGuest {
     }
 
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
-        self.qmp
-            .save_devices_state(self.state_file.path())
-            .map_err(|error| GuestError::new("save its device state", error))?;
+        let path = self.state_file.path().to_owned();
+        self.quickly(self.stop_timeout, "save its device state", |qmp| qmp.save_devices_state(&path))?;
         let mut state = Vec::new();
         self.state_file.read_into(&mut state).map_err(|error| GuestError::new("give its device state", error))?;
         Ok(state)
@@ -232,7 +297,9 @@ impl Guest for QemuGuest {
         let failed = |error: String| GuestError::new("load the device state", error);
         self.state_file.write(state).map_err(|error| failed(error.to_string()))?;
         self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
-        self.qmp.load_devices_state(self.state_file.path()).map_err(|error| failed(error.to_string()))
+        let path = self.state_file.path().to_owned();
+        // Half as much again as for the others: a guest that does not take it is lost.
+        self.quickly(self.stop_timeout * 3 / 2, "load the device state", |qmp| qmp.load_devices_state(&path))
     }
 
     fn loads_have_leftovers(&self) -> bool {

@@ -33,14 +33,18 @@ const TOKEN_QEMU: u64 = 2;
 
 /// How often a QEMU is looked for.
 const ATTACH_INTERVAL: Duration = Duration::from_millis(200);
-/// How often an attached one is asked whether it lives; its end is also seen at once from the closed connection.
+/// How often an attached one is asked whether it lives, if nothing else is asked of it; its end is also seen at once from
+/// the closed connection.
 const IDLE_WAIT_US: u64 = 1_000_000;
+const PING_INTERVAL: Duration = Duration::from_micros(IDLE_WAIT_US);
 /// How long opening a bulk connection may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a wait for the leader's connection looks at the view.
 const LINK_WAIT_SLICE: Duration = Duration::from_millis(20);
 /// How long a whole rejoin may take.
 const REJOIN_TIMEOUT: Duration = Duration::from_secs(600);
+/// What is said of a QEMU that is there and does nothing.
+const SILENT_QEMU: &str = "QEMU does not answer its monitor any more: it is frozen (`kill -CONT` or thaw it) or stuck; it is attached again when it does";
 /// Pages left when the rounds of a rejoin end.
 const REJOIN_TARGET_PAGES: usize = 1024;
 
@@ -50,6 +54,8 @@ pub struct WorkerSetup {
     pub vm: VmConfig,
     /// This node's name.
     pub node: String,
+    /// This replica.
+    pub me: ReplicaId,
     /// The VM's sockets and state files.
     pub run_dir: PathBuf,
     /// Hash threads: the core of each, if it has one of its own.
@@ -87,6 +93,7 @@ struct Serve {
     poller: Poller,
     side: Side,
     next_attach: Instant,
+    next_ping: Instant,
     last_problem: String,
 }
 
@@ -109,6 +116,7 @@ pub fn start(setup: WorkerSetup) -> std::io::Result<Worker> {
             poller,
             side: Side::Detached,
             next_attach: Instant::now(),
+            next_ping: Instant::now(),
             last_problem: String::new(),
             setup,
         };
@@ -136,9 +144,11 @@ impl Serve {
                     return;
                 }
                 self.carry_out(command);
+                self.next_ping = Instant::now() + PING_INTERVAL;
             }
             self.take_incoming();
             self.look_at_qemu();
+            self.ping_qemu();
             if matches!(self.side, Side::Detached) && Instant::now() >= self.next_attach {
                 self.try_attach();
             }
@@ -192,6 +202,36 @@ impl Serve {
             QemuNews::PoweredOff => ("the guest has switched itself off".to_owned(), true),
             QemuNews::Gone(reason) => (reason, false),
         };
+        self.lose_qemu(reason, powered_off);
+    }
+
+    /// Whether another replica leads. Only then may a QEMU be given up that says nothing: the group has the guest all the
+    /// same, while a leader that gave up its own might lose the last one.
+    fn follows(&self) -> bool {
+        let leader = self.port.standing.leader.load(Ordering::Acquire);
+        leader != 0 && leader != u64::from(self.setup.me.0) + 1
+    }
+
+    /// A secondary whose QEMU is frozen protects nobody.
+    fn ping_qemu(&mut self) {
+        if Instant::now() < self.next_ping || !matches!(self.side, Side::Following(_)) || !self.follows() {
+            return;
+        }
+        if self.guest().is_some_and(QemuGuest::is_silent) {
+            self.lose_qemu(SILENT_QEMU.to_owned(), false);
+        }
+        self.next_ping = Instant::now() + PING_INTERVAL;
+    }
+
+    /// After a failed exchange: the leader need not find out by itself, try after try, that QEMU is stuck here. One that is
+    /// slow answers now.
+    fn give_up_stuck_qemu(&mut self) {
+        if self.follows() && self.guest().is_some_and(QemuGuest::is_stuck) {
+            self.lose_qemu(SILENT_QEMU.to_owned(), false);
+        }
+    }
+
+    fn lose_qemu(&mut self, reason: String, powered_off: bool) {
         self.drop_link();
         // Closing its connection takes it out of the poller as well.
         self.side = Side::Detached;
@@ -406,7 +446,13 @@ impl Serve {
     /// The follower's context; a guest that led before is worth nothing to another leader.
     fn follower(&mut self, view: View) -> Option<&mut Follower> {
         if !matches!(self.side, Side::Following(_)) {
-            let guest = self.take_guest()?;
+            let mut guest = self.take_guest()?;
+            // A daemon that is started next must not take what it finds for a guest that waits to be booted.
+            if let Err(error) = guest.mark_used() {
+                tracing::error!(%error, "the guest cannot follow");
+                self.side = Side::Alone(Box::new(guest));
+                return None;
+            }
             let context = FollowerContext::new(self.parts(guest, view));
             self.side = Side::Following(Box::new(context));
         }
@@ -422,10 +468,13 @@ impl Serve {
             self.await_link(number, view);
         }
         let result = match self.follower(view) {
-            None => Err(("no QEMU is attached".to_owned(), false, false)),
+            None => Err(("there is no QEMU that can follow".to_owned(), false, false)),
             Some(context) => {
                 context.observer.begin(number, view, false);
-                follow_syncvm(context, number.0).map_err(|error| {
+                context.guest.hurry(true);
+                let followed = follow_syncvm(context, number.0);
+                context.guest.hurry(false);
+                followed.map_err(|error| {
                     // Its first message is kept: the connection belongs to the exchange that comes next.
                     let next = matches!(error, SyncError::Superseded { .. });
                     let whole = context.standing() == GuestStanding::Whole && !error.needs_rejoin();
@@ -445,6 +494,7 @@ impl Serve {
                 if !next {
                     self.drop_link();
                 }
+                self.give_up_stuck_qemu();
                 if whole {
                     self.run_guest();
                 }

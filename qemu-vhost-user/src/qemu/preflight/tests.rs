@@ -13,6 +13,10 @@ fn facts() -> Facts {
         blocks: vec![block("plover-ram", false), block("pc.bios", true), block("/rom@etc/acpi/tables", true)],
         backend: "plover-ram".into(),
         qtree: "  dev: virtio-net-device, id \"\"\n    guest_announce = false\n".into(),
+        disks: Vec::new(),
+        block_nodes: Vec::new(),
+        networks: "net0: index=0,type=nic,model=virtio-net-pci\n \\ plover-net0: index=0,type=vhost-user,status=up\n"
+            .into(),
     }
 }
 
@@ -54,6 +58,10 @@ fn each_refusal_names_its_remedy() {
     );
     let announce = refusal(|facts| facts.qtree.push_str("      guest_announce = true\n"));
     assert!(announce.contains("guest_announce=off"), "{announce}");
+    let balloon = refusal(|facts| facts.qtree.push_str("  dev: virtio-balloon-pci, id \"\"\n"));
+    assert!(balloon.contains("virtio-balloon-pci"), "{balloon}");
+    let second = refusal(|facts| facts.networks.push_str("net1: index=0,type=nic\n \\ t0: index=0,type=tap\n"));
+    assert!(second.contains("net1") && second.contains("tap"), "{second}");
     assert!(Refusal::AgentMissing.to_string().contains("LD_PRELOAD"));
 }
 

@@ -52,13 +52,63 @@ pub struct MemoryBackend {
     pub share: bool,
 }
 
+/// A drive of the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockDevice {
+    /// The id of its `-drive`; empty for a `-blockdev`.
+    pub device: String,
+    /// The device that has it: its id, or its place in the object tree.
+    pub qdev: Option<String>,
+    /// What is in it; absent for an empty drive.
+    pub inserted: Option<BlockNode>,
+}
+
+/// A node of QEMU's block layer.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockNode {
+    /// Whether nobody can write through it.
+    #[serde(rename = "ro")]
+    pub read_only: bool,
+    /// Its driver: a format, a protocol or a filter.
+    #[serde(rename = "drv")]
+    pub driver: String,
+    /// What it is of.
+    pub file: String,
+    /// How it is cached.
+    pub cache: BlockCache,
+    /// Its contents.
+    pub image: BlockImage,
+}
+
+/// How a node of the block layer is cached.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockCache {
+    /// The host's page cache is not used (O_DIRECT).
+    pub direct: bool,
+}
+
+/// What a node of the block layer contains.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct BlockImage {
+    /// How much of it the guest sees.
+    #[serde(rename = "virtual-size")]
+    pub virtual_size_bytes: u64,
+}
+
+/// Id of the object that says that a VM is not as QEMU started it.
+const USED_MARK: &str = "plover-used";
+
 /// The commands that Plover cannot do without.
-pub const NEEDED_COMMANDS: [&str; 8] = [
+pub const NEEDED_COMMANDS: [&str; 12] = [
     "stop",
     "cont",
     "query-status",
     "query-memdev",
+    "query-block",
+    "query-named-block-nodes",
     "qom-get",
+    "qom-list",
+    "object-add",
     "human-monitor-command",
     "xen-save-devices-state",
     "xen-load-devices-state",
@@ -126,6 +176,38 @@ impl Qmp {
             "guest-panicked" => RunState::GuestPanicked,
             _ => RunState::Other(status.status),
         })
+    }
+
+    /// Whether the VM is as QEMU started it: it has never run, and nobody has given it another's state. Its run state does
+    /// not say that: a load leaves it as it is, and a reset puts it back to [`RunState::Prelaunch`].
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn is_fresh(&mut self) -> Result<bool, QmpError> {
+        Ok(self.query_status()? == RunState::Prelaunch && !self.is_marked_used()?)
+    }
+
+    /// Notes in QEMU itself, for as long as its process lives, that the VM is no longer [fresh](Qmp::is_fresh): whoever
+    /// attaches next must know, and remembers nothing. To be called before the first byte of its memory is changed.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn mark_used(&mut self) -> Result<(), QmpError> {
+        if self.is_marked_used()? {
+            return Ok(());
+        }
+        // Any object would do; this type is in every build and does nothing.
+        let mark = json!({"qom-type": "secret", "id": USED_MARK, "data": "used"});
+        self.execute("object-add", mark).map(drop)
+    }
+
+    fn is_marked_used(&mut self) -> Result<bool, QmpError> {
+        #[derive(Deserialize)]
+        struct Object {
+            name: String,
+        }
+        let objects: Vec<Object> = self.ask("qom-list", json!({"path": "/objects"}))?;
+        Ok(objects.iter().any(|object| object.name == USED_MARK))
     }
 
     /// Writes the state of all devices and CPUs, everything but RAM, to a file that QEMU creates or truncates. The
@@ -204,6 +286,22 @@ impl Qmp {
     /// As [`Qmp::execute`].
     pub fn query_memory_backends(&mut self) -> Result<Vec<MemoryBackend>, QmpError> {
         self.ask("query-memdev", Value::Null)
+    }
+
+    /// The guest's drives.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_block(&mut self) -> Result<Vec<BlockDevice>, QmpError> {
+        self.ask("query-block", Value::Null)
+    }
+
+    /// All nodes of the block layer that have a name, which all have: also those below what a device sees.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn query_block_nodes(&mut self) -> Result<Vec<BlockNode>, QmpError> {
+        self.ask("query-named-block-nodes", json!({"flat": true}))
     }
 
     /// The vCPUs and their threads.
