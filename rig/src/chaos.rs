@@ -18,6 +18,8 @@ use crate::{Cluster, Deadline, Fault, Host, Process, Result, RigError};
 const LONGEST_HOLD_MS: u32 = 800;
 /// Under load there are many syncvms per second; one must come to an armed crash point within this time.
 const CRASH_POINT_LIMIT: Duration = Duration::from_secs(15);
+/// Longest answer of a daemon that is told to die.
+const ARMED_LIMIT: Duration = Duration::from_secs(3);
 
 /// A host by its role at the time of the fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,19 +234,23 @@ fn strike(cluster: &Cluster, roles: &Roles, step: &Step) -> Result<Vec<Fault>> {
 pub fn crash_at(cluster: &Cluster, host: &Host, phase: &str, action: &str) -> Result<Vec<Fault>> {
     let (daemon, qemu) = (process(host, DAEMON)?, process(host, QEMU)?);
     let (daemon_starts, qemu_starts) = (daemon.starts(), qemu.starts());
-    cluster.ask(host, &["crash-point", VM, phase, action])?;
+    // The point may be reached before the answer is on its way; then there is none, and only what happens tells.
+    let armed = cluster.ask_within(host, &["crash-point", VM, phase, action], ARMED_LIMIT);
     let died = |process: &Process, starts: u32| !process.is_running() || process.starts() > starts;
     let what = format!("{} to come to {phase} and {action}", host.name());
     let interval = Duration::from_millis(2);
-    wait_until_every(interval, Deadline::after(CRASH_POINT_LIMIT), &what, || {
+    let reached = wait_until_every(interval, Deadline::after(CRASH_POINT_LIMIT), &what, || {
         let reached = match action {
             "kill-qemu" => died(&qemu, qemu_starts),
             "freeze-daemon" => is_stopped(daemon.pid()),
             _ => died(&daemon, daemon_starts),
         };
         reached.then_some(())
-    })
-    .map_err(|error| cluster.explain(error))?;
+    });
+    if let Err(error) = reached {
+        armed?;
+        return Err(cluster.explain(error));
+    }
     // A daemon that has stopped itself is thawed by the fault's end; stopping it again changes nothing.
     Ok(if action == "freeze-daemon" { vec![daemon.frozen()?] } else { Vec::new() })
 }
