@@ -6,11 +6,12 @@
 
 mod selection;
 
+use std::fs;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::progress::{loud_step, output, run};
+use crate::progress::{Background, loud_step, output, run};
 use crate::{fuzz, perf, setup, simulate, tidy};
 use selection::{SMALL_TEST, checked, has_dpdk, released};
 
@@ -38,10 +39,7 @@ pub struct Arguments {
 /// At the first part that fails.
 pub fn test(arguments: &Arguments) -> Result<()> {
     std::env::set_current_dir(setup::workspace())?;
-    if !arguments.fast && rig::is_root() {
-        // What is installed decides what is compiled.
-        setup::install_missing()?;
-    }
+    let bed = if !arguments.fast && rig::is_root() { Some(begin_set_up()?) } else { None };
     let nextest = has_nextest();
     if !nextest {
         println!("cargo-nextest is not installed: using cargo test, which is slower and has no time limits");
@@ -56,10 +54,20 @@ pub fn test(arguments: &Arguments) -> Result<()> {
         fuzz::in_ci()?;
     }
     if !arguments.fast {
-        e2e_tests(nextest, &arguments.filters)?;
+        e2e_tests(nextest, &arguments.filters, bed)?;
     }
     println!("== all passed");
     Ok(())
+}
+
+/// Installs what is missing, because that decides what is compiled, and begins to make the test bed: it is needed late, and
+/// downloads while others compile.
+fn begin_set_up() -> Result<Background> {
+    setup::install_missing()?;
+    let target = setup::workspace().join("target");
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let xtask = std::env::current_exe().context("cannot find this program")?;
+    Background::start(Command::new(xtask).arg("setup"), target.join("setup.log"))
 }
 
 fn checks() -> Result<()> {
@@ -105,14 +113,14 @@ fn smoke(groups: &[&str]) -> Result<()> {
     groups.iter().try_for_each(|group| perf::smoke(group))
 }
 
-fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
-    if !rig::is_root() {
+fn e2e_tests(nextest: bool, filters: &[String], bed: Option<Background>) -> Result<()> {
+    let Some(bed) = bed else {
         bail!(
             "the end-to-end tests make network namespaces and mounts, so they need root; start this again as root, \
              or leave them out with «cargo xtask test --fast»"
         );
-    }
-    loud_step("test bed", || setup::run(false))?;
+    };
+    loud_step("test bed", || bed.finish())?;
     dpdk_tests(filters)?;
     if filters.is_empty() {
         loud_step("measurements of syncvm work", || smoke(&["syncvm"]))?;
