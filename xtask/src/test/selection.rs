@@ -69,7 +69,7 @@ fn e2e_targets() -> Result<BTreeSet<String>> {
 fn test_target(file: &str) -> Option<&str> {
     let (_, below) = file.split_once("/tests/").filter(|(package, _)| !package.contains("/src"))?;
     let name = below.split('/').next()?;
-    Some(Path::new(name).file_stem()?.to_str()?)
+    Path::new(name).file_stem()?.to_str()
 }
 
 #[cfg(test)]
