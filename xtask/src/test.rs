@@ -1,8 +1,8 @@
 //! `cargo xtask test`: everything that must hold, cheapest first, stopping at the first failure.
 //!
-//! End-to-end tests are those of `rig`, `qemu-vhost-user` and `storage-log` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
-//! them as ignored with that reason, and this command runs them, one at a time, optimised, as root. Long
-//! runs on demand read an environment variable of their own and do a short version without it.
+//! End-to-end tests are those marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows them as ignored with that reason,
+//! and this command runs them, optimised, as root, and beside one another only where xtask/nextest.toml says so. Long runs on demand
+//! read an environment variable of their own and do a short version without it.
 
 mod selection;
 
