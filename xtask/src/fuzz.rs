@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::progress::{loud_step, run};
+use crate::progress::{cargo, loud_step, run};
 use crate::setup;
 
 /// What a stranger can send first: a minute each in CI. The others get what time is left.
@@ -97,7 +97,7 @@ fn targets() -> Result<Vec<String>> {
 fn build() -> Result<PathBuf> {
     let directory = setup::workspace().join("target/fuzz");
     loud_step("building the fuzz targets with coverage", || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut cargo = cargo();
         cargo.current_dir(setup::workspace()).env("RUSTFLAGS", FLAGS.join(" ")).env("CARGO_TARGET_DIR", &directory);
         let words = ["build", "--profile", PROFILE, "-p", "fuzz", "--features", "libfuzzer", "--target", TRIPLE];
         run(cargo.args(words))?;

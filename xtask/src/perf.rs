@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::progress::{loud_step, run};
+use crate::progress::{cargo, loud_step, run};
 use crate::{setup, test};
 
 /// What to measure.
@@ -108,8 +108,4 @@ fn harness(arguments: &Arguments) -> Command {
         .args(smoke.then_some("--smoke"))
         .args(only.iter().flat_map(|prefix| ["--only", prefix]));
     command
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

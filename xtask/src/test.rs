@@ -11,7 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::progress::{Background, loud_step, output, run};
+use crate::progress::{Background, cargo, loud_step, output, run};
 use crate::{fuzz, perf, setup, simulate, tidy};
 use selection::{SMALL_TEST, checked, has_dpdk, released};
 
@@ -185,10 +185,6 @@ fn one_filter(filters: &[String]) -> Result<()> {
 
 fn has_nextest() -> bool {
     output(cargo().args(["nextest", "--version"])).is_ok()
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 /// A cargo command on the unoptimised build.
