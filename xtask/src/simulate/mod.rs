@@ -4,8 +4,6 @@
 
 mod mutants;
 
-use std::process::Command;
-
 use anyhow::Result;
 
 use crate::progress::{cargo, loud_step, run};
