@@ -36,8 +36,6 @@ const STATUS_LIMIT: Duration = Duration::from_millis(1500);
 pub struct ClusterOptions {
     /// What the guest runs.
     pub service: Service,
-    /// The guest's memory, MiB.
-    pub memory_mib: u32,
     /// Lines for the VM's `[policy]` table.
     pub policy: String,
     /// Lines for the VM's file, before its tables.
@@ -65,7 +63,6 @@ impl ClusterOptions {
     pub fn new(service: Service, programs: PathBuf) -> Self {
         Self {
             service,
-            memory_mib: service.memory_mib(),
             policy: String::new(),
             vm: String::new(),
             node: "debug_hooks = true\n".into(),
@@ -120,8 +117,7 @@ impl<'a> Cluster<'a> {
 
     /// The guest, as every replica starts it.
     pub fn guest(&self) -> Guest {
-        let Self { options: ClusterOptions { service, memory_mib, append, .. }, .. } = self;
-        Guest { memory_mib: *memory_mib, append: append.clone(), ..Guest::new(*service) }
+        Guest { append: self.options.append.clone(), ..Guest::new(self.options.service) }
     }
 
     /// A host's own disk, if [`ClusterOptions::data_disk_mib`] asked for one.

@@ -22,19 +22,12 @@ const FEW_SYNCVMS: u64 = 15;
 /// Hashing all of RAM twice per syncvm takes its time when other programs want the cores, and must not look like a failure.
 const VERIFY: &str = "verify = true\nsync_timeout_ms = 20000\nfailure_timeout_ms = 400\n";
 const RACEY: Service = Service::Racey { threads: 4, rounds: 0 };
-/// Enough for a guest that is compared in full again and again.
-const COMPARED_MIB: u32 = 128;
 const PAGE_BYTES: usize = 4096;
 const LOOK: Duration = Duration::from_millis(100);
 
 fn cluster<'a>(bed: &'a Testbed, service: Service, policy: &str) -> Cluster<'a> {
-    cluster_with_memory(bed, service, service.memory_mib(), policy)
-}
-
-fn cluster_with_memory<'a>(bed: &'a Testbed, service: Service, memory_mib: u32, policy: &str) -> Cluster<'a> {
     let programs = program("plover").unwrap().parent().unwrap().to_owned();
     let mut options = ClusterOptions::new(service, programs);
-    options.memory_mib = memory_mib;
     options.policy = policy.to_owned();
     let cluster = Cluster::new(bed, options).unwrap();
     cluster.start_all().unwrap();
@@ -69,7 +62,7 @@ fn wait_verified(cluster: &Cluster, leader: &Host, count: u64, limit_secs: u64) 
 
 fn redis_load_verifies(policy: &str, count: u64) {
     let bed = Testbed::new().unwrap();
-    let cluster = cluster_with_memory(&bed, Service::Redis, COMPARED_MIB, policy);
+    let cluster = cluster(&bed, Service::Redis, policy);
     let scenario = Scenario::start(&cluster, 3).unwrap();
     let leader = wait_whole(&cluster, Deadline::after_secs(30)).unwrap().leader;
     println!("tracker: {}", status(&cluster, &leader)["tracker"]);
@@ -154,7 +147,7 @@ impl Racey {
 #[ignore = "e2e: run by cargo xtask test"]
 fn racing_threads_stay_equal_and_go_on_where_they_were() {
     let bed = Testbed::new().unwrap();
-    let cluster = cluster_with_memory(&bed, RACEY, COMPARED_MIB, VERIFY);
+    let cluster = cluster(&bed, RACEY, VERIFY);
     let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
     let mut racey = Racey::connect(&cluster);
     let start = Instant::now();
