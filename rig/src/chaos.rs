@@ -18,8 +18,12 @@ use crate::{Cluster, Deadline, Fault, Host, Process, Result, RigError};
 const LONGEST_HOLD_MS: u32 = 800;
 /// Under load there are many syncvms per second; one must come to an armed crash point within this time.
 const CRASH_POINT_LIMIT: Duration = Duration::from_secs(15);
-/// Longest answer of a daemon that is told to die.
-const ARMED_LIMIT: Duration = Duration::from_secs(3);
+
+/// A daemon answers within this that a crash point is armed, unless it comes to it first.
+const CRASH_POINT_ANSWER_LIMIT: Duration = Duration::from_secs(3);
+
+/// Within this the rig sees what has happened to a daemon that gave no answer.
+const CRASH_SEEN_LIMIT: Duration = Duration::from_secs(1);
 
 /// A host by its role at the time of the fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,12 +238,13 @@ fn strike(cluster: &Cluster, roles: &Roles, step: &Step) -> Result<Vec<Fault>> {
 pub fn crash_at(cluster: &Cluster, host: &Host, phase: &str, action: &str) -> Result<Vec<Fault>> {
     let (daemon, qemu) = (process(host, DAEMON)?, process(host, QEMU)?);
     let (daemon_starts, qemu_starts) = (daemon.starts(), qemu.starts());
-    // The point may be reached before the answer is on its way; then there is none, and only what happens tells.
-    let armed = cluster.ask_within(host, &["crash-point", VM, phase, action], ARMED_LIMIT);
+    // The point may be reached before the daemon has answered, and then it never does: what happens to it decides.
+    let asked = cluster.ask_within(host, &["crash-point", VM, phase, action], CRASH_POINT_ANSWER_LIMIT);
+    let limit = if asked.is_ok() { CRASH_POINT_LIMIT } else { CRASH_SEEN_LIMIT };
     let died = |process: &Process, starts: u32| !process.is_running() || process.starts() > starts;
     let what = format!("{} to come to {phase} and {action}", host.name());
     let interval = Duration::from_millis(2);
-    let reached = wait_until_every(interval, Deadline::after(CRASH_POINT_LIMIT), &what, || {
+    let reached = wait_until_every(interval, Deadline::after(limit), &what, || {
         let reached = match action {
             "kill-qemu" => died(&qemu, qemu_starts),
             "freeze-daemon" => is_stopped(daemon.pid()),
@@ -247,9 +252,8 @@ pub fn crash_at(cluster: &Cluster, host: &Host, phase: &str, action: &str) -> Re
         };
         reached.then_some(())
     });
-    if let Err(error) = reached {
-        armed?;
-        return Err(cluster.explain(error));
+    if let Err(missed) = reached {
+        return Err(asked.err().unwrap_or_else(|| cluster.explain(missed)));
     }
     // A daemon that has stopped itself is thawed by the fault's end; stopping it again changes nothing.
     Ok(if action == "freeze-daemon" { vec![daemon.frozen()?] } else { Vec::new() })
