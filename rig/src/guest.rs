@@ -260,9 +260,9 @@ const PLAIN_QUEUES: &str = "rx_queue_size=1024";
 /// The processor of every guest.
 pub(crate) const CPU: &str = "max,la57=off";
 /// A paused or moved guest sees its clock jump: nothing may take that for a fault of the machine. IPv6 would send
-/// frames by itself; mitigations slow TCG down and protect nobody here.
+/// frames by itself; mitigations slow TCG down and protect nobody here; the kernel's tests of its ciphers are half a second of a boot.
 pub(crate) const KERNEL_QUIRKS: &str = "ipv6.disable=1 mitigations=off nowatchdog tsc=reliable no_timer_check \
-    rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on audit=0 net.ifnames=0";
+    rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on audit=0 net.ifnames=0 cryptomgr.notests";
 
 /// Frequency of this machine's time stamp counter, which TCG shows to guests. A guest that calibrates by itself
 /// is wrong on a busy machine.

@@ -18,8 +18,11 @@ use crate::{Cluster, Deadline, Fault, Host, Result, RigError, program};
 
 /// Between two looks at the status: every look starts three processes on cores that the guests need.
 const LOOK_INTERVAL: Duration = Duration::from_millis(40);
-/// Answers that cannot all have been on their way when the fault struck.
-const SERVED_ANSWERS: u64 = 1_000;
+/// Requests of the load that are on their way at the same time: connections, and on each.
+const CONNECTIONS: u16 = 8;
+const IN_FLIGHT: u32 = 16;
+/// Answers that cannot all have been on their way when the fault struck: those that were, and as many again.
+const SERVED_ANSWERS: u64 = 2 * CONNECTIONS as u64 * IN_FLIGHT as u64;
 /// Longest wait for a client's report: it reads every key back before.
 const REPORT_LIMIT: Duration = Duration::from_secs(60);
 /// Age at which a client ends by itself.
@@ -138,8 +141,8 @@ impl<'a> Scenario<'a> {
             .map_err(|error| cluster.explain(error))?;
         let load = Job::RedisLoad(LoadParameters {
             address: cluster.address(),
-            connections: 8,
-            in_flight: 16,
+            connections: CONNECTIONS,
+            in_flight: IN_FLIGHT,
             keys_per_connection: 512,
             seed,
             deadline_ms: CLIENT_LIFE_MS,

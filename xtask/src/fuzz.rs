@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::progress::{loud_step, run};
+use crate::progress::{cargo, loud_step, run};
 use crate::setup;
 
 /// What a stranger can send first: a minute each in CI. The others get what time is left.
@@ -19,13 +19,12 @@ const FIRST_SECONDS: u32 = 60;
 const OTHERS_SECONDS: u32 = 15;
 /// At the same time: CI has two cores.
 const PARALLEL: usize = 2;
-const FLAGS: [&str; 7] = [
+const FLAGS: [&str; 6] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    "-Ccodegen-units=1",
     "-Cdebug-assertions",
 ];
 /// One input may take this long, seconds; the targets' own deadlines are shorter or equal.
@@ -33,6 +32,10 @@ const INPUT_LIMIT_SECONDS: u32 = 15;
 const MEMORY_LIMIT_MIB: u32 = 2048;
 /// Longer inputs only make the search slower.
 const MAX_INPUT_BYTES: u32 = 4096;
+/// With it, the flags do not reach build scripts and macros.
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// In the workspace's Cargo.toml.
+const PROFILE: &str = "fuzz";
 
 /// What to fuzz.
 #[derive(clap::Args)]
@@ -94,12 +97,11 @@ fn targets() -> Result<Vec<String>> {
 fn build() -> Result<PathBuf> {
     let directory = setup::workspace().join("target/fuzz");
     loud_step("building the fuzz targets with coverage", || {
-        // With a target named, the flags do not reach build scripts and macros.
-        let triple = "x86_64-unknown-linux-gnu";
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut cargo = cargo();
         cargo.current_dir(setup::workspace()).env("RUSTFLAGS", FLAGS.join(" ")).env("CARGO_TARGET_DIR", &directory);
-        run(cargo.args(["build", "--release", "-p", "fuzz", "--features", "libfuzzer", "--target", triple]))?;
-        Ok(directory.join(triple).join("release/fuzz"))
+        let words = ["build", "--profile", PROFILE, "-p", "fuzz", "--features", "libfuzzer", "--target", TRIPLE];
+        run(cargo.args(words))?;
+        Ok(directory.join(TRIPLE).join(PROFILE).join("fuzz"))
     })
 }
 
@@ -127,7 +129,7 @@ fn run_together(program: &Path, targets: &[String], seconds: u32) -> Result<()> 
             failed.push(target.as_str());
         }
     }
-    let again = "PLOVER_FUZZ_TARGET=NAME target/fuzz/x86_64-unknown-linux-gnu/release/fuzz FILE";
+    let again = format!("PLOVER_FUZZ_TARGET=NAME target/fuzz/{TRIPLE}/{PROFILE}/fuzz FILE");
     ensure!(
         failed.is_empty(),
         "{} failed; the input is in target/fuzz/NAME-*, and «{again}» repeats it",

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::progress::{loud_step, run};
+use crate::progress::{cargo, loud_step, run};
 use crate::{setup, test};
 
 /// What to measure.
@@ -25,72 +25,87 @@ impl Arguments {
     fn wants_some(&self, area: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|prefix| prefix.starts_with(area) || area.starts_with(prefix))
     }
+
+    fn wants_guests(&self) -> bool {
+        rig::is_root() && self.wants_some("guest.")
+    }
+
+    fn wants_rdma(&self) -> bool {
+        !self.smoke && rig::is_root() && self.wants_some("fabric.rdma")
+    }
 }
 
 /// Switches on what consensus is compared with. Half a minute of compilation, so that a plain `cargo test` leaves it
-/// out; `cargo xtask test` checks it once, in the build that it makes anyway.
+/// out; `cargo xtask test` compiles it once, with everything else.
 pub const PEERS: &str = "--features=perf/peers";
+
+/// The harness, by the name that cargo gives it.
+pub const PROGRAM: &str = "perf";
 
 /// Runs the group in a process of its own: xtask itself is not optimised.
 ///
 /// # Errors
 /// When what it is compared with cannot be fetched, or the harness fails.
 pub fn perf(arguments: &Arguments) -> Result<()> {
-    let group = &arguments.group;
-    if matches!(group.as_str(), "log" | "consensus") {
-        setup::peers()?;
-    }
-    if group == "dataplane" {
-        setup::dpdk()?;
-        // Without root there are no guests; what is measured before them still is, then the harness says so.
-        if rig::is_root() && arguments.wants_some("guest.") {
-            setup::run(false)?;
-            loud_step("programs that the guests run on", test::build_programs)?;
+    fetch(arguments)?;
+    build(arguments)?;
+    loud_step(format!("perf {}", arguments.group), || run(&mut harness(arguments)))
+}
+
+/// A smoke run of `group` by programs that `cargo xtask test` has built: that it works, not what it measures.
+///
+/// # Errors
+/// As [`perf`].
+pub fn smoke(group: &str) -> Result<()> {
+    fetch(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new() })?;
+    let program = setup::workspace().join("target/debug").join(PROGRAM);
+    loud_step(format!("perf {group}"), || run(Command::new(program).args([group, "--smoke"])))
+}
+
+/// What guests run on, and what things are compared with.
+fn fetch(arguments: &Arguments) -> Result<()> {
+    match arguments.group.as_str() {
+        "log" | "consensus" => setup::peers(),
+        "dataplane" => {
+            setup::dpdk()?;
+            // Without root there are no guests; what is measured before them still is, then the harness says so.
+            if arguments.wants_guests() { setup::run(false) } else { Ok(()) }
         }
+        "services" => setup::run(false).and_then(|()| setup::load_generators()),
+        "failover" => setup::run(false),
+        // For RDMA, in a guest. The smoke run measures it if these are there already.
+        "fabric" if arguments.wants_rdma() => setup::run(false),
+        _ => Ok(()),
     }
-    if matches!(group.as_str(), "services" | "failover") {
-        setup::run(false)?;
-        if group == "services" {
-            setup::load_generators()?;
-        }
+}
+
+/// The programs that guests run on or in; the harness itself is built when it is run.
+fn build(arguments: &Arguments) -> Result<()> {
+    let group = arguments.group.as_str();
+    if matches!(group, "services" | "failover") || (group == "dataplane" && arguments.wants_guests()) {
         loud_step("programs that the guests run on", test::build_programs)?;
     }
-    if group == "fabric" && !arguments.smoke && rig::is_root() && arguments.wants_some("fabric.rdma") {
-        // For RDMA, in a guest. The smoke run measures it if these are there already.
-        setup::run(false)?;
+    if group == "fabric" && arguments.wants_rdma() {
         let program = ["build", "--release", "-p", rig::rdma_guest::PROGRAM];
         loud_step("program that measures RDMA in a guest", || {
             run(cargo().current_dir(setup::workspace()).args(program))
         })?;
     }
-    loud_step(format!("perf {group}"), || run(&mut harness(arguments)))
+    Ok(())
 }
 
-/// A smoke run of `group`: that it works, not what it measures.
-///
-/// # Errors
-/// As [`perf`].
-pub fn smoke(group: &str) -> Result<()> {
-    perf(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new() })
-}
-
-/// The command that measures. A smoke run takes the build that the tests use: it is there already, checks
-/// more, and figures do not matter.
+/// The command that measures. A smoke run need not be optimised: figures do not matter.
 fn harness(arguments: &Arguments) -> Command {
     let Arguments { group, smoke, only } = arguments;
     let smoke = *smoke;
     let mut command = cargo();
     command
         .current_dir(setup::workspace())
-        .args(["run", "--quiet", "-p", "perf"])
+        .args(["run", "--quiet", "-p", PROGRAM])
         .args((smoke || group == "consensus").then_some(PEERS))
         .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"))
         .args(only.iter().flat_map(|prefix| ["--only", prefix]));
     command
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

@@ -1,9 +1,10 @@
 //! What a person sees while xtask works: one line per step with its time, the tail of the output when a step fails.
 
 use std::fmt::Display;
+use std::fs::{self, File};
 use std::io::Write;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -40,6 +41,19 @@ pub fn shown(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
+/// Cargo, as if a person started it: `cargo run` has left the names of this package behind, which some build scripts look at and which
+/// would have their crates compiled again.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&*name);
+        }
+    }
+    command
+}
+
 /// Runs a command silently and returns its standard output.
 ///
 /// # Errors
@@ -69,6 +83,49 @@ pub fn run(command: &mut Command) -> Result<()> {
         bail!("«{line}» failed ({status})");
     }
     Ok(())
+}
+
+/// A command that runs beside others. What it prints appears when it is waited for.
+pub struct Background {
+    line: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Background {
+    /// Starts the command; its output goes to the file `log`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(command: &mut Command, log: PathBuf) -> Result<Self> {
+        let line = shown(command);
+        println!("   $ {line} &");
+        let out = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let child = command.spawn().with_context(|| format!("cannot start «{line}»"))?;
+        Ok(Self { line, child, log })
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it failed.
+    pub fn finish(mut self) -> Result<()> {
+        let status = self.child.wait().with_context(|| format!("cannot wait for «{}»", self.line))?;
+        print!("{}", fs::read_to_string(&self.log).unwrap_or_default());
+        if !status.success() {
+            bail!("«{}» failed ({status})", self.line);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Background {
+    /// Another step failed. What was begun is not broken off in the middle; it takes seconds.
+    fn drop(&mut self) {
+        // The failure is told already.
+        let _ = self.child.wait();
+    }
 }
 
 /// Is there an executable of this name on the PATH (or in the places that root's PATH may lack)?

@@ -1,26 +1,24 @@
 //! `cargo xtask test`: everything that must hold, cheapest first, stopping at the first failure.
 //!
-//! End-to-end tests are those of `rig`, `qemu-vhost-user` and `storage-log` marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows
-//! them as ignored with that reason, and this command runs them, one at a time, optimised, as root. Long
-//! runs on demand read an environment variable of their own and do a short version without it.
+//! End-to-end tests are those marked `#[ignore = "e2e: …"]`: a plain `cargo test` anywhere shows them as ignored with that reason,
+//! and this command runs them, optimised, as root, and beside one another only where xtask/nextest.toml says so. Long runs on demand
+//! read an environment variable of their own and do a short version without it.
 
+mod selection;
+
+use std::fs;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::progress::{loud_step, output, run};
+use crate::progress::{Background, cargo, loud_step, output, run};
 use crate::{fuzz, perf, setup, simulate, tidy};
+use selection::{SMALL_TEST, checked, has_dpdk, released};
 
 /// Crates with code that is compiled only where SPDK is installed.
 const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
 
-/// Crates with code that is compiled only where DPDK is installed.
-const DPDK_PARTS: [&str; 8] =
-    ["-p", "dpdk-sys", "-p", "dataplane", "-p", "qemu-vhost-user", "--features", "qemu-vhost-user/dpdk"];
 const DPDK_SKIPPED: &str = "SKIPPED: uplinks that DPDK drives, because there is no DPDK (Debian: libdpdk-dev and dpdk)";
-
-/// The packages that have end-to-end tests.
-const E2E: [&str; 6] = ["-p", "rig", "-p", "qemu-vhost-user", "-p", "storage-log"];
 
 /// Which parts to run; without any flag all of them.
 #[derive(clap::Args)]
@@ -41,6 +39,7 @@ pub struct Arguments {
 /// At the first part that fails.
 pub fn test(arguments: &Arguments) -> Result<()> {
     std::env::set_current_dir(setup::workspace())?;
+    let bed = if !arguments.fast && rig::is_root() { Some(begin_set_up()?) } else { None };
     let nextest = has_nextest();
     if !nextest {
         println!("cargo-nextest is not installed: using cargo test, which is slower and has no time limits");
@@ -55,31 +54,45 @@ pub fn test(arguments: &Arguments) -> Result<()> {
         fuzz::in_ci()?;
     }
     if !arguments.fast {
-        e2e_tests(nextest, &arguments.filters)?;
+        e2e_tests(nextest, &arguments.filters, bed)?;
     }
     println!("== all passed");
     Ok(())
 }
 
+/// Installs what is missing, because that decides what is compiled, and begins to make the test bed: it is needed late, and
+/// downloads while others compile.
+fn begin_set_up() -> Result<Background> {
+    setup::install_missing()?;
+    let target = setup::workspace().join("target");
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let xtask = std::env::current_exe().context("cannot find this program")?;
+    Background::start(Command::new(xtask).arg("setup"), target.join("setup.log"))
+}
+
 fn checks() -> Result<()> {
     loud_step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
+    loud_step("tidiness", tidy::tidy)?;
     let lints = ["--all-targets", "--", "-D", "warnings"];
-    loud_step("lints", || run(cargo().args(["clippy", "--workspace", perf::PEERS]).args(lints)))?;
+    loud_step("lints", || run(checked_cargo(&["clippy"]).args(lints)))?;
+    if has_dpdk() {
+        let without = ["clippy", "--workspace", perf::PEERS];
+        loud_step("lints of what is compiled without DPDK", || run(cargo().args(without).args(lints)))?;
+    }
     if has_spdk() {
         loud_step("lints of the SPDK engine", || run(cargo().args(["clippy"]).args(SPDK_PARTS).args(lints)))?;
     }
-    loud_step("tidiness", tidy::tidy)
+    Ok(())
 }
 
 fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
     loud_step("unit, property and simulation tests", || {
-        let mut command = cargo();
         if nextest {
-            let config = ["--config-file", "xtask/nextest.toml", "--workspace", perf::PEERS];
-            run(command.args(["nextest", "run", "--no-tests", "pass"]).args(config).args(filters))
+            let words = ["nextest", "run", "--no-tests", "pass", "--config-file", "xtask/nextest.toml"];
+            run(checked_cargo(&words).args(filters))
         } else {
             one_filter(filters)?;
-            run(command.args(["test", "--workspace", perf::PEERS, "--lib", "--bins", "--tests"]).args(filters))
+            run(checked_cargo(&["test", "--lib", "--bins", "--tests"]).args(filters))
         }
     })?;
     if has_spdk() {
@@ -87,50 +100,50 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
         loud_step("unit tests of the SPDK engine", || run(cargo().args(spdk)))?;
     }
     if filters.is_empty() {
-        loud_step("examples in the documentation", || run(cargo().args(["test", "--workspace", "--doc", "--quiet"])))?;
-        loud_step("measurements work", || perf::smoke("core").and_then(|()| perf::smoke("fabric")))?;
+        loud_step("examples in the documentation", || run(&mut checked_cargo(&["test", "--doc", "--quiet"])))?;
+        loud_step("measurements work", || smoke(&["core", "fabric"]))?;
     }
     Ok(())
 }
 
-fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
-    if !rig::is_root() {
+/// That groups of measurements work, not what they measure: with the build that the fast tests use, which is there already and
+/// checks more.
+fn smoke(groups: &[&str]) -> Result<()> {
+    run(checked_cargo(&["build"]).args(["--bin", perf::PROGRAM]).args(SMALL_TEST))?;
+    groups.iter().try_for_each(|group| perf::smoke(group))
+}
+
+fn e2e_tests(nextest: bool, filters: &[String], bed: Option<Background>) -> Result<()> {
+    let Some(bed) = bed else {
         bail!(
             "the end-to-end tests make network namespaces and mounts, so they need root; start this again as root, \
              or leave them out with «cargo xtask test --fast»"
         );
-    }
-    loud_step("test bed", || setup::run(false))?;
+    };
+    loud_step("test bed", || bed.finish())?;
     dpdk_tests(filters)?;
     if filters.is_empty() {
-        loud_step("measurements of syncvm work", || perf::smoke("syncvm"))?;
-        loud_step("measurements against peers work", || perf::smoke("log").and_then(|()| perf::smoke("consensus")))?;
+        loud_step("measurements of syncvm work", || smoke(&["syncvm"]))?;
+        loud_step("measurements against peers work", || smoke(&["log", "consensus"]))?;
     }
-    loud_step("programs under test", || {
-        build_programs()?;
+    loud_step("programs under test, and the end-to-end tests", || {
+        run(cargo().args(["build", "--lib", "--bins"]).args(released()?))?;
         if has_spdk() {
             run(cargo().args(["build", "--release"]).args(SPDK_PARTS).args(["--bin", rig::nvme_guest::PROGRAM]))?;
         }
         Ok(())
     })?;
     if filters.is_empty() {
-        loud_step("measurements with guests work", || {
-            perf::smoke("dataplane").and_then(|()| perf::smoke("services")).and_then(|()| perf::smoke("failover"))
-        })?;
+        loud_step("measurements with guests work", || smoke(&["dataplane", "services", "failover"]))?;
     }
     loud_step("end-to-end tests", || {
         let mut command = cargo();
         if nextest {
-            let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e"];
-            run(command
-                .args(["nextest", "run", "--release", "--run-ignored", "only"])
-                .args(config)
-                .args(E2E)
-                .args(filters))
+            let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e", "--run-ignored", "only"];
+            run(command.args(["nextest", "run"]).args(config).args(released()?).args(filters))
         } else {
             one_filter(filters)?;
-            let which = ["test", "--release", "--tests"];
-            run(command.args(which).args(E2E).args(filters).args(["--", "--ignored", "--test-threads=1"]))
+            run(command.arg("test").args(released()?).args(filters).args(["--", "--ignored", "--test-threads=1"]))
         }
     })?;
     if !has_spdk() {
@@ -140,32 +153,14 @@ fn e2e_tests(nextest: bool, filters: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// What needs DPDK. Behind the set-up, which installs it.
+/// Ports that DPDK drives. Behind the set-up, which makes the switch that they are connected to.
 fn dpdk_tests(filters: &[String]) -> Result<()> {
-    if !setup::has_library("libdpdk") {
+    if !has_dpdk() {
         println!("{DPDK_SKIPPED}");
         return Ok(());
     }
-    let with_dpdk = |words: &[&str]| {
-        let mut command = cargo();
-        command.args(words).args(DPDK_PARTS).env_remove("PKG_CONFIG_PATH");
-        command
-    };
-    loud_step("lints of what needs DPDK", || {
-        run(with_dpdk(&["clippy"]).args(["--all-targets", "--", "-D", "warnings"]))
-    })?;
-    loud_step("tests of what needs DPDK", || {
-        // One process, because DPDK starts once in it; the configuration of the daemon knows the feature.
-        run(with_dpdk(&["test"]).args(["--test", "dpdk", "--lib", "--"]).args(dpdk_filters(filters)))
-    })
-}
-
-/// Tests whose outcome depends on DPDK, or those that were asked for.
-fn dpdk_filters(filters: &[String]) -> Vec<&str> {
-    match filters {
-        [] => vec!["dpdk", "config::", "kernel::", "loopback::", "switch::"],
-        some => some.iter().map(String::as_str).collect(),
-    }
+    // One process, because DPDK starts once in it.
+    loud_step("tests of what needs DPDK", || run(checked_cargo(&["test", "--test", "dpdk"]).arg("--").args(filters)))
 }
 
 /// Whether an SPDK is installed; what needs one is left out otherwise.
@@ -173,7 +168,7 @@ fn has_spdk() -> bool {
     rig::nvme_guest::spdk_version().is_some()
 }
 
-/// Builds the daemon, its agent and the rig's clients, optimised: what the demo and the end-to-end tests start.
+/// Builds the daemon, its agent and the rig's clients, optimised: what the demo and the measurements start.
 ///
 /// # Errors
 /// What cargo says.
@@ -192,6 +187,10 @@ fn has_nextest() -> bool {
     output(cargo().args(["nextest", "--version"])).is_ok()
 }
 
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+/// A cargo command on the unoptimised build.
+fn checked_cargo(words: &[&str]) -> Command {
+    let mut command = cargo();
+    // Where SPDK is, with a DPDK of its own.
+    command.args(words).args(checked()).env_remove("PKG_CONFIG_PATH");
+    command
 }

@@ -4,11 +4,9 @@
 
 mod mutants;
 
-use std::process::Command;
-
 use anyhow::Result;
 
-use crate::progress::{loud_step, run};
+use crate::progress::{cargo, loud_step, run};
 use crate::setup;
 
 /// A wrong variant must be noticed within so many seeds.
@@ -62,8 +60,4 @@ pub fn simulate(arguments: &Arguments) -> Result<()> {
 /// When one cannot be made or goes unnoticed.
 pub fn prove(seeds: u64, only: &[String]) -> Result<()> {
     loud_step("wrong variants of the core are noticed", || mutants::prove(seeds, only))
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::cargo;
-use crate::progress::{run, step};
+use crate::progress::{cargo, run, step};
 
 /// Relative to the workspace, which is the current directory.
 const SOURCES: &str = "consensus/src";
