@@ -61,7 +61,7 @@ impl Backend {
     /// The socket cannot be used, or no group forms.
     pub fn start(socket: PathBuf, mode: Mode, ordered: bool, frame_bytes: usize, cpu: usize) -> Result<Backend> {
         let group = ordered.then(|| Group::start(frame_bytes)).transpose()?;
-        let (device, session) = device::open("perf", Endpoint::Listen(socket))?;
+        let (device, session) = device::open("perf", Endpoint::Listen(socket), || {})?;
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("backend".to_owned()).spawn(move || {
