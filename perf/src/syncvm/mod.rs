@@ -11,6 +11,7 @@ mod compare;
 mod guest;
 mod pair;
 mod phases;
+mod touch;
 mod workload;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -95,7 +96,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     page_hash::run(effort, sink)?;
     let scans = [("syncvm.scan_ms_per_gib", Size::DIRTY), ("syncvm.scan_ms_per_gib.few", Size::FEW)];
     let exchanges = ["syncvm.stop", "syncvm.bytes"].iter().any(|area| sink.wants_some(area));
-    if !rig::is_root() && (exchanges || sink.wants_some("syncvm.scan")) {
+    if !rig::is_root() && (exchanges || ["syncvm.scan", touch::ID].iter().any(|area| sink.wants_some(area))) {
         bail!("the other figures of this group track the memory of another process: start this again as root");
     }
     let size = Size::of(effort);
@@ -103,6 +104,9 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         if sink.wants(id) {
             sink(scan(id, dirty, size, effort)?)?;
         }
+    }
+    if sink.wants(touch::ID) {
+        sink(touch::row(size, effort)?)?;
     }
     if exchanges { exchange(size, effort, sink) } else { Ok(()) }
 }
