@@ -570,3 +570,7 @@ fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
         pen.put(&carry);
     }
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "ring/tests.rs"]
+mod tests;
