@@ -571,6 +571,6 @@ fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 #[path = "ring/tests.rs"]
 mod tests;

@@ -22,6 +22,10 @@ fn old_ring(laps: u64) -> (Producer<Arc<Heap>>, Consumer<Arc<Heap>>) {
 
 #[test]
 fn a_ring_that_has_turned_for_the_last_time_says_so_and_loses_nothing() {
+    if !module_path!().starts_with("dataplane::") {
+        // The copy for loom, whose atomics exist in a model only.
+        return;
+    }
     let (mut producer, mut consumer) = old_ring(2);
     let (mut sent, mut received) = (0u64, 0u64);
     let mut assembly = Assembly::default();

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::Fault;
+use crate::Result;
 use crate::error::Context;
 use crate::process::Process;
 use crate::wait::{Deadline, wait_until};
-use crate::{Result, RigError};
 
 const PREFIX: &str = "plover-rig-";
 const PERIOD_US: u32 = 100_000;
