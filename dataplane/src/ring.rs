@@ -595,3 +595,7 @@ fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
         pen.put(&carry);
     }
 }
+
+#[cfg(test)]
+#[path = "ring/tests.rs"]
+mod tests;

@@ -5,6 +5,8 @@
 //! the switch's port, so that the host itself notices nothing, as with a dead switch; rejected: netem (many
 //! kernels lack it) and taking the host's own interface down (its sockets would get errors at once).
 
+mod quota;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};

@@ -14,7 +14,7 @@ use crate::client::protocol::{Job, LoadParameters, LoadReport, RegisterParameter
 use crate::error::Context;
 use crate::guest::BOOT_LIMIT_SECS;
 use crate::wait::wait_until_every;
-use crate::{Cluster, Deadline, Fault, Host, Result, RigError, program};
+use crate::{Cluster, ClusterOptions, Deadline, Fault, Host, Result, RigError, Service, Testbed, program};
 
 /// Between two looks at the status: every look starts three processes on cores that the guests need.
 const LOOK_INTERVAL: Duration = Duration::from_millis(40);
@@ -83,6 +83,25 @@ pub struct Roles {
     pub secondary: Host,
     /// The third.
     pub witness: Host,
+}
+
+/// Runs `test` on a cluster of its own, started and with the default set-up except for what `change` changes.
+///
+/// # Errors
+/// When it cannot be built or started.
+pub fn on_cluster<T>(
+    service: Service,
+    change: impl FnOnce(&mut ClusterOptions),
+    test: impl FnOnce(&Cluster) -> T,
+) -> Result<T> {
+    let bed = Testbed::new()?;
+    let plover = program("plover")?;
+    let programs = plover.parent().expect("it lies in a folder").to_owned();
+    let mut options = ClusterOptions::new(service, programs);
+    change(&mut options);
+    let cluster = Cluster::new(&bed, options)?;
+    cluster.start_all()?;
+    Ok(test(&cluster))
 }
 
 /// What a fault must do to the leadership.

@@ -224,7 +224,7 @@ fn lead_round<G: Guest, C: Channel, O: Observer>(
     ctx.link.send_set(header, Kind::RoundSet, &terms, set, deadlines)?;
     let mut clock = RoundClock::start(header, pages.len());
     let mut hashes = Vec::new();
-    for section in sections(&pages, all) {
+    for section in pages.chunks(BATCH_PAGES) {
         ctx.pool.pool().hash_pages_into(ctx.config.hash, ctx.guest.ram(), section, &mut hashes);
         let (section_pages, hashes) = if all {
             granules::lead(ctx, header, deadlines, section, &hashes)?
@@ -245,11 +245,6 @@ fn lead_round<G: Guest, C: Channel, O: Observer>(
     // Those pages are done: nothing to be hashed in the background.
     ctx.pool.forget();
     Ok(())
-}
-
-/// What is compared at a time: in a round over every page as many granules as fit a message, else one batch.
-fn sections(pages: &[PageNumber], all: bool) -> impl Iterator<Item = &[PageNumber]> {
-    pages.chunks(if all { granules::SECTION_PAGES } else { BATCH_PAGES })
 }
 
 /// Receives the joiner's hashes of a batch and sends the pages that differ. How many.
@@ -372,7 +367,7 @@ fn follow_round<G: Guest, C: Channel, O: Observer>(
     let mut clock = RoundClock::start(header, pages.len());
     let ram = ctx.guest.ram().clone();
     let mut hashes = Vec::new();
-    for section in sections(&pages, set.is_all()) {
+    for section in pages.chunks(BATCH_PAGES) {
         ctx.pool.pool().hash_pages_into(ctx.config.hash, &ram, section, &mut hashes);
         let (section_pages, hashes) = if set.is_all() {
             granules::follow(ctx, header, deadlines, section, &hashes)?

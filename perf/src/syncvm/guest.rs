@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rig::client::rng::Rng;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -20,7 +21,7 @@ use syncvm::exchange::{Guest, GuestError};
 use syncvm::tracker::{DirtyTracker, UffdTracker, find_mappings};
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES};
 
-use super::workload::{Random, Side, Slot, fill};
+use super::workload::{Side, Slot, fill};
 use crate::peers::Running;
 use crate::pin;
 
@@ -168,9 +169,9 @@ impl SyntheticGuest {
     /// # Errors
     /// The process has ended.
     pub fn run(&mut self, slot: Slot) -> Result<()> {
-        let mut random = Random::new(slot.seed ^ slot.turn << 32 ^ self.side as u64);
+        let mut random = Rng::new(slot.seed ^ slot.turn << 32 ^ self.side as u64);
         for byte in &mut self.device[..DEVICE_BYTES_CHANGED] {
-            *byte = random.next() as u8;
+            *byte = random.next_u64() as u8;
         }
         self.process.order(&Order::Run { slot, side: self.side })
     }

@@ -4,42 +4,13 @@
 //! cache lines differ (median about 10), next to one another in a few places. Everything follows from the seed, so that two
 //! processes need not talk to write the same.
 
+use rig::client::rng::Rng;
 use serde::{Deserialize, Serialize};
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber};
 
 /// Bytes of a cache line.
 pub const LINE_BYTES: usize = 64;
 const LINES: u32 = (PAGE_BYTES / LINE_BYTES) as u32;
-
-/// SplitMix64.
-#[derive(Clone, Debug)]
-pub struct Random(u64);
-
-impl Random {
-    /// The sequence of that seed.
-    #[must_use]
-    pub fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u32) -> u32 {
-        (self.next() % u64::from(bound)) as u32
-    }
-
-    /// From 0 (not included) to 1.
-    fn unit(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-}
 
 /// Which cache lines of a page are touched.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,9 +28,9 @@ impl Shape {
     pub const SCATTERED: Shape = Shape { lines_per_place: 1, ..Shape::REDIS };
 
     /// A set of lines, one bit each.
-    fn lines(self, random: &mut Random) -> u64 {
+    fn lines(self, random: &mut Rng) -> u64 {
         let mean = (self.median_lines - 1.0) / std::f64::consts::LN_2;
-        let wanted = (1.0 + -mean * random.unit().ln()).min(f64::from(LINES)) as u32;
+        let wanted = (1.0 + -mean * unit(random).ln()).min(f64::from(LINES)) as u32;
         let mut lines = 0u64;
         while lines.count_ones() < wanted {
             let (start, length) = (random.below(LINES), 1 + random.below(2 * self.lines_per_place - 1));
@@ -71,6 +42,11 @@ impl Shape {
         }
         lines
     }
+}
+
+/// From 0 (not included) to 1.
+fn unit(random: &mut Rng) -> f64 {
+    ((random.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
 }
 
 /// What both guests write between two syncvms.
@@ -96,7 +72,7 @@ impl Slot {
     #[must_use]
     pub fn pages(&self, ram_pages: usize) -> Vec<PageNumber> {
         assert!(self.dirty as usize <= ram_pages / 2, "{} dirty pages of {ram_pages}", self.dirty);
-        let (mut random, mut seen) = (Random::new(self.seed), DirtySet::new(ram_pages));
+        let (mut random, mut seen) = (Rng::new(self.seed), DirtySet::new(ram_pages));
         let mut pages = Vec::with_capacity(self.dirty as usize);
         while pages.len() < self.dirty as usize {
             let page = PageNumber(random.below(ram_pages as u32));
@@ -120,13 +96,13 @@ impl Slot {
     }
 
     fn change(&self, bytes: &mut [u8; PAGE_BYTES], page: PageNumber, side: Side, different: bool) {
-        let mut random = Random::new(self.seed ^ (u64::from(page.0) << 32));
-        let turn = Random::new(self.turn).next();
+        let mut random = Rng::new(self.seed ^ (u64::from(page.0) << 32));
+        let turn = Rng::new(self.turn).next_u64();
         let touched = self.shape.lines(&mut random);
         for line in set_bits(touched) {
             let line = &mut bytes[line * LINE_BYTES..][..LINE_BYTES];
             for word in line.chunks_exact_mut(8) {
-                word.copy_from_slice(&(random.next() ^ turn).to_le_bytes());
+                word.copy_from_slice(&(random.next_u64() ^ turn).to_le_bytes());
             }
         }
         if !different {
@@ -135,7 +111,7 @@ impl Slot {
         let flip = if side == Side::Leader { 0 } else { u64::MAX };
         for line in set_bits(self.shape.lines(&mut random)) {
             let at = line * LINE_BYTES + random.below(8) as usize * 8;
-            bytes[at..at + 8].copy_from_slice(&(random.next() ^ turn ^ flip).to_le_bytes());
+            bytes[at..at + 8].copy_from_slice(&(random.next_u64() ^ turn ^ flip).to_le_bytes());
         }
     }
 }
@@ -161,10 +137,10 @@ pub enum Side {
 
 /// Makes every page memory that is there and is not zero, the same for the same seed.
 pub fn fill(ram: &GuestRam, seed: u64) {
-    let mut random = Random::new(seed);
+    let mut random = Rng::new(seed);
     let mut bytes = [0; PAGE_BYTES];
     for page in 0..ram.pages() {
-        bytes.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_le_bytes()));
+        bytes.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.next_u64().to_le_bytes()));
         ram.write_page(PageNumber(page as u32), &bytes);
     }
 }
@@ -200,7 +176,7 @@ mod tests {
     #[test]
     fn scattered_lines_fill_more_blocks() {
         let blocks = |shape: Shape| {
-            let mut random = Random::new(3);
+            let mut random = Rng::new(3);
             let lines: Vec<u64> = (0..1000).map(|_| shape.lines(&mut random)).collect();
             assert!(lines.iter().all(|lines| *lines != 0));
             let of = |lines: u64| (0..16).filter(|block| lines >> (4 * block) & 15 != 0).count();

@@ -1,18 +1,19 @@
 //! The first of the two levels of a comparison of all RAM: one digest stands for a granule of 2 MiB.
 //!
-//! The joiner sends the digests of a section of granules, the leader answers which differ, and the page hashes of those follow.
+//! The joiner sends the digests of a batch of granules, the leader answers which differ, and the page hashes of those follow.
 //! Both sides keep the page hashes that the digests were made of: nothing is hashed twice. On the leader's side a page may be
 //! written after it was hashed; it is in the next harvest then, whatever was found here.
 
-use crate::exchange::{Channel, Deadlines, FollowerContext, Guest, LeaderContext, Observer, SyncError};
+use crate::exchange::{BATCH_PAGES, Channel, Deadlines, FollowerContext, Guest, LeaderContext, Observer, SyncError};
 use crate::hash::{HASH_BYTES, HashKind, PageHashValue};
 use crate::page::PageNumber;
 use crate::transfer::{Header, Kind, WireError};
 
 /// Pages that one digest stands for: 2 MiB.
 const GRANULE_PAGES: usize = 512;
-/// Pages whose digests go in one message: 128 MiB, hashed in some ten ms.
-pub(super) const SECTION_PAGES: usize = 64 * GRANULE_PAGES;
+/// Digests of a batch go in one message. Not of more: while a side hashes, the other hears nothing, and `sync_timeout_ms` may
+/// be short.
+const _: () = assert!(BATCH_PAGES.is_multiple_of(GRANULE_PAGES));
 
 /// Pages of the granules that differ, and their hashes here.
 type Rest = (Vec<PageNumber>, Vec<PageHashValue>);

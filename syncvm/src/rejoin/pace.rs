@@ -8,6 +8,10 @@ use crate::transfer::{Header, MAX_BODY_BYTES};
 /// What may have been saved up while less than the limit was sent.
 const BURST: Duration = Duration::from_millis(100);
 
+/// The longest wait before a message: an exchange that is cut off meanwhile, because the daemon ends or the peer is gone, is
+/// noticed at the next message only.
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
+
 /// Keeps what is sent within a rate.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -22,11 +26,11 @@ impl Pace {
         Self { bytes_per_s: mib_per_s << 20, paid: Instant::now() }
     }
 
-    /// The longest message, so that the peer hears something several times within `silence`.
+    /// The longest message, so that the peer hears something several times within `silence`, and no wait is long.
     pub fn message_bytes(&self, silence: Duration) -> usize {
         match self.bytes_per_s {
             0 => MAX_BODY_BYTES,
-            rate => ((rate as f64 * (silence / 8).as_secs_f64()) as usize).min(MAX_BODY_BYTES),
+            rate => ((rate as f64 * LONGEST_WAIT.min(silence / 8).as_secs_f64()) as usize).min(MAX_BODY_BYTES),
         }
     }
 
@@ -131,10 +135,20 @@ mod tests {
 
     #[test]
     fn a_slow_rejoin_is_heard_within_the_silence_and_ends_in_time() {
-        let silence = Duration::from_millis(1000);
-        assert_eq!(Pace::new(1).message_bytes(silence), 128 << 10);
+        let silence = Duration::from_millis(80);
+        assert_eq!(Pace::new(100).message_bytes(silence), 1 << 20);
+        assert_eq!(Pace::new(1).message_bytes(silence), (1 << 20) / 100);
         assert_eq!(Pace::new(0).message_bytes(silence), MAX_BODY_BYTES);
         assert_eq!(Pace::new(1000).message_bytes(silence), MAX_BODY_BYTES);
+        // However long a silence may be, nobody waits for that long without looking.
+        let message_bytes = Pace::new(1).message_bytes(Duration::from_secs(600));
+        assert_eq!(message_bytes, (1 << 20) / 20);
+        let (mut pace, mut now) = (Pace::new(1), Instant::now());
+        for _ in 0..20 {
+            let wait = pace.charge(message_bytes, now);
+            assert!(wait <= LONGEST_WAIT, "{wait:?}");
+            now += wait;
+        }
         let (mut pace, end) = (Pace::new(1), Instant::now() + Duration::from_millis(200));
         assert!(pace.wait_for(1 << 20, end).is_ok(), "the first is not waited for");
         assert!(matches!(pace.wait_for(1, end), Err(ChannelError::Timeout)), "a second is too long");

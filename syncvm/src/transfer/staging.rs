@@ -103,6 +103,9 @@ pub struct Staging {
     pages: Vec<(PageNumber, Option<usize>)>,
     /// Whole pages.
     data: PageBuffer,
+    /// With blocks: how many pages `data` will have once they are copied, and how many of `pages` were looked at for that.
+    waiting: usize,
+    looked_at: usize,
     device: Vec<u8>,
     device_complete: bool,
     seen: DirtySet,
@@ -122,6 +125,8 @@ impl Staging {
             data: PageBuffer::default(),
             device: Vec::new(),
             device_complete: false,
+            waiting: 0,
+            looked_at: 0,
             seen: DirtySet::new(ram_pages),
             zero_pages: 0,
             checksum: Checksum::default(),
@@ -134,6 +139,7 @@ impl Staging {
     pub fn begin(&mut self) {
         self.pages.clear();
         self.data.clear();
+        (self.waiting, self.looked_at) = (0, 0);
         self.device.clear();
         self.device_complete = false;
         self.seen.clear();
@@ -143,34 +149,38 @@ impl Staging {
         self.sound = false;
     }
 
-    /// As [`Self::begin`], for blocks of the pages of `union` that `list` (decoded from `wire`) names. The guest must not
-    /// run: copies of its pages are what the blocks go into. `hash` is the hash of pages.
-    pub fn begin_blocks(
-        &mut self,
-        ram: &GuestRam,
-        union: &[PageNumber],
-        list: &DivergentList,
-        wire: &[u8],
-        hash: HashKind,
-    ) {
+    /// As [`Self::begin`], for blocks of the pages of `union` that `list` (decoded from `wire`) names. `hash` is the hash of
+    /// pages. What the blocks go into are copies of the pages, which [`Self::copy_blocks`] makes.
+    pub fn begin_blocks(&mut self, union: &[PageNumber], list: &DivergentList, wire: &[u8], hash: HashKind) {
         self.begin();
         self.checksum.add(Kind::Divergent, &[wire]);
         for (place, zero) in list.iter() {
-            let page = union[place];
-            let data_at = (!zero).then(|| {
-                ram.read_page(page, self.data.slot());
-                self.data.keep()
-            });
+            let data_at = (!zero).then_some(self.waiting * PAGE_BYTES);
+            self.waiting += usize::from(!zero);
             self.zero_pages += u64::from(zero);
-            self.pages.push((page, data_at));
+            self.pages.push((union[place], data_at));
         }
         self.patched = Some(Patched { union: HashOfHashes::over(union), hash, hashes: Vec::new() });
     }
 
-    /// How many pages wait for blocks.
+    /// Copies the next `count` of the pages that wait for blocks, or as many as are left, out of a guest that must not run
+    /// before the transfer is over. Not all at once, because the leader waits for their digests.
+    pub fn copy_blocks(&mut self, ram: &GuestRam, count: usize) {
+        let end = self.waiting.min(self.data.pages() + count);
+        while self.data.pages() < end {
+            let (page, data_at) = self.pages[self.looked_at];
+            self.looked_at += 1;
+            if data_at.is_some() {
+                ram.read_page(page, self.data.slot());
+                assert_eq!(data_at, Some(self.data.keep()), "pages are copied in their order");
+            }
+        }
+    }
+
+    /// How many pages wait for blocks, copied or not.
     #[must_use]
     pub fn pages_of_blocks(&self) -> usize {
-        self.data.pages()
+        self.waiting
     }
 
     /// Gives back memory that only an unusually large transfer needed. Takes its time.
@@ -178,7 +188,7 @@ impl Staging {
         self.data.trim();
     }
 
-    /// Appends the digests of `count` of these pages from `first` on.
+    /// Appends the digests of `count` of these pages from `first` on, as far as they are copied.
     pub fn digests(&self, first: usize, count: usize, size: BlockSize, seed: u64, out: &mut Vec<u8>) {
         self.data.iter().skip(first).take(count).for_each(|page| digest_page(page, size, seed, out));
     }
@@ -186,13 +196,13 @@ impl Staging {
     /// Takes the body of a [`Kind::Blocks`] message.
     ///
     /// # Errors
-    /// When it is malformed or fewer pages than it covers wait for blocks.
+    /// When it is malformed or fewer pages than it covers are copied and wait for blocks.
     ///
     /// # Panics
     /// Unless the transfer began with [`Self::begin_blocks`].
     pub fn blocks_chunk(&mut self, body: &[u8], size: BlockSize) -> Result<usize, TransferError> {
         let chunk = BlocksChunk::decode(body, size)?;
-        let waiting = self.pages_of_blocks();
+        let waiting = self.data.pages();
         let patched = self.patched.as_mut().expect("blocks are for a transfer of blocks");
         let first = patched.hashes.len();
         let end = first + chunk.pages();

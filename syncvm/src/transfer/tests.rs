@@ -116,6 +116,39 @@ fn pages_outside_the_union_are_refused() {
 }
 
 #[test]
+fn pages_for_blocks_are_copied_as_they_are_wanted() {
+    let (_, _, ram) = sample();
+    let union: Vec<PageNumber> = (0..PAGES as u32).map(PageNumber).collect();
+    let divergent: Vec<(usize, bool)> = (0..100).map(|place| (3 * place, place % 4 == 0)).collect();
+    let list = DivergentList::new(PAGES, &divergent, [0; 16]);
+    let mut staging = Staging::new(PAGES);
+    staging.begin_blocks(&union, &list, &list.encode(), crate::hash::HashKind::City128);
+    let digests = |staging: &Staging, first, count| {
+        let mut digests = Vec::new();
+        staging.digests(first, count, BlockSize::default(), 1, &mut digests);
+        digests
+    };
+    assert_eq!(staging.pages_of_blocks(), 75);
+    assert!(
+        digests(&staging, 0, 75).is_empty(),
+        "nothing was copied: the first digests need not wait for the last page"
+    );
+    staging.copy_blocks(&ram, 10);
+    let first = digests(&staging, 0, 75);
+    assert_eq!(first.len(), 10 * digests(&staging, 0, 1).len());
+    staging.copy_blocks(&ram, 1000);
+    let all = digests(&staging, 0, 75);
+    assert!(all.starts_with(&first) && all.len() == 75 * first.len() / 10);
+    // As the guest's pages say.
+    let (mut page, mut expected) = ([0; PAGE_BYTES], Vec::new());
+    for (place, _) in divergent.iter().filter(|(_, zero)| !zero) {
+        ram.read_page(union[*place], &mut page);
+        crate::transfer::blocks::digest_page(&page, BlockSize::default(), 1, &mut expected);
+    }
+    assert_eq!(all, expected);
+}
+
+#[test]
 fn headers_terms_and_aborts_come_back() {
     let header = Header { group: 1, view: 2, number: 3, scope: Scope::Sync, round: 4 };
     let mut message = header.encode().to_vec();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::common::*;
 use syncvm::exchange::{FollowerContext, Guest, Standing, SyncError};
 use syncvm::rejoin::{AtLimit, RejoinPolicy, RejoinReport, RoundsEnd, follow_rejoin, lead_rejoin};
+use syncvm::transfer::{Header, Kind};
 use syncvm::{PAGE_BYTES, PageNumber};
 
 const BIG: usize = 5000;
@@ -196,6 +197,28 @@ fn a_replica_that_is_mostly_right_costs_the_granules_that_are_not() {
     assert!(led.bytes_received < hash_bytes + 300, "{} bytes, hashes are {hash_bytes}", led.bytes_received);
     assert!(led.bytes_sent < 3 * PAGE_BYTES as u64 + 1000, "{} bytes", led.bytes_sent);
     good_sync(&mut leader, &mut follower, 3);
+}
+
+#[test]
+fn neither_side_is_silent_for_longer_than_a_batch_takes_to_hash() {
+    let (mut leader, mut follower) = calm_pair(14);
+    let granules = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = Arc::clone(&granules);
+    let (a, mut b) = channel_pair(None);
+    b.mangle = Some(Box::new(move |kind, message| {
+        if kind == Kind::Granules {
+            seen.lock().unwrap().push((message.len() - Header::BYTES) / 16);
+        }
+    }));
+    leader.replace_channel(a);
+    follower.replace_channel(b);
+    std::thread::scope(|scope| {
+        let following = scope.spawn(|| follow_rejoin(&mut follower, Duration::from_secs(20)));
+        lead_rejoin(&mut leader, 2, &policy(50)).unwrap();
+        following.join().unwrap().unwrap();
+    });
+    // 5000 pages in granules of 512: a batch has 8 of them, and the last granule is a short one.
+    assert_eq!(*granules.lock().unwrap(), [8, 2]);
 }
 
 #[test]

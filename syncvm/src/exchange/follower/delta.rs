@@ -67,14 +67,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         if equal.value() != list.equal_hash {
             return Err(TransferError::FalselyEqual.into());
         }
-        staging.begin_blocks(self.ctx.guest.ram(), pages, &list, &wire, self.ctx.config.hash);
+        staging.begin_blocks(pages, &list, &wire, self.ctx.config.hash);
         Ok(())
     }
 
-    fn send_digests(&mut self, staging: &Staging, size: BlockSize) -> Result<(), SyncError> {
+    fn send_digests(&mut self, staging: &mut Staging, size: BlockSize) -> Result<(), SyncError> {
         let seed = self.header.seed();
         let mut body = Vec::new();
         for first in (0..staging.pages_of_blocks()).step_by(DIGEST_PAGES) {
+            staging.copy_blocks(self.ctx.guest.ram(), DIGEST_PAGES);
             body.clear();
             body.push(size.code());
             staging.digests(first, DIGEST_PAGES, size, seed, &mut body);
