@@ -36,7 +36,7 @@ impl Guest {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         ours.set_nonblocking(true).expect("a socket can be set so");
         let inherited = Endpoint::Inherited(OwnedFd::from(theirs));
-        let (device, session) = device::open("fuzz", inherited).expect("a session");
+        let (device, session) = device::open("fuzz", inherited, || {}).expect("a session");
         let deadline = Instant::now() + DEADLINE;
         Guest { device, socket: Some(ours), started: false, gone: false, deadline, _session: session }
     }

@@ -30,7 +30,7 @@ use super::turns::{Pace, TOKEN_FABRIC};
 use super::worker::{self, CrashPoints, WorkerSetup};
 use crate::config::{Mode, NodeConfig, Policy, SocketSide, TrackerChoice, UplinkKind, VmConfig};
 use crate::control::GroupRequest;
-use crate::device::{self, BackendDirty, Endpoint};
+use crate::device::{self, BackendDirty, Endpoint, NetDevice, Session};
 use crate::node::SocketOverride;
 
 /// What a group needs from its node.
@@ -67,9 +67,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
     let now = now_us();
-    let scheduling = node.scheduling;
-    let (device, _session) = device::open(&vm.name, endpoint(node, vm, socket), move || scheduling::favour(scheduling))
-        .map_err(|error| GroupError::Device(error.to_string()))?;
+    let (device, _session) = open_device(node, vm, socket)?;
     let worker = worker::start(worker_setup(node, vm, me, bulk, device.dirty())).map_err(system("guest worker"))?;
     let idle = choose_idle(node, vm, place);
     if vm.mode == Mode::Unreplicated {
@@ -123,6 +121,14 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         sync_waiters: Vec::new(),
     };
     reactor.run(stopping)
+}
+
+/// The session's thread is on the way of every stop and start of the guest, so it goes before vCPUs.
+fn open_device(node: &NodeConfig, vm: &VmConfig, socket: SocketOverride) -> Result<(NetDevice, Session), GroupError> {
+    let scheduling = node.scheduling;
+    let at_start = move || scheduling::favour(scheduling);
+    let opened = device::open(&vm.name, endpoint(node, vm, socket), at_start);
+    opened.map_err(|error| GroupError::Device(error.to_string()))
 }
 
 fn worker_setup(node: &NodeConfig, vm: &VmConfig, me: ReplicaId, bulk: BulkPort, dirty: BackendDirty) -> WorkerSetup {

@@ -343,4 +343,17 @@ mod tests {
         assert_eq!(compare(FEW_PAGES + 1, 100_000, None), 100_000 * IDLE_SHARE);
         assert_eq!(compare(FEW_PAGES + 1, 20_000_000, None), LONGEST_IDLE_SLOT_US, "one long syncvm is no rule");
     }
+
+    #[test]
+    fn a_long_slot_is_disturbed_more_rarely() {
+        let looks = [0, 7_999, 8_000, 16_000, 60_000_000].map(look_interval_us);
+        assert_eq!(looks, [250, 250, 500, 1_000, LONGEST_LOOK_US]);
+        let mut slots = Slots::new(&Policy::default(), 0);
+        assert_eq!(slots.gather_us(100_000), 0, "nothing to release or to reconcile");
+        slots.active_since_us = Some(100_000);
+        let gathered = [0, 3_999, 4_000, 20_000, 60_000_000].map(|active_us| slots.gather_us(100_000 + active_us));
+        assert_eq!(gathered, [0, 0, 250, 1_250, LONGEST_GATHER_US]);
+        slots.begin(200_000);
+        assert_eq!(slots.gather_us(300_000), 0, "a slot of its own");
+    }
 }
