@@ -63,7 +63,7 @@ pub struct SyncTotals {
     /// what lay between them.
     #[serde(default)]
     pub stop_us: Vec<(u64, u64)>,
-    /// The same of whole syncvms, from the stop to the acknowledgement.
+    /// The same of whole syncvms, from the stop, or the hashing ahead of it, to the acknowledgement.
     #[serde(default)]
     pub whole_us: Vec<(u64, u64)>,
     /// Where the time of led syncvms went: phase name and its sum. Those up to `resume` (whether that comes before `transfer` or

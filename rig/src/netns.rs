@@ -19,7 +19,8 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    /// Makes the namespace with loopback up and IPv6 off: router solicitations would be stray frames.
+    /// Makes the namespace with loopback up, one congestion control everywhere, and IPv6 off: router solicitations would be
+    /// stray frames.
     pub(crate) fn create(name: &str) -> Result<Self> {
         tool::run("ip", &["netns", "add", name], "")?;
         let path = format!("/run/netns/{name}");
@@ -89,6 +90,10 @@ impl NetNs {
             for family in ["iptables", "ip6tables", "arptables"] {
                 drop(fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{family}"), "0"));
             }
+            // Not what this machine happens to have as its default: BBR spreads what a client sends over the time that its answers
+            // take, so that it would wait for itself where answers are held. Reno reacts to loss, as Debian's default does, and
+            // every namespace may have it.
+            fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
             let switch = "/proc/sys/net/ipv6/conf";
             if !fs::exists(switch)? {
                 return Ok(());
@@ -96,7 +101,7 @@ impl NetNs {
             fs::write(format!("{switch}/all/disable_ipv6"), "1")?;
             fs::write(format!("{switch}/default/disable_ipv6"), "1")
         })?;
-        written.context(|| format!("cannot switch off IPv6 in {}", self.name))
+        written.context(|| format!("cannot set up TCP or switch off IPv6 in {}", self.name))
     }
 }
 

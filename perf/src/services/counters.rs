@@ -65,7 +65,7 @@ pub struct Syncs {
     pub bytes_sent: u64,
     /// How long the guest stood still.
     pub stop_us: Distribution,
-    /// From the stop to the acknowledgement.
+    /// From the stop, or the hashing ahead of it, to the acknowledgement.
     pub whole_us: Distribution,
     /// Where their time went: name and sum of each phase.
     #[serde(default)]

@@ -9,8 +9,8 @@
 //! among them ([`DirtyTracker::use_pool`]).
 //!
 //! Rejected: leaving pages that are written in most slots unprotected, so that the guest does not fault on them again. The
-//! first write to a page after a harvest costs the guest about as much as hashing the page costs both sides while it stands
-//! still (row `syncvm.first_write_us` of `perf syncvm`), and each wrong guess costs the hash without saving a fault.
+//! first write to a page after a harvest costs the guest about a microsecond (row `syncvm.first_write_us` of `perf syncvm`): a
+//! small part of what a syncvm costs it, and each wrong guess has both sides hash a page for nothing.
 
 use std::fs::File;
 use std::io;
