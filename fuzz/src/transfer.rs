@@ -66,7 +66,7 @@ fn begin_blocks(staging: &mut Staging, union: &[PageNumber], body: &[u8]) {
     assert_eq!(DivergentList::decode(&wire, PAGES).as_ref(), Ok(&list), "a list changes on its way");
     staging.begin_blocks(union, &list, &wire, HashKind::Xxh3_128);
     // All of them, or as many as there are.
-    staging.copy_blocks(ram(), if body.len() % 2 == 0 { PAGES } else { body.len() });
+    staging.copy_blocks(ram(), if body.len().is_multiple_of(2) { PAGES } else { body.len() });
 }
 
 fn digests(body: &[u8]) {
