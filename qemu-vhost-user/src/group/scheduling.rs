@@ -166,4 +166,31 @@ mod tests {
         let adaptive = "idle = \"adaptive\"\nspin_us = 77\nreactor_cores = [1]";
         assert_eq!(idle(adaptive, 0, 1, 64), ("adaptive, spin 77 us".into(), false));
     }
+
+    /// A process whose only thread has this name, as QEMU's threads have theirs; its nice value after it was favoured.
+    fn nice_of(thread: &str, scheduling: Scheduling) -> i32 {
+        use std::io::{BufRead, BufReader};
+        use std::process::{Command, Stdio};
+        let script = format!("printf '{thread}' > /proc/$$/comm; echo ready; read end");
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+        favour_qemu(scheduling, child.id() as i32);
+        // SAFETY: getpriority has no memory effects.
+        let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, child.id()) };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        nice
+    }
+
+    #[test]
+    fn of_qemus_threads_only_vcpus_are_not_favoured() {
+        // SAFETY: geteuid and getpriority have no memory effects.
+        let (root, usual) = unsafe { (libc::geteuid() == 0, libc::getpriority(libc::PRIO_PROCESS, 0)) };
+        let favoured = if root { FAVOURED_NICE } else { usual };
+        assert_eq!(nice_of("IO mon_iothread", Scheduling::Realtime), favoured);
+        assert_eq!(nice_of("qemu-system-x86", Scheduling::Normal), usual);
+        assert_eq!(nice_of("CPU 0/TCG", Scheduling::Realtime), usual);
+        assert_eq!(nice_of("ALL CPUs/TCG", Scheduling::Realtime), usual);
+    }
 }
