@@ -81,7 +81,8 @@ impl Building<'_> {
         let Filling { used, offered, last, .. } = self.filling;
         assert!(len <= *offered, "joining {len} bytes, but only {offered} were handed out");
         let start = *used - *last;
-        let joined = coalesce::join(self.memory, (start, *last), (*used + LENGTH_BYTES, len));
+        let next = *used + LENGTH_BYTES;
+        let joined = coalesce::join(self.memory, start..*used, next..next + len);
         let Some(bytes) = joined else { return false };
         let length = u32::try_from(bytes).expect("an IP packet fits u32");
         self.memory[start - LENGTH_BYTES..start].copy_from_slice(&length.to_le_bytes());

@@ -8,7 +8,7 @@
 pub mod arena;
 pub mod batch;
 mod cache_line;
-mod coalesce;
+pub mod coalesce;
 pub mod counters;
 pub mod cycles;
 pub mod doorbell;
