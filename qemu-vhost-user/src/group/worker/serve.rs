@@ -235,6 +235,8 @@ impl Serve {
         self.drop_link();
         // Closing its connection takes it out of the poller as well.
         self.side = Side::Detached;
+        // Not at once: one that is ending still takes a connection, and closes it.
+        self.next_attach = Instant::now() + ATTACH_INTERVAL;
         self.last_problem.clone_from(&reason);
         self.port.report(Report::Lost { reason, powered_off });
     }
