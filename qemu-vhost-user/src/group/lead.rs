@@ -337,7 +337,8 @@ impl Reactor<'_> {
     fn truncate_alone(&mut self, now: u64) {
         let applied = self.delivery.applied();
         let entries = applied.0.saturating_sub(self.ordering.replica().base().index.0);
-        if entries > ALONE_LOG_ENTRIES || (entries > 0 && self.arena.is_exhausted()) {
+        let full = self.arena.is_exhausted() || self.ordering.log().is_filling_up();
+        if entries > ALONE_LOG_ENTRIES || (entries > 0 && full) {
             self.ordering.step(now, Event::Truncate(applied));
         }
     }
