@@ -25,6 +25,8 @@ pub struct AttachedGuest {
     pub fingerprint: Fingerprint,
     /// Its guest has never run.
     pub fresh: bool,
+    /// It followed another's execution when it was attached.
+    follows: bool,
     /// Which tracker and why.
     pub tracker: String,
     clocks: VcpuClocks,
@@ -160,9 +162,9 @@ impl Reactor<'_> {
     /// The worker says how QEMU is.
     pub(super) fn guest_report(&mut self, now: u64, report: Report) {
         match report {
-            Report::Attached { fingerprint, fresh, running, clocks, tracker } => {
-                tracing::info!(vm = %self.vm.name, fresh, running, %tracker, "QEMU attached");
-                self.guest.attached = Some(AttachedGuest { fingerprint, fresh, tracker, clocks });
+            Report::Attached { fingerprint, fresh, follows, running, clocks, tracker } => {
+                tracing::info!(vm = %self.vm.name, fresh, follows, running, %tracker, "QEMU attached");
+                self.guest.attached = Some(AttachedGuest { fingerprint, fresh, follows, tracker, clocks });
                 self.guest.problem = None;
                 self.guest.watching = false;
                 self.guest.running = running;
@@ -187,8 +189,8 @@ impl Reactor<'_> {
         let alone = self.ordering.take_served_alone();
         let attached = self.guest.attached.as_ref().expect("just attached");
         let boots_fresh = attached.fresh && (genesis || self.guest.cold_start);
-        // A syncvm may have had it stopped when the daemon ended.
-        let continues = alone && !attached.fresh;
+        // A syncvm may have had it stopped when the daemon ended. If it was still being given another's state, it is no guest.
+        let continues = alone && !attached.fresh && !attached.follows;
         if boots_fresh || continues {
             if continues {
                 self.delivery.skip_through = self.ordering.recovered_last();

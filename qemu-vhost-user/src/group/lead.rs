@@ -144,6 +144,8 @@ impl Reactor<'_> {
             // It may have stood still so far, because of the policy.
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.resume_to_lead();
+            // Carried out behind a syncvm that is being applied.
+            self.worker.send(Command::Leads);
         }
         self.ingress.forget_proposals();
     }

@@ -131,8 +131,8 @@ impl Reactor<'_> {
         if self.guest.intact {
             return Response::Refused(format!("{name}: this node has a whole guest; there is nothing to start"));
         }
-        if let Some(peer) = self.peers.iter().find(|peer| peer.connected && peer.report.intact) {
-            return Response::Refused(format!("{name}: {} has a whole guest; a cold start would lose it", peer.node));
+        if let Some(reason) = self.peers.bar_cold_start() {
+            return Response::Refused(format!("{name}: {reason}"));
         }
         match &self.guest.attached {
             Some(attached) if attached.fresh => {}
