@@ -30,6 +30,7 @@ pub(crate) use report::Stopwatch;
 
 use crate::dirty::DirtySet;
 use crate::hash::{HashKind, HashPool};
+use crate::page::PageNumber;
 use crate::ram::GuestRam;
 use crate::rejoin::RejoinProgress;
 use crate::transfer::{BlockSize, TransferMode};
@@ -98,6 +99,10 @@ pub trait Guest {
     /// # Errors
     /// When it was not loaded completely: the guest is lost until a rejoin.
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError>;
+
+    /// Says which pages were written past the hypervisor into the guest that has stood still since its last harvest; all of
+    /// them. A load follows. A hypervisor that derives nothing from a page's content need not know.
+    fn announce_written(&mut self, _pages: &mut dyn Iterator<Item = PageNumber>) {}
 
     /// Whether a load may leave something of the present device state as it is. A follower then saves that state at the stop.
     fn loads_have_leftovers(&self) -> bool {

@@ -1,15 +1,22 @@
-//! What daemon and agent say to each other: fixed-size messages over a `SOCK_SEQPACKET` unix socket, so that the
-//! kernel keeps message boundaries and file descriptors travel with the message that they belong to.
+//! What daemon and agent say to each other: messages over a `SOCK_SEQPACKET` unix socket, so that the kernel keeps message
+//! boundaries and file descriptors travel with the message that they belong to. All have a fixed size but
+//! [`Request::Written`], which is followed by what was written.
 //!
 //! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read
 //! ends the connection. All fields are little endian.
 
 /// Version of this protocol and of the clock page; daemon and agent must agree exactly.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// First four bytes of every message.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"PLVA");
-/// Length of a request.
+/// Length of a request without ranges.
 pub const REQUEST_BYTES: usize = 16;
+/// Length of one range behind a request.
+pub const RANGE_BYTES: usize = 16;
+/// How many ranges one request can have.
+pub const MAX_RANGES: usize = 2048;
+/// Length of the longest request.
+pub const MAX_REQUEST_BYTES: usize = REQUEST_BYTES + MAX_RANGES * RANGE_BYTES;
 /// Length of a response.
 pub const RESPONSE_BYTES: usize = 32;
 /// Environment variable that names the socket the agent listens on; without it the agent does nothing.
@@ -26,10 +33,21 @@ pub enum Request {
     Yank,
     /// Start a sampler and send its clock page (see [`crate::clock_page`]) along with the answer.
     Clocks,
+    /// The daemon has written these parts of the stopped guest's RAM: forget what was derived from their old content.
+    Written,
+}
+
+/// A part of QEMU's address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrittenRange {
+    /// Where it begins.
+    pub address: u64,
+    /// How long it is.
+    pub bytes: u64,
 }
 
 impl Request {
-    const ALL: [Request; 4] = [Request::Hello, Request::Userfaultfd, Request::Yank, Request::Clocks];
+    const ALL: [Request; 5] = [Request::Hello, Request::Userfaultfd, Request::Yank, Request::Clocks, Request::Written];
 
     /// Number of this request on the wire.
     pub const fn code(self) -> u32 {
@@ -38,28 +56,55 @@ impl Request {
             Request::Userfaultfd => 2,
             Request::Yank => 3,
             Request::Clocks => 4,
+            Request::Written => 5,
         }
     }
 
-    /// The message's bytes.
+    /// The message's bytes, without ranges.
     pub fn encode(self) -> [u8; REQUEST_BYTES] {
         let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
         writer.put(MAGIC).put(self.code());
         writer.bytes
     }
 
+    /// The bytes of [`Request::Written`] with its ranges; `None` if there are too many.
+    pub fn encode_written(ranges: &[WrittenRange]) -> Option<Vec<u8>> {
+        let count = u32::try_from(ranges.len()).ok().filter(|_| ranges.len() <= MAX_RANGES)?;
+        let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
+        writer.put(MAGIC).put(Request::Written.code()).put(count);
+        let mut bytes = writer.bytes.to_vec();
+        for range in ranges {
+            bytes.extend(range.address.to_le_bytes());
+            bytes.extend(range.bytes.to_le_bytes());
+        }
+        Some(bytes)
+    }
+
     /// Reads a message; `None` for wrong length, wrong magic, an unknown request or non-zero reserved bytes.
     pub fn decode(bytes: &[u8]) -> Option<Request> {
-        let bytes: &[u8; REQUEST_BYTES] = bytes.try_into().ok()?;
-        let mut fields = Fields::new(bytes);
+        let (header, ranges) = bytes.split_at_checked(REQUEST_BYTES)?;
+        let mut fields = Fields::new(header);
         if fields.next()? != MAGIC {
             return None;
         }
         let code = fields.next()?;
-        if fields.next()? != 0 || fields.next()? != 0 {
-            return None;
-        }
-        Self::ALL.into_iter().find(|request| request.code() == code)
+        let count = usize::try_from(fields.next()?).ok()?;
+        let request = Self::ALL.into_iter().find(|request| request.code() == code)?;
+        let most = if request == Request::Written { MAX_RANGES } else { 0 };
+        let whole = count <= most && ranges.len() == count.saturating_mul(RANGE_BYTES);
+        (whole && fields.next()? == 0).then_some(request)
+    }
+
+    /// The ranges of a message that [`Request::decode`] has read.
+    pub fn ranges(bytes: &[u8]) -> impl Iterator<Item = WrittenRange> {
+        let ranges = bytes.get(REQUEST_BYTES..).unwrap_or_default();
+        ranges.chunks_exact(RANGE_BYTES).filter_map(|range| {
+            let (address, bytes) = range.split_first_chunk()?;
+            Some(WrittenRange {
+                address: u64::from_le_bytes(*address),
+                bytes: u64::from_le_bytes(bytes.try_into().ok()?),
+            })
+        })
     }
 }
 
@@ -220,11 +265,31 @@ mod tests {
         assert_eq!(Request::decode(good.split_last().map_or(&[], |(_, rest)| rest)), None);
     }
 
+    #[test]
+    fn what_was_written_survives_the_wire_and_nothing_else_has_ranges() {
+        let range = |at: u64| WrittenRange { address: at << 44, bytes: at };
+        for count in [0, 1, 7, MAX_RANGES] {
+            let ranges: Vec<WrittenRange> = (1..=count as u64).map(range).collect();
+            let message = Request::encode_written(&ranges).unwrap();
+            assert_eq!(Request::decode(&message), Some(Request::Written));
+            assert!(Request::ranges(&message).eq(ranges), "{count}");
+            assert!(message.len() <= MAX_REQUEST_BYTES);
+            assert_eq!(Request::decode(&[&message[..], &[0]].concat()), None, "one byte more");
+            assert_eq!(Request::decode(message.split_last().map_or(&[], |(_, rest)| rest)), None, "one byte less");
+        }
+        assert_eq!(Request::encode_written(&vec![range(1); MAX_RANGES.saturating_add(1)]), None);
+        let mut other = Request::encode_written(&[range(1)]).unwrap();
+        other[4..8].copy_from_slice(&Request::Yank.code().to_le_bytes());
+        assert_eq!(Request::decode(&other), None);
+    }
+
     proptest! {
         #[test]
         fn arbitrary_bytes_are_refused_or_a_message(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Some(request) = Request::decode(&bytes) {
-                prop_assert_eq!(&request.encode()[..], &bytes[..]);
+                let ranges: Vec<WrittenRange> = Request::ranges(&bytes).collect();
+                let again = Request::encode_written(&ranges).filter(|_| request == Request::Written);
+                prop_assert_eq!(again.unwrap_or_else(|| request.encode().to_vec()), bytes.clone());
             }
             if let Some(response) = Response::decode(&bytes) {
                 prop_assert_eq!(Response::decode(&response.encode()), Some(response));
@@ -236,7 +301,7 @@ mod tests {
             let mut bytes = Request::Hello.encode();
             bytes[4..8].copy_from_slice(&code.to_le_bytes());
             bytes[8..].copy_from_slice(&rest.to_le_bytes());
-            let known = (1..=4).contains(&code) && rest == 0;
+            let known = (1..=5).contains(&code) && rest == 0;
             prop_assert_eq!(Request::decode(&bytes).is_some(), known);
         }
     }

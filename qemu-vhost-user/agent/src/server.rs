@@ -1,11 +1,12 @@
 //! Serves one daemon connection at a time; a new connection supersedes the old one, because a daemon that was
 //! restarted must not wait until the kernel notices that its predecessor is gone.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use crate::protocol::{PROTOCOL_VERSION, REQUEST_BYTES, Request, Response, Status};
+use crate::protocol::{MAX_REQUEST_BYTES, PROTOCOL_VERSION, Request, Response, Status};
 use crate::qemu::QemuSymbols;
 use crate::sampler::Sampler;
 use crate::sys;
@@ -14,6 +15,8 @@ use crate::sys;
 pub struct Server {
     listener: OwnedFd,
     symbols: QemuSymbols,
+    /// QEMU knows the thread that serves.
+    is_registered: Cell<bool>,
 }
 
 /// A daemon's connection and what lives as long as it.
@@ -28,7 +31,7 @@ impl Server {
     /// # Errors
     /// What socket, bind or listen says; `ENAMETOOLONG` for a path of more than 107 bytes.
     pub fn bind(path: &Path) -> io::Result<Server> {
-        Ok(Server { listener: sys::listen(path)?, symbols: QemuSymbols::find() })
+        Ok(Server { listener: sys::listen(path)?, symbols: QemuSymbols::find(), is_registered: Cell::new(false) })
     }
 
     /// Starts the thread that serves until the process ends.
@@ -41,6 +44,7 @@ impl Server {
 
     fn serve(&self) {
         let mut session: Option<Session> = None;
+        let mut buffer = vec![0; MAX_REQUEST_BYTES.saturating_add(1)];
         loop {
             let socket = session.as_ref().map(|session| session.socket.as_fd());
             let (caller, request) = match sys::wait_readable(self.listener.as_fd(), socket) {
@@ -53,23 +57,22 @@ impl Server {
                 session = Some(Session { socket, sampler: None });
                 continue;
             }
-            if request && !session.as_mut().is_some_and(|session| self.answer(session)) {
+            if request && !session.as_mut().is_some_and(|session| self.answer(session, &mut buffer)) {
                 session = None;
             }
         }
     }
 
-    /// Answers one request; false when the connection is over.
-    fn answer(&self, session: &mut Session) -> bool {
-        // One byte more than a request, so that a longer one is noticed.
-        let mut buffer = [0; REQUEST_BYTES + 1];
-        let request = match sys::receive(session.socket.as_fd(), &mut buffer) {
-            Ok(count) => buffer.get(..count).and_then(Request::decode),
+    /// Answers one request; false when the connection is over. The buffer has one byte more than the longest request, so that
+    /// a longer one is noticed.
+    fn answer(&self, session: &mut Session, buffer: &mut [u8]) -> bool {
+        let message = match sys::receive(session.socket.as_fd(), buffer) {
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-            Err(_) => None,
+            Err(_) => return false,
         };
-        let Some(request) = request else { return false };
-        let (outcome, attached) = self.perform(request, session);
+        let Some(request) = Request::decode(message) else { return false };
+        let (outcome, attached) = self.perform(request, message, session);
         let (status, errno) = match outcome {
             Ok(status) => (status, 0),
             Err(error) => (Status::Failed, error.raw_os_error().unwrap_or(libc::EIO)),
@@ -85,10 +88,21 @@ impl Server {
         sys::send(session.socket.as_fd(), &response.encode(), attached.as_ref().map(AsFd::as_fd)).is_ok()
     }
 
-    fn perform(&self, request: Request, session: &mut Session) -> (io::Result<Status>, Option<OwnedFd>) {
+    fn perform(
+        &self,
+        request: Request,
+        message: &[u8],
+        session: &mut Session,
+    ) -> (io::Result<Status>, Option<OwnedFd>) {
         match request {
             Request::Hello => (Ok(Status::Done), None),
             Request::Yank => (Ok(self.symbols.register_migration_yank()), None),
+            Request::Written => {
+                if !self.is_registered.replace(true) {
+                    self.symbols.register_thread();
+                }
+                (Ok(self.symbols.tell_written(Request::ranges(message))), None)
+            }
             // The agent's own copy is closed when the answer is out.
             Request::Userfaultfd => match sys::userfaultfd() {
                 Ok(fd) => (Ok(Status::Done), Some(fd)),

@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use plover_agent::clock_page::{CLOCK_PAGE_BYTES, ClockPage};
-use plover_agent::protocol::{PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status};
+use plover_agent::protocol::{PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status, WrittenRange};
 use rustix::event::PollFlags;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -76,6 +76,12 @@ pub enum AgentError {
         "this QEMU does not export yank_register_instance (built without modules); use the distribution's build, or build with --enable-modules"
     )]
     NoYank,
+    /// QEMU does not export what a request needs.
+    #[error("this QEMU does not export what {request:?} needs, or says that no RAM of its is there")]
+    Unsupported {
+        /// What was asked.
+        request: Request,
+    },
     /// The clock page could not be mapped.
     #[error("cannot map the agent's clock page: {source}")]
     ClockPage {
@@ -174,6 +180,16 @@ impl AgentClient {
         self.ask(Request::Yank).map(drop)
     }
 
+    /// Tells QEMU that these parts of the stopped guest's RAM were written, so that it forgets what it derived from their old
+    /// content, as TCG's translations of code. Returns false if these are too many to be told.
+    ///
+    /// # Errors
+    /// [`AgentError::Unsupported`] if QEMU does not export what that needs.
+    pub fn tell_written(&mut self, ranges: &[WrittenRange]) -> Result<bool, AgentError> {
+        let Some(message) = Request::encode_written(ranges) else { return Ok(false) };
+        self.ask_with(Request::Written, &message).map(|_| true)
+    }
+
     /// The vCPU threads' CPU clocks. They sleep until [`VcpuClocks::set_period_us`]; the agent keeps one set, so a second
     /// call ends the first set's samples, and so does the end of this connection.
     ///
@@ -196,8 +212,11 @@ impl AgentClient {
     }
 
     fn ask(&mut self, request: Request) -> Result<(Response, Option<OwnedFd>), AgentError> {
-        rustix::net::send(&self.socket, &request.encode(), SendFlags::NOSIGNAL)
-            .map_err(|errno| self.lost(errno.into()))?;
+        self.ask_with(request, &request.encode())
+    }
+
+    fn ask_with(&mut self, request: Request, message: &[u8]) -> Result<(Response, Option<OwnedFd>), AgentError> {
+        rustix::net::send(&self.socket, message, SendFlags::NOSIGNAL).map_err(|errno| self.lost(errno.into()))?;
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         match super::wait_for(self.socket.as_fd(), PollFlags::IN, deadline) {
             Ok(true) => {}
@@ -215,7 +234,8 @@ impl AgentClient {
         }
         match response.status {
             Status::Done | Status::Already => Ok((response, descriptor)),
-            Status::Unsupported => Err(AgentError::NoYank),
+            Status::Unsupported if request == Request::Yank => Err(AgentError::NoYank),
+            Status::Unsupported => Err(AgentError::Unsupported { request }),
             Status::Failed => {
                 let source = io::Error::from_raw_os_error(i32::try_from(response.errno).unwrap_or(libc::EIO));
                 Err(AgentError::Failed { request, source })

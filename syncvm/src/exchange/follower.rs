@@ -371,6 +371,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let differences = transfer.apply(guest.ram(), || {
             observer.crash_point(Phase::FollowerAppliedHalf);
         });
+        // A joiner's earlier rounds wrote as well.
+        if self.ctx.standing == Standing::Whole {
+            self.ctx.guest.announce_written(&mut transfer.page_numbers());
+        }
         self.report.differing_bytes = differences.bytes_in_blocks_of_256();
         self.ctx.blocks = differences.cheapest().unwrap_or(self.ctx.blocks);
         self.report.phases.apply_us = self.watch.lap();

@@ -337,6 +337,11 @@ impl VerifiedTransfer<'_> {
         self.staging.pages.len()
     }
 
+    /// Which.
+    pub fn page_numbers(&self) -> impl Iterator<Item = PageNumber> + '_ {
+        self.staging.pages.iter().map(|&(page, _)| page)
+    }
+
     /// How many of them become zero.
     #[must_use]
     pub fn zero_pages(&self) -> usize {

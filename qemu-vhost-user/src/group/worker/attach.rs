@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use plover_agent::protocol::WrittenRange;
 use syncvm::exchange::{Guest, GuestError};
 use syncvm::hash::HashPool;
 use syncvm::tracker::{self, Candidates, DirtyTracker, TrackerKind};
-use syncvm::{DirtySet, GuestRam, PageNumber};
+use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber};
 
 use crate::config::{TrackerChoice, VmConfig};
 use crate::device::BackendDirty;
@@ -17,7 +18,7 @@ use crate::qemu::device_state;
 use crate::qemu::fingerprint::Fingerprint;
 use crate::qemu::preflight::{self, Accepted, Refusal};
 use crate::qemu::qmp::{EventKind, Qmp, QmpError, RunState};
-use crate::qemu::ram::RamInfo;
+use crate::qemu::ram::{RamInfo, RamRange};
 use crate::qemu::state_file::StateFile;
 
 /// How long QMP and the agent may take to answer when QEMU is there.
@@ -75,6 +76,14 @@ pub struct QemuGuest {
     hurried: bool,
     /// The last command that is expected to be quick had no answer in its time.
     unanswered: bool,
+    /// The pieces of its RAM in its address space.
+    addresses: Vec<RamRange>,
+    /// TCG: it keeps translations of the code in RAM.
+    translates: bool,
+    /// Its device state since it stopped, if it translates.
+    saved: Option<Vec<u8>>,
+    /// It was told of all that was written into its RAM past it since then.
+    is_told: bool,
     /// `-no-reboot` or `-action reboot=shutdown`: a reset of ours must not end QEMU.
     reboot_is_shutdown: bool,
 }
@@ -140,6 +149,7 @@ impl QemuGuest {
         let state_file = StateFile::create(&sockets.run_dir, &vm.name).map_err(|error| error.to_string())?;
         let found = Found { fingerprint, fresh, follows, running: status == RunState::Running, clocks, tracker: why };
         let pid = ram.qemu_pid;
+        let translates = found.fingerprint.accelerator == "tcg";
         let reboot_is_shutdown = reboot_is_shutdown(pid);
         let guest = Self {
             qmp,
@@ -154,6 +164,10 @@ impl QemuGuest {
             stop_timeout: stop_timeout(vm.policy.sync_timeout_ms),
             hurried: false,
             unanswered: false,
+            addresses: ram.ranges,
+            translates,
+            saved: None,
+            is_told: false,
             reboot_is_shutdown,
         };
         Ok((guest, found))
@@ -243,6 +257,24 @@ impl QemuGuest {
     }
 }
 
+/// Where these pages are in QEMU's address space, neighbours together; `None` if some is not there.
+fn ranges_of(addresses: &[RamRange], pages: &mut dyn Iterator<Item = PageNumber>) -> Option<Vec<WrittenRange>> {
+    let mut ranges: Vec<WrittenRange> = Vec::new();
+    for page in pages {
+        let (offset, bytes) = (u64::from(page.0) * PAGE_BYTES as u64, PAGE_BYTES as u64);
+        let piece = addresses.iter().rfind(|piece| piece.file_offset <= offset)?;
+        let address = piece.addresses.start + (offset - piece.file_offset);
+        if address + bytes > piece.addresses.end {
+            return None;
+        }
+        match ranges.last_mut() {
+            Some(last) if last.address + last.bytes == address => last.bytes += bytes,
+            _ => ranges.push(WrittenRange { address, bytes }),
+        }
+    }
+    Some(ranges)
+}
+
 fn stop_timeout(sync_timeout_ms: u64) -> Duration {
     (Duration::from_millis(sync_timeout_ms) / 2).clamp(SHORTEST_STOP_TIMEOUT, COMMAND_TIMEOUT)
 }
@@ -285,6 +317,7 @@ impl Guest for QemuGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
+        self.saved = None;
         self.quickly(self.stop_timeout / 2, "run", Qmp::cont)
     }
 
@@ -308,12 +341,31 @@ impl Guest for QemuGuest {
         self.quickly(self.stop_timeout, "save its device state", |qmp| qmp.save_devices_state(&path))?;
         let mut state = Vec::new();
         self.state_file.read_into(&mut state).map_err(|error| GuestError::new("give its device state", error))?;
+        self.saved = self.translates.then(|| state.clone());
         Ok(state)
+    }
+
+    fn announce_written(&mut self, pages: &mut dyn Iterator<Item = PageNumber>) {
+        if !self.translates {
+            return;
+        }
+        let ranges = ranges_of(&self.addresses, pages);
+        self.is_told = match ranges.map(|ranges| self.agent.tell_written(&ranges)) {
+            Some(Ok(told)) => told,
+            None => false,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "QEMU is not told what was written; it forgets all translations instead");
+                false
+            }
+        };
     }
 
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
         let failed = |error: String| GuestError::new("load the device state", error);
-        self.state_file.write(state).map_err(|error| failed(error.to_string()))?;
+        let is_told = std::mem::take(&mut self.is_told);
+        let present = self.saved.take().filter(|_| is_told);
+        let rest = present.and_then(|present| device_state::without_known_vcpus(&present, state));
+        self.state_file.write(rest.as_deref().unwrap_or(state)).map_err(|error| failed(error.to_string()))?;
         self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
         let path = self.state_file.path().to_owned();
         // Half as much again as for the others: a guest that does not take it is lost.
@@ -329,6 +381,7 @@ impl Guest for QemuGuest {
     }
 
     fn reset_devices(&mut self) -> Result<(), GuestError> {
+        self.saved = None;
         self.qmp.reset(self.reboot_is_shutdown).map_err(|error| GuestError::new("reset", error))
     }
 
