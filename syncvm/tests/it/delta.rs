@@ -62,18 +62,21 @@ fn short_hash(page: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_short_hash_that_agrees_falsely_ends_the_syncvm_and_the_next_compares_whole_hashes() {
-    let (mut leader, mut follower) = calm_pair(1, PAGES);
-    write(&leader.guest, 5, 100, b"only here");
-    let lie = short_hash(&page_of(&leader.guest, 5));
-    let outcome = mangled_sync(&mut leader, &mut follower, 2, None, replace(Kind::Hashes, move |_, _| lie.clone()));
-    assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
-    assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
-    assert!(matches!(outcome.0, Err(SyncError::PeerAborted { needs_rejoin: false, .. })), "{:?}", outcome.0);
-    let (led, _) = good_sync(&mut leader, &mut follower, 3);
-    assert_eq!((led.transfer, led.divergent_pages), (TransferMode::Pages, 1));
-    write(&leader.guest, 6, 100, b"only here");
-    let (led, _) = good_sync(&mut leader, &mut follower, 4);
-    assert_eq!((led.transfer, led.divergent_pages, led.sent_blocks), (TransferMode::Delta, 1, 1));
+    for kind in [Kind::Hashes, Kind::AheadHashes] {
+        let (mut leader, mut follower) = calm_pair(1, PAGES);
+        leader.config.background_hashing = kind == Kind::AheadHashes;
+        write(&leader.guest, 5, 100, b"only here");
+        let lie = short_hash(&page_of(&leader.guest, 5));
+        let outcome = mangled_sync(&mut leader, &mut follower, 2, None, replace(kind, move |_, _| lie.clone()));
+        assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
+        assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
+        assert!(matches!(outcome.0, Err(SyncError::PeerAborted { needs_rejoin: false, .. })), "{:?}", outcome.0);
+        let (led, _) = good_sync(&mut leader, &mut follower, 3);
+        assert_eq!((led.transfer, led.divergent_pages), (TransferMode::Pages, 1));
+        write(&leader.guest, 6, 100, b"only here");
+        let (led, _) = good_sync(&mut leader, &mut follower, 4);
+        assert_eq!((led.transfer, led.divergent_pages, led.sent_blocks), (TransferMode::Delta, 1, 1));
+    }
 }
 
 #[test]
@@ -100,8 +103,9 @@ fn another_set(pages: usize, page: u32) -> impl Fn(&Header, &[u8]) -> Vec<u8> + 
 
 #[test]
 fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
-    for zero in [false, true] {
+    for (zero, kind) in [false, true].into_iter().flat_map(|zero| [(zero, Kind::DirtySet), (zero, Kind::AheadSet)]) {
         let (mut leader, mut follower) = calm_pair(9, PAGES);
+        leader.config.background_hashing = kind == Kind::AheadSet;
         let content = if zero { [0; PAGE_BYTES] } else { [3; PAGE_BYTES] };
         write(&leader.guest, 5, 0, &content);
         write(&follower.guest, 5, 0, &[7; PAGE_BYTES]);
@@ -112,8 +116,8 @@ fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
             &mut leader,
             &mut follower,
             2,
-            replace(Kind::DirtySet, another_set(PAGES, 6)),
-            replace(Kind::DirtySet, another_set(PAGES, 5)),
+            replace(kind, another_set(PAGES, 6)),
+            replace(kind, another_set(PAGES, 5)),
         );
         assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
         assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
@@ -200,7 +204,7 @@ proptest! {
                 let mut count = count.lock().unwrap();
                 *count += 1;
                 let body = message.len() - Header::BYTES;
-                if *count == nth + 1 && body > 0 && !matches!(kind, Kind::DirtySet | Kind::Abort) {
+                if *count == nth + 1 && body > 0 && !matches!(kind, Kind::AheadSet | Kind::DirtySet | Kind::Abort) {
                     message[Header::BYTES + at.index(body)] ^= 1 << bit;
                 }
                 if lie && kind == Kind::Digests {
