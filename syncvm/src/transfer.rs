@@ -206,7 +206,7 @@ pub struct Terms {
     pub verify: bool,
     /// What the leader sends. The leader's counts.
     pub transfer: TransferMode,
-    /// The sender compares ahead of its stop where that is worth it (leader): a follower then waits for it with its own.
+    /// The sender can compare ahead of its stop. A follower that expects that of its leader waits for it with its own.
     pub ahead: bool,
     /// What the sender's dirty set is relative to.
     pub basis: Option<Basis>,

@@ -8,7 +8,7 @@
 //! Should they ever not, the follower finds that the hashes over all equal pages and over all patched pages are not the leader's.
 //!
 //! The stop is shorter by most of what is done in it, the whole exchange longer by one harvest and one round trip; that is why it is
-//! left out where little is dirty. The leader decides by the last union, and both know that; a follower that finds
+//! left out where little is dirty. The leader decides by the last union, and both know that one; a follower that finds
 //! the leader of another mind stops later than it could have, or stands still while it compares ahead.
 
 use super::{Channel, Deadlines, ExchangeConfig, Guest, Link, SyncError};
@@ -133,13 +133,12 @@ pub(super) fn harvest<G: Guest>(
     Ok(harvested?)
 }
 
-/// Whether this side can compare ahead and is to.
-pub(super) fn is_possible<G: Guest>(guest: &G, config: &ExchangeConfig, transfer: TransferMode) -> bool {
-    let possible = guest.harvest_tells_pages_apart() && !guest.harvest_needs_stop();
-    config.background_hashing && transfer.compares() && possible
+/// Whether this guest can be harvested while it runs, and that tells anything.
+pub(super) fn is_possible<G: Guest>(guest: &G) -> bool {
+    guest.harvest_tells_pages_apart() && !guest.harvest_needs_stop()
 }
 
-/// Whether it is worth it, going by the `usual` number of pages of a guest with so many.
-pub(super) fn is_worth_it(usual: usize, ram_pages: usize) -> bool {
-    usual * ONE_OF >= ram_pages
+/// Whether pages are to be compared ahead, and that is worth it going by the `usual` number of pages of a guest with so many.
+pub(super) fn is_wanted(config: &ExchangeConfig, transfer: TransferMode, usual: usize, ram_pages: usize) -> bool {
+    config.background_hashing && transfer.compares() && usual * ONE_OF >= ram_pages
 }

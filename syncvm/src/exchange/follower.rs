@@ -52,7 +52,7 @@ pub struct FollowerContext<G, C, O> {
     known_hashes: usize,
     /// Pages of the last union.
     usual_pages: usize,
-    /// The leader compares ahead where that is worth it.
+    /// The leader can compare ahead, as far as is known.
     leader_ahead: bool,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
@@ -89,7 +89,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             hashes: Vec::new(),
             known_hashes: 0,
             usual_pages: 0,
-            leader_ahead: false,
+            leader_ahead: true,
             staging: Staging::new(pages),
             blocks: BlockSize::default(),
         }
@@ -124,7 +124,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.config.transfer,
-            ahead: false,
+            ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
         }
     }
@@ -307,8 +307,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Before the stop, if the leader will probably want that: as much of steps 2 to 4 as can be done while the guest runs.
     fn compare_ahead(&mut self) -> Result<(), SyncError> {
         let FollowerContext { guest, config, usual_pages, pairing, leader_ahead, .. } = &*self.ctx;
-        let possible = *leader_ahead && ahead::is_possible(guest, config, config.transfer);
-        if !possible || !ahead::is_worth_it(*usual_pages, pairing.pages()) {
+        let possible = *leader_ahead && ahead::is_possible(guest);
+        if !possible || !ahead::is_wanted(config, config.transfer, *usual_pages, pairing.pages()) {
             return Ok(());
         }
         self.ctx.harvest()?;

@@ -102,7 +102,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.transfer(),
-            ahead: ahead::is_possible(&self.guest, &self.config, self.transfer()),
+            ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
         }
     }
@@ -336,8 +336,10 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Before the stop: as much of steps 2 to 5 as can be done while the guest runs.
     fn compare_ahead(&mut self) -> Result<(), SyncError> {
+        let LeaderContext { config, usual_pages, pairing, .. } = &*self.ctx;
+        let wanted = ahead::is_wanted(config, self.report.transfer, *usual_pages, pairing.pages());
         let terms = self.ctx.terms();
-        if !terms.ahead || !ahead::is_worth_it(self.ctx.usual_pages, self.ctx.pairing.pages()) {
+        if !wanted || !terms.ahead {
             return Ok(());
         }
         self.ctx.harvest()?;

@@ -102,7 +102,11 @@ fn copies_from_before_the_stop_are_taken_unless_the_page_was_written_since() {
     let expected = ahead.filter(|page| union.contains(*page) && !written.contains(*page)).count();
     assert_eq!((outgoing.pages(), outgoing.used_ahead()), (550, expected));
     let mut messages = Vec::new();
-    outgoing.send_all(|_, kind, parts| Ok::<(), ()>(messages.push((kind, parts.concat())))).unwrap();
+    let mut send = |_, kind, parts: &[&[u8]]| {
+        messages.push((kind, parts.concat()));
+        Ok::<(), ()>(())
+    };
+    outgoing.send_all(&mut send).unwrap();
     let (target, mut staging) = (ram(), Staging::new(PAGES));
     collect(&mut staging, &messages, &union).unwrap().apply(&target, || ());
     let content = |ram: &GuestRam, page| {
