@@ -21,6 +21,10 @@ use crate::transfer::{
     BlockSize, End, Header, Kind, Scope, Staging, Terms, TransferError, TransferMode, Verdict, VerifiedTransfer,
 };
 
+/// Largest guest whose device state is saved while the leader does not wait for it. It takes one harvest more, which takes longer
+/// than saving in a larger one.
+const LATE_SAVE_PAGES: usize = (1 << 30) / PAGE_BYTES;
+
 /// What a follower's guest is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -54,6 +58,8 @@ pub struct FollowerContext<G, C, O> {
     usual_pages: usize,
     /// The leader can compare ahead, as far as is known.
     leader_ahead: bool,
+    /// Saving the device state has been seen to write guest memory.
+    saving_writes: bool,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
     blocks: BlockSize,
@@ -90,6 +96,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             known_hashes: 0,
             usual_pages: 0,
             leader_ahead: true,
+            saving_writes: false,
             staging: Staging::new(pages),
             blocks: BlockSize::default(),
         }
@@ -160,6 +167,8 @@ struct Run<'a, G, C, O> {
     watch: Stopwatch,
     stopped_at: Option<Instant>,
     ahead: Option<Ahead>,
+    /// The device state as it was before the transfer, where loads have leftovers.
+    present: Option<Vec<u8>>,
 }
 
 /// Takes part in the leader's syncvm `number`. To be called once this guest has consumed every input before
@@ -185,6 +194,7 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
         watch: Stopwatch::start(),
         stopped_at: None,
         ahead: None,
+        present: None,
         ctx,
     };
     // The staging area leaves the context while a transfer borrowed from it is applied to the rest of it.
@@ -204,7 +214,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Everything that can be given up without a trace.
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
         self.compare_ahead()?;
-        let present = self.stop_and_harvest()?;
+        self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
         match leader.transfer {
             TransferMode::All => self.receive(staging, &union)?,
@@ -215,7 +225,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             TransferMode::Delta => self.receive_blocks(staging, &union)?,
         }
         let transfer = self.staged(staging);
-        self.check_leftovers(present.as_deref(), &transfer)?;
+        self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
     }
 
@@ -223,20 +233,48 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.ctx.observer.crash_point(phase);
     }
 
-    /// Where loads have leftovers, returns the device state. It is saved before the harvest, as on the leader: what saving
-    /// writes into guest memory is then compared.
-    fn stop_and_harvest(&mut self) -> Result<Option<Vec<u8>>, SyncError> {
+    /// Saving writes guest memory, perhaps: where it has been seen to, or is not noticed, it comes before the harvest, as on the
+    /// leader. What it writes is then compared.
+    fn stop_and_harvest(&mut self) -> Result<(), SyncError> {
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
         self.point(Phase::FollowerStopped);
-        let guest = &mut self.ctx.guest;
-        let present = if guest.loads_have_leftovers() { Some(guest.save_device_state()?) } else { None };
+        let FollowerContext { guest, pairing, saving_writes, .. } = &mut *self.ctx;
+        let late = !*saving_writes && guest.harvest_tells_pages_apart() && pairing.pages() <= LATE_SAVE_PAGES;
+        if guest.loads_have_leftovers() && !late {
+            self.present = Some(guest.save_device_state()?);
+        }
         self.report.phases.save_us = self.watch.lap();
         self.ctx.harvest()?;
         self.report.phases.harvest_us = self.watch.lap();
         self.point(Phase::FollowerHarvested);
-        Ok(present)
+        Ok(())
+    }
+
+    /// The leader has what it waits for with its guest stopped: where loads have leftovers, saves the device state now if that was
+    /// not done, and makes sure by another harvest that memory is still what was compared.
+    fn save_late(&mut self) -> Result<(), SyncError> {
+        let FollowerContext { guest, pairing, saving_writes, .. } = &mut *self.ctx;
+        if self.present.is_some() || !guest.loads_have_leftovers() {
+            return Ok(());
+        }
+        self.present = Some(guest.save_device_state()?);
+        self.report.phases.save_us += self.watch.lap();
+        // Not through the hasher: all hashes are sent, and if there is anything, nothing of this exchange counts.
+        let mut written = DirtySet::new(pairing.pages());
+        let harvested = guest.harvest(&mut written);
+        if harvested.is_err() {
+            written.fill();
+        }
+        pairing.pending().union_with(&written);
+        harvested?;
+        self.report.phases.harvest_us += self.watch.lap();
+        *saving_writes = !written.is_empty();
+        if *saving_writes {
+            return Err(SyncError::SavingWrites { pages: written.count() });
+        }
+        Ok(())
     }
 
     /// The leader's set first, then ours: the two sides never send at the same time.
@@ -347,6 +385,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     }
 
     fn receive(&mut self, staging: &mut Staging, union: &DirtySet) -> Result<(), SyncError> {
+        self.save_late()?;
         staging.begin();
         let mut first = true;
         let end = loop {
@@ -388,8 +427,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
     /// only a rejoin does; a joiner has just been.
-    fn check_leftovers(&self, present: Option<&[u8]>, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
-        let Some(present) = present else { return Ok(()) };
+    fn check_leftovers(&self, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
+        let Some(present) = &self.present else { return Ok(()) };
         let parts = self.ctx.guest.leftovers(present, transfer.device_state());
         if parts.is_empty() {
             return Ok(());

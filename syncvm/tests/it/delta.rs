@@ -126,10 +126,40 @@ fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
 
 #[test]
 fn what_saving_the_followers_devices_writes_is_compared() {
-    let (mut leader, mut follower) = calm_pair(10, PAGES);
-    follower.guest.save_writes = Some(PageNumber(9));
-    for number in 2..5 {
-        good_sync(&mut leader, &mut follower, number);
+    for mode in TransferMode::EVERY {
+        let (mut leader, mut follower) = calm_pair(10, PAGES);
+        leader.config.transfer = mode;
+        follower.guest.save_writes = Some(PageNumber(9));
+        // The first is found out; from then on it is saved before anything is compared.
+        let outcome = sync(&mut leader, &mut follower, 2, None);
+        assert!(matches!(outcome.1, Err(SyncError::SavingWrites { pages: 1 })), "{:?}", outcome.1);
+        assert!(outcome.0.is_err() && leader.guest.running && follower.guest.running);
+        assert_eq!((follower.observer.applied, leader.observer.acknowledged), (1, 1));
+        for number in 3..6 {
+            let (led, followed) = good_sync(&mut leader, &mut follower, number);
+            assert!(followed.dirty_local >= 1 && led.union_pages >= 1, "{followed:?}");
+        }
+    }
+}
+
+#[test]
+fn a_save_that_writes_nothing_is_not_waited_for_and_one_that_fails_does_no_harm() {
+    for mode in TransferMode::EVERY {
+        let (mut leader, mut follower) = calm_pair(11, PAGES);
+        leader.config.transfer = mode;
+        write(&leader.guest, 5, 100, b"only here");
+        follower.guest.leftover = Some("a timer".to_owned());
+        for refuse in [Some(Refusal::Save), None] {
+            follower.guest.refuse = refuse;
+            let outcome = sync(&mut leader, &mut follower, 2 + u64::from(refuse.is_none()), None);
+            assert!(!check_after_fault(&leader, &follower, &outcome, 1));
+            let expected = match &outcome.1 {
+                Err(SyncError::Guest(_)) => refuse.is_some(),
+                Err(SyncError::Leftovers { .. }) => refuse.is_none(),
+                _ => false,
+            };
+            assert!(expected, "{:?}", outcome.1);
+        }
     }
 }
 

@@ -19,6 +19,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let size = self.ctx.config.blocks.unwrap_or(self.ctx.blocks);
         self.send_digests(staging, size)?;
         self.report.block_bytes = size.bytes();
+        self.save_late()?;
         if self.collect(staging, size, Kind::Blocks)? == Verdict::Sound {
             return Ok(());
         }
