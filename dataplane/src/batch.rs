@@ -7,6 +7,7 @@
 use std::ops::DerefMut;
 
 use crate::cache_line;
+use crate::coalesce;
 use crate::frame::{MAX_FRAME_BYTES, PushError, VNET_HEADER_BYTES, check_length};
 
 const COUNT_BYTES: usize = 4;
@@ -25,10 +26,12 @@ struct Filling {
     count: u32,
     /// Frame bytes handed out by `spare`, not yet committed.
     offered: usize,
+    /// Bytes of the last frame, which ends where the batch does; 0 before there is one.
+    last: usize,
 }
 
 impl Filling {
-    const EMPTY: Filling = Filling { used: COUNT_BYTES, count: 0, offered: 0 };
+    const EMPTY: Filling = Filling { used: COUNT_BYTES, count: 0, offered: 0, last: 0 };
 }
 
 fn spare<'m>(memory: &'m mut [u8], filling: &mut Filling, max: usize) -> Option<&'m mut [u8]> {
@@ -58,7 +61,7 @@ impl Building<'_> {
     }
 
     pub(crate) fn commit(&mut self, len: usize) -> Result<(), PushError> {
-        let Filling { used, count, offered } = self.filling;
+        let Filling { used, count, offered, last } = self.filling;
         assert!(len <= *offered, "commit of {len} bytes, but only {offered} were handed out");
         *offered = 0;
         check_length(len)?;
@@ -66,7 +69,25 @@ impl Building<'_> {
         self.memory[*used..*used + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
         *used += LENGTH_BYTES + len;
         *count += 1;
+        *last = len;
         Ok(())
+    }
+
+    /// Appends the first `len` bytes of what was handed out to the last frame, if they continue its TCP stream. Says whether.
+    ///
+    /// # Panics
+    /// If no room of at least `len` bytes was given.
+    pub(crate) fn join(&mut self, len: usize) -> bool {
+        let Filling { used, offered, last, .. } = self.filling;
+        assert!(len <= *offered, "joining {len} bytes, but only {offered} were handed out");
+        let start = *used - *last;
+        let next = *used + LENGTH_BYTES;
+        let joined = coalesce::join(self.memory, start..*used, next..next + len);
+        let Some(bytes) = joined else { return false };
+        let length = u32::try_from(bytes).expect("an IP packet fits u32");
+        self.memory[start - LENGTH_BYTES..start].copy_from_slice(&length.to_le_bytes());
+        (*used, *last, *offered) = (start + bytes, bytes, 0);
+        true
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod arena;
 pub mod batch;
 mod cache_line;
+pub mod coalesce;
 pub mod counters;
 pub mod cycles;
 pub mod doorbell;

@@ -84,13 +84,13 @@ impl<'a> Intake<'a> {
     }
 
     /// Makes the first `len` bytes of what [`spare`](Self::spare) gave the next frame, unless the filter drops it or no
-    /// frame has that length.
+    /// frame has that length. A packet that continues the one before it becomes a part of that.
     ///
     /// # Panics
     /// If no room of at least `len` bytes was given.
     pub fn commit(&mut self, len: usize) {
         let frame = self.batch.offered(len);
-        if self.filter.decide(frame) == Action::Order {
+        if self.filter.decide(frame) == Action::Order && !self.batch.join(len) {
             // The only error is a bad length, and a port that makes such a frame has nothing to be told.
             let _ = self.batch.commit(len);
         }

@@ -31,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "fabric-lane", run: dataplane::fabric::fuzz::lane },
     Target { name: "filter", run: dataplane::uplink::filter::fuzz_filter },
     Target { name: "segments", run: dataplane::uplink::offload::fuzz_segments },
+    Target { name: "join", run: dataplane::coalesce::fuzz_join },
     Target { name: "fabric-rdma", run: dataplane::fabric::rdma::fuzz::arrivals },
 ];
 

@@ -211,7 +211,7 @@ pub struct GroupStatus {
     pub held_frames: u64,
     /// Bytes in the guard.
     pub held_bytes: u64,
-    /// Frames of clients that were ordered.
+    /// Frames of clients that were ordered; pieces that were joined are one.
     pub frames_in: u64,
     /// Pauses between two batches of input because the secondary's guest is behind (leader).
     #[serde(default)]

@@ -10,12 +10,12 @@ use crate::frame::{VNET_HEADER_BYTES, VnetHeader};
 
 /// Most pieces of one packet. 64 KiB in segments of 256 bytes; a guest that asks for smaller ones could keep the reactor busy
 /// for so long that its peers take it for dead.
-const MAX_SEGMENTS: usize = 256;
+pub(crate) const MAX_SEGMENTS: usize = 256;
 
 /// The checksum from `csum_start` on is not computed (virtio 1.2 §5.1.6).
-pub(super) const NEEDS_CSUM: u8 = 1;
-pub(super) const GSO_TCPV4: u8 = 1;
-pub(super) const GSO_TCPV6: u8 = 4;
+pub(crate) const NEEDS_CSUM: u8 = 1;
+pub(crate) const GSO_TCPV4: u8 = 1;
+pub(crate) const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 pub(super) const GSO_ECN: u8 = 0x80;
 
@@ -302,7 +302,7 @@ fn word(length: usize) -> [u8; 2] {
 }
 
 /// Adds the 16-bit words of `bytes` to `sum` (RFC 1071), four bytes at a time: the carries are folded at the end.
-fn add(sum: u64, bytes: &[u8]) -> u64 {
+pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
     let (fours, rest) = bytes.as_chunks::<4>();
     let sum = fours.iter().fold(sum, |sum, four| sum + u64::from(u32::from_be_bytes(*four)));
     let mut last = [0; 4];
@@ -310,7 +310,8 @@ fn add(sum: u64, bytes: &[u8]) -> u64 {
     sum + u64::from(u32::from_be_bytes(last))
 }
 
-fn finish(sum: u64) -> u16 {
+/// Folds a sum into the checksum that it makes.
+pub(crate) fn finish(sum: u64) -> u16 {
     let mut sum = sum;
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -2,5 +2,6 @@
 
 mod af_packet;
 mod common;
+mod join;
 mod offload;
 mod tap;

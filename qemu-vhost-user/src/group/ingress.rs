@@ -2,7 +2,8 @@
 //!
 //! A batch is proposed as soon as the uplink is empty or the batch is full, and while few proposals are on their way;
 //! under load the next batch therefore grows while the last ones commit, and in a long slot for a moment more. Only a
-//! serving leader orders; everybody else throws away what the bridge floods to its TAP.
+//! serving leader orders; everybody else throws away what the bridge floods to its TAP. Pieces of a TCP stream that come one
+//! behind the other have become one frame by then ([`dataplane::coalesce`]).
 
 use consensus::Entry;
 use dataplane::batch::{BatchBuilder, MIN_BATCH_BYTES};
