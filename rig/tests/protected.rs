@@ -217,6 +217,32 @@ fn a_joiner_may_die_while_it_is_brought_in() {
     });
 }
 
+/// The guest followed another before it led, and its QEMU was told so.
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_guest_that_took_over_and_serves_alone_survives_its_daemon() {
+    let bed = Testbed::new().unwrap();
+    let cluster = cluster(&bed, |_| {});
+    let mut scenario = Scenario::start(&cluster, 7).unwrap();
+    let strike = |cluster: &Cluster, roles: &Roles| {
+        let mut faults = kill(&roles.witness, rig::cluster::QEMU)?;
+        faults.extend(kill(&roles.leader, rig::cluster::QEMU)?);
+        let alone = || {
+            let status = cluster.status(&roles.secondary)?;
+            (status["role"] == "leader" && status["secondary"].is_null() && status["guest"] == "running").then_some(())
+        };
+        wait_until_every(LOOK, Deadline::after_secs(10), "the secondary to lead alone", alone)
+            .map_err(|error| cluster.explain(error))?;
+        roles.secondary.process(rig::cluster::DAEMON).expect("it was started").kill()?;
+        Ok(faults)
+    };
+    let survived = scenario.survive("daemon of a lone leader killed", Expect::Moves, BRIEF, strike);
+    survived.unwrap_or_else(|error| panic!("{error}"));
+    let verdict = scenario.finish().unwrap();
+    println!("{}", verdict.table());
+    verdict.assert_flawless();
+}
+
 /// Longer than any take-over.
 const NOBODY_FOR: Duration = Duration::from_secs(3);
 

@@ -316,8 +316,8 @@ impl Run {
                 self.seen.damaged += 1;
                 return None;
             }
-            // A blank copy made a log of its own while the other was away.
-            Err(LogError::Foreign { .. }) if self.pulled => return None,
+            // A blank copy made a log of its own while the other was away: pulled or failed.
+            Err(LogError::Foreign { .. }) if self.pulled || self.failed_once => return None,
             Err(error) => panic!("seed {seed}: {error}"),
         };
         self.seen.torn += u64::from(recovered.torn_bytes > 0);
