@@ -79,6 +79,7 @@ fn print_record(record: &InspectedRecord<'_>, frames: bool, out: &mut dyn Write)
             }
         }
         RecordKind::Truncate => writeln!(out, "forget through {}", record.index),
+        RecordKind::Begin => writeln!(out, "begin with segment {}", record.index),
         RecordKind::Entry => match Entry::decode(record.payload) {
             Ok(entry) => {
                 writeln!(out, "{} v{}: {entry}", record.index, record.view)?;

@@ -86,6 +86,19 @@ fn a_vm_that_was_given_anothers_state_is_not_fresh_for_whoever_attaches_next() {
     assert!(!fresh(), "its memory is what it was");
 }
 
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn that_a_vm_follows_is_known_to_whoever_attaches_next() {
+    let vm = Vm::new("follows").start();
+    assert!(!vm.qmp().is_following().expect("asked"));
+    for follows in [true, true, false, false, true] {
+        vm.qmp().mark_following(follows).expect("noted");
+        assert_eq!(vm.qmp().is_following().expect("asked"), follows);
+    }
+    vm.qmp().reset(false).expect("reset");
+    assert!(vm.qmp().is_following().expect("asked"), "its memory is what it was");
+}
+
 fn cpu_ns(clocks: &VcpuClocks, after_sequence: u64) -> (u64, u64) {
     let sample =
         until("a new sample of the vCPU clocks", || clocks.read().filter(|sample| sample.sequence > after_sequence));

@@ -194,7 +194,7 @@ impl<'a> Scenario<'a> {
     }
 
     /// One fault from beginning to end. `strike` brings it about and returns what is to be undone; clients must be
-    /// served while it is on (or wait for a disk that is full); it is undone after `hold` more; then everything must become whole again.
+    /// served while it is on; it is undone after `hold` more; then everything must become whole again.
     ///
     /// # Errors
     /// When any of that does not happen in time, with what each host says.
@@ -210,11 +210,11 @@ impl<'a> Scenario<'a> {
         said(self.load.client().mark(name))?;
         let (at, struck) = (self.start.elapsed(), Instant::now());
         let faults = strike(self.cluster, &before).map_err(wrong)?;
-        self.wait_served_or_full().map_err(wrong)?;
+        self.wait_served(Deadline::after_secs(30)).map_err(wrong)?;
         let served_again = struck.elapsed();
         // A fault that lasts is more than one that passes: held on purpose, not to wait for something.
         std::thread::sleep(hold);
-        self.wait_served_or_full().map_err(wrong)?;
+        self.wait_served(Deadline::after_secs(30)).map_err(wrong)?;
         let repaired = Instant::now();
         for fault in faults {
             fault.undo()?;
@@ -234,19 +234,6 @@ impl<'a> Scenario<'a> {
         );
         self.survived.push(survived);
         Ok(())
-    }
-
-    /// Clients are served under every fault but one: a leader whose disk fills up just when its log needs the next segment says so
-    /// and takes no input until there is room.
-    fn wait_served_or_full(&mut self) -> Result<()> {
-        if self.wait_served(Deadline::after_secs(5)).is_ok() {
-            return Ok(());
-        }
-        let leader = self.cluster.leader().and_then(|leader| self.cluster.status(leader));
-        if leader.is_some_and(|status| status["log"]["no_room"].is_string()) {
-            return Ok(());
-        }
-        self.wait_served(Deadline::after_secs(25))
     }
 
     /// Waits for so many answers that some were asked for after this call.

@@ -28,6 +28,8 @@ use crate::{IndexRange, LogError, LogStatus, LogStore, Record, Ticket};
 const RESERVED_SEGMENTS: u64 = 2;
 /// Of a large log more is kept: each start and each change of the mirror's members begins a segment.
 const RESERVED_PART: u64 = 8;
+/// Of a segment so much is kept for states and truncations as long as there is no place for the next one.
+const RESERVED_OF_SEGMENT: u32 = 4;
 /// Room is asked for again after this time when there was none.
 const ROOM_RETRY: Duration = Duration::from_millis(200);
 
@@ -101,6 +103,12 @@ pub(crate) struct Engine<V: Volume, D: Driver<Place = V::Place>> {
     state_in: SegmentNumber,
     /// A truncation whose record found no room yet; nothing goes in before it.
     truncate_due: Option<u64>,
+    /// Since a truncation older segments may be needless, and nothing has told the disks.
+    begin_due: bool,
+    /// The segment that the log begins with, as a record says that was written, perhaps as the last thing.
+    told: SegmentNumber,
+    /// The last segment whose header was written.
+    headed: SegmentNumber,
     log_id: u64,
     epoch: u64,
     doubt: bool,
@@ -112,6 +120,8 @@ pub(crate) struct Engine<V: Volume, D: Driver<Place = V::Place>> {
     bound: SegmentNumber,
     prepared: VecDeque<Prepared<V::Place>>,
     requested: SegmentNumber,
+    /// The last one that places were made for.
+    answered: SegmentNumber,
     in_flight: bool,
     flush_wanted: bool,
     roll_wanted: bool,
@@ -141,6 +151,9 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             state_in: if start.state.is_some() { start.state_in } else { last.number },
             state: start.state.unwrap_or_default(),
             truncate_due: None,
+            begin_due: false,
+            told: 0,
+            headed: 0,
             log_id: start.log_id,
             epoch: start.last.map_or(0, |header| header.epoch) + 1,
             doubt: start.doubtful,
@@ -150,6 +163,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             bound: 0,
             prepared: VecDeque::with_capacity(4),
             requested: last.number,
+            answered: last.number,
             in_flight: false,
             flush_wanted: false,
             roll_wanted: false,
@@ -162,7 +176,8 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
 
     /// Asks for places for the segment behind the last one.
     fn request_places(&mut self) {
-        while self.requested <= self.last.number && self.no_room.is_none() {
+        // One after the other: recovery takes a place that is missing before another one for a segment that is lost.
+        if self.requested <= self.last.number && self.requested <= self.answered {
             self.requested += 1;
             self.keeper.send(Command::Prepare(self.requested));
         }
@@ -220,14 +235,19 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         if !self.stage.fits_memory(need + record_bytes(self.state.len())) {
             return Err(LogError::QueueFull);
         }
-        if is_entry
-            && let Some((number, error, _)) = &self.no_room
-            && *number <= self.last.number + 1
-        {
-            return Err(error.clone());
-        }
-        if self.stage.fits_segment(need) {
+        // An entry begins no segment that has no place yet: should there be no room for it, the truncation that gives old
+        // segments back could not be written either.
+        let awaits_place = is_entry && !self.is_next_prepared();
+        let reserve = if awaits_place { self.reserved_bytes() } else { 0 };
+        if self.stage.fits_segment(need + reserve) {
             return Ok(());
+        }
+        if awaits_place {
+            match &self.no_room {
+                Some((_, error, _)) => return Err(error.clone()),
+                None if self.stage.segment_blocks_used() > 0 => return Err(LogError::QueueFull),
+                None => {}
+            }
         }
         let first = self.drop_unneeded();
         let segments = self.last.number + 2 - first;
@@ -247,6 +267,15 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
         RESERVED_SEGMENTS.max(self.max_segments() / RESERVED_PART)
     }
 
+    fn reserved_bytes(&self) -> usize {
+        (self.geometry.segment_blocks / RESERVED_OF_SEGMENT) as usize * DATA_BYTES
+    }
+
+    /// Whether there is a place for the segment behind the last one.
+    fn is_next_prepared(&self) -> bool {
+        self.is_prepared(self.last.number + 1)
+    }
+
     fn append_truncation(&mut self) -> Result<(), LogError> {
         if let Some(through) = self.truncate_due {
             self.make_room(0, false)?;
@@ -255,6 +284,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             for segment in &mut self.segments {
                 segment.last_index = segment.last_index.filter(|last| *last > through);
             }
+            self.begin_due = true;
             self.truncate_due = None;
         }
         Ok(())
@@ -348,17 +378,57 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             self.failed = Some(error);
             return;
         }
-        let Group { header, ticket, .. } = self.stage.release();
+        let Group { header, segment, ticket, first, .. } = self.stage.release();
         self.written = self.written.max(ticket);
         if let Some(header) = header {
             self.legs.record(header.members);
-            self.oldest = self.oldest.max(header.first);
-            self.keeper.send(Command::Release(header.first));
+            self.headed = segment.number;
         }
+        let behind = std::mem::replace(&mut self.told, first);
+        let first = header.map_or(behind, |header| header.first.max(behind));
+        if header.is_some() || first > self.oldest {
+            self.give_back(first);
+        }
+        self.tell_begin();
         if self.legs.is_recorded() {
             self.durable = self.written;
         } else {
             self.roll_wanted = true;
+        }
+    }
+
+    /// Segments below `first` are needed no more, and the disks know it.
+    fn give_back(&mut self, first: SegmentNumber) {
+        self.oldest = self.oldest.max(first);
+        self.keeper.send(Command::Release(first));
+        if let Some((number, _, again_at)) = &mut self.no_room {
+            *again_at = Instant::now() + ROOM_RETRY;
+            self.keeper.send(Command::Prepare(*number));
+        }
+    }
+
+    /// Tells the disks which segment the log begins with since the last truncation, without waiting for the next header: there
+    /// may be no room for another segment before those in front are given back.
+    fn tell_begin(&mut self) {
+        if !self.stage.fits_segment(record_bytes(0)) || !self.stage.fits_memory(record_bytes(0)) {
+            return;
+        }
+        if self.told > self.oldest {
+            // It must not be the last thing that was written, where damage leaves the log usable.
+            if self.stage.staged_bytes() == 0 {
+                self.stage.append_begin(self.told);
+            }
+            self.flush_wanted = true;
+        } else if self.begin_due && self.headed == self.last.number {
+            // Not in the group of the header, which not all copies may have: who has a part in the log shows in what is read.
+            self.begin_due = false;
+            // The segment began with the state.
+            self.state_in = self.last.number;
+            let first = self.drop_unneeded();
+            if first > self.oldest {
+                self.stage.append_begin(first);
+                self.flush_wanted = true;
+            }
         }
     }
 
@@ -390,6 +460,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
                     self.no_room = self.no_room.take().filter(|(refused, ..)| *refused != number);
                     let at = self.prepared.partition_point(|(prepared, _)| *prepared < number);
                     self.prepared.insert(at, (number, places));
+                    self.answered = self.answered.max(number);
                     self.request_places();
                 }
                 Reply::NoRoom { number, error } => {
@@ -417,6 +488,14 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             *again_at = Instant::now() + ROOM_RETRY;
             self.keeper.send(Command::Prepare(*number));
         }
+    }
+
+    /// Whether what is to be written next belongs into a segment that there is no room for.
+    fn lacks_room(&self) -> bool {
+        let next = self.stage.first_group().map(|group| group.segment.number);
+        self.no_room.is_some()
+            && !self.in_flight
+            && next.is_some_and(|next| next != self.bound && !self.is_prepared(next))
     }
 
     fn is_prepared(&self, number: SegmentNumber) -> bool {
@@ -563,7 +642,11 @@ impl<V: Volume, D: Driver<Place = V::Place>> LogStore for Engine<V, D> {
 
     fn is_filling_up(&self) -> bool {
         let first = self.segments.front().map_or(self.last.number, |segment| segment.id.number);
-        self.no_room.is_some() || 2 * (self.last.number + 1 - first) > self.max_segments()
+        // With half of a segment left there is room for the syncvm that gives older ones back.
+        let half_used = 2 * self.stage.segment_blocks_used() > self.geometry.segment_blocks;
+        let is_stuck = self.no_room.is_some() && self.stage.segment_blocks_used() == 0;
+        (!self.is_next_prepared() && (half_used || is_stuck))
+            || 2 * (self.last.number + 1 - first) > self.max_segments()
     }
 
     fn is_busy(&self) -> bool {
@@ -587,8 +670,9 @@ impl<V: Volume, D: Driver<Place = V::Place>> Drop for Engine<V, D> {
         let deadline = Instant::now() + PATIENCE;
         self.flush();
         while self.failed.is_none() && (self.in_flight || self.flush_wanted || self.stage.first_group().is_some()) {
-            if Instant::now() >= deadline {
-                tracing::error!("the log is closed with records that are not durable: the disk did not answer");
+            if self.lacks_room() || Instant::now() >= deadline {
+                let why = if self.lacks_room() { "there is no room for them" } else { "the disk did not answer" };
+                tracing::error!(why, "the log is closed with records that are not durable");
                 break;
             }
             self.wait_once(Duration::from_millis(50));

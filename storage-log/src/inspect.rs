@@ -18,6 +18,8 @@ pub enum RecordKind {
     Entry,
     /// Entries up to an index are forgotten.
     Truncate,
+    /// Segments in front are needless.
+    Begin,
 }
 
 /// A record, in the order of the log; also those that later ones supersede.
@@ -100,6 +102,7 @@ fn inspect_volumes<V: Volume>(
             Kind::StateCopy => RecordKind::StateCopy,
             Kind::Entry => RecordKind::Entry,
             Kind::Truncate => RecordKind::Truncate,
+            Kind::Begin => RecordKind::Begin,
         };
         let (index, view, payload) = (found.index, found.view, found.payload);
         visit(&InspectedRecord { segment, block, kind, index, view, payload });

@@ -209,8 +209,8 @@ pub trait LogStore {
     /// this log must be polled.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Whether more than half of the log's limit is used, or there is no room for it to grow. A leader takes no input then,
-    /// so that room is left for the syncvm that makes room.
+    /// Whether more than half is used of the log's limit, or of the present segment without a place for the next one. A leader
+    /// takes no input then, so that room is left for the syncvm that makes room.
     fn is_filling_up(&self) -> bool;
 
     /// Whether a write is under way, or something else that goes on only when the log is polled.
@@ -290,7 +290,7 @@ pub enum LogError {
         /// What is wrong, and what is possible.
         problem: String,
     },
-    /// The device is behind; the memory for records on their way is full.
+    /// The device is behind: the memory for records on their way is full, or there is no next segment yet.
     #[error("the log's write queue is full")]
     QueueFull,
     /// The log has its maximum size.

@@ -189,7 +189,7 @@ fn settle<V: Volume>(volume: Option<&mut V>, scan: &Scan) -> Result<(), LogError
     if volume.segments().contains(&last.number()) {
         volume.sync(last.number())?;
     }
-    for number in volume.segments().into_iter().filter(|number| *number < last.first) {
+    for number in volume.segments().into_iter().filter(|number| *number < scan.first) {
         volume.release(number)?;
     }
     Ok(())

@@ -21,6 +21,8 @@ pub(crate) enum Kind {
     Truncate = 3,
     /// The state again, at the beginning of a segment: not news, and no proof that anybody wrote since the log was opened.
     StateCopy = 4,
+    /// The log begins with segment `index` from here on: those below are needless, also if no further segment can begin.
+    Begin = 5,
 }
 
 /// The crc of the last record: what the next one is seeded with.
@@ -93,6 +95,7 @@ pub(crate) fn find(stream: &[u8], chain: Chain) -> Result<Found<'_>, Flaw> {
         2 => Kind::Entry,
         3 => Kind::Truncate,
         4 => Kind::StateCopy,
+        5 => Kind::Begin,
         _ => return Err(Flaw::Wrong("the record's kind is unknown; was it written by a newer version?")),
     };
     Ok(Found {

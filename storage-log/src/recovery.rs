@@ -10,6 +10,9 @@
 //! * *damaged*: bytes are bad that were durable before something else was written. Opening is refused, since
 //!   an acceptor that forgets is worse than one that is missing.
 //!
+//! A log begins with the segment that its last header names, or with a later one if a record behind that header says so:
+//! those before it have been given back since, and what lies in their places is not of the log any more.
+//!
 //! Nothing is written here. The gaps of single copies are reported, and filled by who opened the log.
 
 mod copies;
@@ -40,6 +43,8 @@ pub(crate) struct Scan {
     pub segments: Vec<SegmentInfo>,
     /// The segment of the last state.
     pub state_in: SegmentNumber,
+    /// The segment that the log begins with.
+    pub first: SegmentNumber,
     /// The header of the last segment; `None` if the log is new.
     pub last: Option<Header>,
     pub chain: Chain,
@@ -62,21 +67,23 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
         return Ok(scan);
     };
     let beginning_lost = tail::beginning_lost(legs, Some((last.number(), last.members)))?;
+    scan.first = first_needed(legs, &last)?;
+    let first = scan.first;
     let missing = |number| match beginning_lost {
         // It was given back when the segment began whose header is lost.
-        true if number == last.first => missing(legs, last.number() + 1),
+        true if number == first => missing(legs, last.number() + 1),
         _ => missing(legs, number),
     };
     scan.last = Some(last);
     // What stands before one that is missing is not known to be of this log; so first those that are nowhere at all.
-    let mut numbers = last.first..last.number();
+    let mut numbers = first..last.number();
     let gap = numbers.clone().find(|number| !headers.has_any(*number));
     if let Some(number) = gap.or_else(|| numbers.rfind(|number| headers.of(*number).is_none())) {
         return Err(missing(number));
     }
-    for number in last.first..=last.number() {
+    for number in first..=last.number() {
         let Some(header) = headers.of(number) else { return Err(missing(number)) };
-        if number == last.first {
+        if number == first {
             scan.chain = header.chain;
         }
         read_segment(legs, header, headers.of(number + 1), &last, &mut scan, visit)?;
@@ -90,6 +97,25 @@ pub(crate) fn scan<V: Volume>(legs: &[Option<V>], visit: Visit<'_>) -> Result<Sc
     }
     scan.recovered.doubtful |= is_one_missing || split || !all_members || beginning_lost;
     Ok(scan)
+}
+
+/// The segment that the log begins with: the one that the last header names, or a later one that a record behind it does.
+/// Something was written behind that one before anything was given back, so that no damage which leaves the log usable takes
+/// it away.
+fn first_needed<V: Volume>(legs: &[Option<V>], last: &Header) -> Result<SegmentNumber, LogError> {
+    let (stream, _) = read_stream(&Copies::read(legs, last.id)?, last.blocks);
+    let (mut first, mut at, mut chain) = (last.first, 0, last.chain);
+    while let Ok(found) = record::find(&stream[at..], chain) {
+        if found.kind == Kind::Begin {
+            first = first.max(found.index);
+        }
+        at += found.size();
+        chain = found.chain;
+    }
+    if first > last.number() {
+        return Err(damaged(legs, last.number(), 0, format!("it says that the log begins with segment {first}")));
+    }
+    Ok(first)
 }
 
 impl Header {
@@ -115,6 +141,17 @@ struct Mark {
     block: u32,
 }
 
+/// The bytes of a segment's blocks behind the header and below `wanted`, up to the first one that no copy has.
+fn read_stream(copies: &Copies, wanted: u32) -> (Vec<u8>, Vec<Mark>) {
+    let (mut stream, mut marks) = (Vec::new(), Vec::new());
+    for block in 1..wanted {
+        let Some(bytes) = copies.best(block) else { break };
+        marks.push(Mark { stream_at: stream.len(), block });
+        stream.extend_from_slice(bytes);
+    }
+    (stream, marks)
+}
+
 fn read_segment<V: Volume>(
     legs: &[Option<V>],
     header: Header,
@@ -129,15 +166,8 @@ fn read_segment<V: Volume>(
     }
     let copies = Copies::read(legs, header.id)?;
     let wanted = next.map_or(header.blocks, |next| next.previous_blocks);
-    let (mut stream, mut marks) = (Vec::new(), Vec::new());
-    let mut block = 1;
-    while block < wanted
-        && let Some(bytes) = copies.best(block)
-    {
-        marks.push(Mark { stream_at: stream.len(), block });
-        stream.extend_from_slice(bytes);
-        block += 1;
-    }
+    let (stream, marks) = read_stream(&copies, wanted);
+    let block = marks.len() as u32 + 1;
     scan.gaps.extend(copies.gaps(block));
     copies.legs_with_any(block).for_each(|leg| scan.present.insert(leg));
     scan.recovered.doubtful |= header.doubt;
@@ -216,6 +246,8 @@ fn apply(found: &record::Found<'_>, scan: &mut Scan) -> Result<(), String> {
             let entry = StoredEntry { index, view: found.view, bytes: found.payload.to_vec() };
             set_entry(&mut scan.recovered.entries, entry);
         }
+        // Looked at before everything else.
+        Kind::Begin => {}
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use std::ops::DerefMut;
 
 use crate::block::{BLOCK_BYTES, Block, DATA_BYTES, SegmentId, Trailer, seal};
 use crate::record::{self, Chain, Kind, RECORD_HEADER_BYTES};
-use crate::segment::Header;
+use crate::segment::{Header, SegmentNumber};
 
 /// The longest group: the first record of a group does not wait for more than this to be written.
 pub(crate) const MAX_GROUP_BLOCKS: u64 = 256;
@@ -33,6 +33,8 @@ pub(crate) struct Group {
     position: u64,
     /// The last ticket whose record ends in it or before it.
     pub ticket: u64,
+    /// The segment that the log begins with, as this group or one before it says; 0 if none does.
+    pub first: SegmentNumber,
     /// What to write as block 0, if it begins the segment; members and epoch are filled in when it is written.
     pub header: Option<Header>,
 }
@@ -61,6 +63,7 @@ pub(crate) struct Stage {
     tail: u64,
     ready: VecDeque<Group>,
     ticket: u64,
+    first: SegmentNumber,
 }
 
 impl Stage {
@@ -79,6 +82,7 @@ impl Stage {
             tail: 0,
             ready: VecDeque::with_capacity(64),
             ticket: 0,
+            first: 0,
         }
     }
 
@@ -129,6 +133,12 @@ impl Stage {
         self.ticket = self.ticket.max(ticket);
     }
 
+    /// Appends with which segment the log begins from here on.
+    pub fn append_begin(&mut self, first: SegmentNumber) {
+        self.append(Kind::Begin, (first, 0), &[], 0);
+        self.first = first;
+    }
+
     fn put(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let place = self.place.as_mut().expect("a segment has begun");
@@ -171,7 +181,8 @@ impl Stage {
             return;
         }
         let header = self.header.take();
-        let group = Group { segment: place.segment, start, blocks, position, ticket: self.ticket, header };
+        let group =
+            Group { segment: place.segment, start, blocks, position, ticket: self.ticket, first: self.first, header };
         self.open = (self.head, place.block);
         for nth in u32::from(header.is_some())..blocks {
             let used = if nth + 1 == blocks && last_used > 0 { last_used } else { DATA_BYTES };

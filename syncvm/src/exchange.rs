@@ -165,7 +165,8 @@ pub struct ExchangeConfig {
     pub total_timeout: Duration,
     /// The page hash. The leader's setting counts, and the follower takes it over.
     pub hash: HashKind,
-    /// Hash written pages before the stop, while the guest still runs (see `ahead.rs`). Each side for itself.
+    /// Compare written pages before the stop, while the guest still runs (see `ahead.rs`). The leader's setting counts; the
+    /// follower's is its guess of that.
     pub background_hashing: bool,
     /// The leader's guest runs again after the copy, not after the acknowledgement.
     pub early_resume: bool,

@@ -75,6 +75,10 @@ pub enum Kind {
     Blocks = 17,
     /// A piece of the short hashes of all patched pages: one of them is not what it should be.
     Recheck = 18,
+    /// Before the stop: terms and a piece of the sender's dirty set so far.
+    AheadSet = 19,
+    /// Before the stop: hashes of the next batch of pages of the union so far, as in [`Kind::Hashes`].
+    AheadHashes = 20,
 }
 
 impl Kind {
@@ -103,6 +107,8 @@ impl Kind {
             Digests,
             Blocks,
             Recheck,
+            AheadSet,
+            AheadHashes,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == code)
@@ -200,6 +206,8 @@ pub struct Terms {
     pub verify: bool,
     /// What the leader sends. The leader's counts.
     pub transfer: TransferMode,
+    /// The sender can compare ahead of its stop. A follower that expects that of its leader waits for it with its own.
+    pub ahead: bool,
     /// What the sender's dirty set is relative to.
     pub basis: Option<Basis>,
 }
@@ -267,7 +275,7 @@ impl Piece<'_> {
 
 impl Terms {
     /// Bytes on the wire.
-    pub const BYTES: usize = 8 + 1 + 1 + 1 + 1 + 8 + 8 + 4;
+    pub const BYTES: usize = 8 + 1 + 1 + 1 + 1 + 1 + 8 + 8 + 4;
 
     /// The wire form.
     #[must_use]
@@ -278,6 +286,7 @@ impl Terms {
             self.hash.code(),
             self.verify.into(),
             self.transfer.code(),
+            self.ahead.into(),
             self.basis.is_some().into(),
         ]);
         let basis = self.basis.unwrap_or(Basis { view: 0, number: 0, round: 0 });
@@ -300,13 +309,14 @@ impl Terms {
         let code = reader.u8("transfer mode")?;
         let transfer =
             TransferMode::from_code(code).ok_or(WireError::Value { field: "transfer mode", value: code.into() })?;
+        let ahead = reader.u8("ahead")? != 0;
         let has_basis = reader.u8("basis")? != 0;
         let basis = Basis {
             view: reader.u64("basis view")?,
             number: reader.u64("basis number")?,
             round: reader.u32("basis round")?,
         };
-        let terms = Self { ram_pages, hash, verify, transfer, basis: has_basis.then_some(basis) };
+        let terms = Self { ram_pages, hash, verify, transfer, ahead, basis: has_basis.then_some(basis) };
         Ok((terms, Piece::decode(reader.0)?))
     }
 }

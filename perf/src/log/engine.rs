@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use storage_log::{LegSpec, LogStore, Options, Record, Recovered, Ticket};
+use storage_log::{LegSpec, LogError, LogStore, Options, Record, Recovered, Ticket};
 
 /// A disk that takes longer for one sync is broken.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -48,11 +48,24 @@ impl Engine {
         for _ in 0..records {
             let index = self.appended + 1;
             stamp(&mut self.record, index);
-            ticket = Some(self.log.append(Record::Entry { index, view: 1, parts: [&[], &self.record] })?);
+            ticket = Some(self.append(index)?);
             self.appended = index;
         }
         self.log.flush();
         Ok(Commit { ticket: ticket.context("a commit of no records")?, through: self.appended })
+    }
+
+    /// Appends the record as soon as it goes in: the log may be making its next segment.
+    fn append(&mut self, index: u64) -> Result<Ticket> {
+        loop {
+            match self.log.append(Record::Entry { index, view: 1, parts: [&[], &self.record] }) {
+                Err(LogError::QueueFull) => {
+                    self.log.flush();
+                    self.log.wait(Ticket(index), Duration::from_millis(1));
+                }
+                appended => return Ok(appended?),
+            }
+        }
     }
 
     /// Waits until it is durable.

@@ -10,7 +10,7 @@ type Phase = (&'static str, fn(&PhaseTimes) -> u64);
 
 /// In the order in which they happen on either side.
 const PHASES: [Phase; 14] = [
-    ("hash ahead", |times| times.ahead_us),
+    ("compare ahead", |times| times.ahead_us),
     ("stop", |times| times.stop_us),
     ("save device state", |times| times.save_us),
     ("harvest", |times| times.harvest_us),
@@ -52,7 +52,7 @@ pub fn table(modes: &[(&str, &[Synced])]) -> String {
 #[must_use]
 pub fn effects(modes: &[(&str, &[Synced])]) -> String {
     let mut lines = vec![
-        ["mode", "stop ms", "syncvm ms", "MB both ways", "of the 256-byte blocks", "hashed ahead"]
+        ["mode", "stop ms", "syncvm ms", "MB both ways", "of the 256-byte blocks", "hashed ahead", "copied ahead"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -65,6 +65,7 @@ pub fn effects(modes: &[(&str, &[Synced])]) -> String {
             format!("{:.2}", median_of(&|slot| slot.bytes() as f64 / 1e6)),
             format!("{:.2} x", median_of(&|slot| slot.bytes() as f64 / slot.difference.block_bytes() as f64)),
             format!("{:.0}", median_of(&|slot| slot.led.known_hashes as f64)),
+            format!("{:.0}", median_of(&|slot| slot.led.copied_ahead as f64)),
         ]);
     }
     aligned(&lines)

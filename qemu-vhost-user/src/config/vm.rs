@@ -155,7 +155,7 @@ pub struct Policy {
     pub verify: bool,
     /// The leader's guest runs again after the copy, not after the transfer.
     pub early_resume: bool,
-    /// Pages are hashed before the guest is stopped, so that fewer need it while it stands still.
+    /// Pages are hashed and compared before the guest is stopped, so that fewer need it while it stands still.
     pub background_hashing: bool,
     /// MiB per second that a rejoin sends at most; 0: no limit.
     pub rejoin_mib_per_s: u64,

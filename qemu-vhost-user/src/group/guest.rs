@@ -25,6 +25,8 @@ pub struct AttachedGuest {
     pub fingerprint: Fingerprint,
     /// Its guest has never run.
     pub fresh: bool,
+    /// It followed another's execution when it was attached.
+    follows: bool,
     /// Which tracker and why.
     pub tracker: String,
     clocks: VcpuClocks,
@@ -40,7 +42,8 @@ pub struct LocalGuest {
     pub running: bool,
     /// Why there is none, or why it cannot be used.
     pub problem: Option<String>,
-    /// It switched itself off: the group stops instead of failing over.
+    /// It switched itself off: the group stops instead of failing over. True until a guest begins anew here: the QEMU that
+    /// ends, and the one that is started next, have nothing to say about it.
     pub powered_off: bool,
     /// The operator's word that all guests are lost.
     pub cold_start: bool,
@@ -83,11 +86,29 @@ impl LocalGuest {
     pub fn whole_since(&mut self, leader: Option<ReplicaId>, runs: bool) {
         self.intact = true;
         self.running = runs;
+        self.powered_off = false;
         self.rings_ran = true;
         self.lineage = leader;
         if let Some(attached) = &mut self.attached {
             attached.fresh = false;
         }
+    }
+
+    /// Its QEMU is gone or cannot be used. Returns whether one was attached before.
+    pub fn lost(&mut self, reason: &str, powered_off: bool) -> bool {
+        self.unwatch_idle();
+        self.running = false;
+        self.powered_off |= powered_off;
+        self.rings_ran = false;
+        self.problem = Some(reason.to_owned());
+        self.attached.take().is_some()
+    }
+
+    /// It begins here, or goes on where this daemon's predecessor left it.
+    fn begins(&mut self, me: ReplicaId) {
+        self.intact = true;
+        self.powered_off = false;
+        self.lineage = Some(me);
     }
 
     /// Whether stopped rings will start again: they have run before in this guest, or in the one it is a copy of.
@@ -141,16 +162,15 @@ impl Reactor<'_> {
     /// The worker says how QEMU is.
     pub(super) fn guest_report(&mut self, now: u64, report: Report) {
         match report {
-            Report::Attached { fingerprint, fresh, running, clocks, tracker } => {
-                tracing::info!(vm = %self.vm.name, fresh, running, %tracker, "QEMU attached");
-                self.guest.attached = Some(AttachedGuest { fingerprint, fresh, tracker, clocks });
+            Report::Attached { fingerprint, fresh, follows, running, clocks, tracker } => {
+                tracing::info!(vm = %self.vm.name, fresh, follows, running, %tracker, "QEMU attached");
+                self.guest.attached = Some(AttachedGuest { fingerprint, fresh, follows, tracker, clocks });
                 self.guest.problem = None;
-                self.guest.powered_off = false;
                 self.guest.watching = false;
                 self.guest.running = running;
                 self.claim_guest(now);
             }
-            Report::Lost { reason, powered_off } => self.guest_lost(now, reason, powered_off),
+            Report::Lost { reason, powered_off } => self.guest_lost(now, &reason, powered_off),
             Report::Running => self.guest.running = true,
             Report::NotRunning { reason } => {
                 self.guest.running = false;
@@ -169,14 +189,13 @@ impl Reactor<'_> {
         let alone = self.ordering.take_served_alone();
         let attached = self.guest.attached.as_ref().expect("just attached");
         let boots_fresh = attached.fresh && (genesis || self.guest.cold_start);
-        // A syncvm may have had it stopped when the daemon ended.
-        let continues = alone && !attached.fresh;
+        // A syncvm may have had it stopped when the daemon ended. If it was still being given another's state, it is no guest.
+        let continues = alone && !attached.fresh && !attached.follows;
         if boots_fresh || continues {
             if continues {
                 self.delivery.skip_through = self.ordering.recovered_last();
             }
-            self.guest.intact = true;
-            self.guest.lineage = Some(self.me);
+            self.guest.begins(self.me);
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.ordering.step(now, Event::GuestIntact(true));
             if boots_fresh && self.lead.is_some() {
@@ -188,20 +207,13 @@ impl Reactor<'_> {
         }
     }
 
-    fn guest_lost(&mut self, now: u64, reason: String, powered_off: bool) {
-        self.guest.unwatch_idle();
-        let was_attached = self.guest.attached.take().is_some();
-        self.guest.running = false;
-        self.guest.powered_off = powered_off;
-        self.guest.rings_ran = false;
-        if self.guest.problem.as_deref() != Some(&reason) {
+    fn guest_lost(&mut self, now: u64, reason: &str, powered_off: bool) {
+        if self.guest.problem.as_deref() != Some(reason) {
             self.note_error(format!("guest: {reason}"));
         }
-        self.guest.problem = Some(reason);
-        if !was_attached {
-            return;
+        if self.guest.lost(reason, powered_off) {
+            self.invalidate_guest(now, "its QEMU is gone");
         }
-        self.invalidate_guest(now, "its QEMU is gone");
     }
 
     /// The guest is no longer part of the group: stop it, forget what it said, and say so.
@@ -271,5 +283,34 @@ impl Reactor<'_> {
             fingerprint: self.guest.attached.as_ref().map(|attached| attached.fingerprint.clone()),
             problem: self.guest.problem.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ME: ReplicaId = ReplicaId(0);
+
+    #[test]
+    fn a_guest_that_switched_itself_off_stays_so_until_one_begins_anew() {
+        let off = || {
+            let mut guest = LocalGuest::new(100);
+            guest.begins(ME);
+            guest.lost("the guest has switched itself off", true);
+            // A QEMU that is still ending takes a connection and closes it; then there is none.
+            guest.lost("QEMU closed its monitor", false);
+            guest.lost("cannot connect to QEMU's monitor", false);
+            assert!(guest.powered_off && !guest.running);
+            guest
+        };
+        let mut cold = off();
+        cold.begins(ME);
+        assert!(!cold.powered_off, "booted again");
+        let mut joined = off();
+        joined.whole_since(Some(ReplicaId(1)), true);
+        assert!(!joined.powered_off, "another replica's guest");
+        joined.lost("QEMU closed its monitor", false);
+        assert!(!joined.powered_off, "killed");
     }
 }

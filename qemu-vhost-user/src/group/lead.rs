@@ -144,6 +144,8 @@ impl Reactor<'_> {
             // It may have stood still so far, because of the policy.
             self.worker.standing.may_run.store(true, Ordering::Release);
             self.resume_to_lead();
+            // Carried out behind a syncvm that is being applied.
+            self.worker.send(Command::Leads);
         }
         self.ingress.forget_proposals();
     }
@@ -337,7 +339,8 @@ impl Reactor<'_> {
     fn truncate_alone(&mut self, now: u64) {
         let applied = self.delivery.applied();
         let entries = applied.0.saturating_sub(self.ordering.replica().base().index.0);
-        if entries > ALONE_LOG_ENTRIES || (entries > 0 && self.arena.is_exhausted()) {
+        let full = self.arena.is_exhausted() || self.ordering.log().is_filling_up();
+        if entries > ALONE_LOG_ENTRIES || (entries > 0 && full) {
             self.ordering.step(now, Event::Truncate(applied));
         }
     }

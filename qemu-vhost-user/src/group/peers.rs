@@ -228,6 +228,16 @@ impl Peers {
         peer.report = report;
     }
 
+    /// Why no guest may be booted afresh as far as the others are concerned.
+    pub fn bar_cold_start(&self) -> Option<String> {
+        let connected = || self.peers.iter().filter(|peer| peer.connected);
+        if let Some(peer) = connected().find(|peer| peer.report.intact) {
+            return Some(format!("{} has a whole guest; a cold start would lose it", peer.node));
+        }
+        let silent = connected().find(|peer| !peer.reported)?;
+        Some(format!("{} has not said yet whether it has a whole guest; try again in a moment", silent.node))
+    }
+
     /// Its rejoin failed: others first, then it again.
     pub fn rest(&mut self, id: ReplicaId, now_us: u64) {
         self.get_mut(id).rejoin_after_us = now_us + REJOIN_RETRY_US;
@@ -255,5 +265,31 @@ impl Peers {
             }
         }
         best.map(|(_, id)| id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_cold_start_before_all_who_are_connected_have_said_that_they_have_no_guest() {
+        let replica = |node: &str| -> ReplicaConfig {
+            toml::from_str(&format!("node = \"{node}\"\naddress = \"127.0.0.1:7400\"")).unwrap()
+        };
+        let mut peers = Peers::new(&["a", "b", "c"].map(replica), ReplicaId(0));
+        let bar = |peers: &Peers| peers.bar_cold_start().unwrap_or_default();
+        assert_eq!(bar(&peers), "", "nobody is there");
+        peers.connected(ReplicaId(1));
+        assert!(bar(&peers).starts_with("b has not said"), "{}", bar(&peers));
+        peers.note_report(ReplicaId(1), GuestReport { intact: true, ..GuestReport::default() }, 0);
+        assert!(bar(&peers).starts_with("b has a whole guest"), "{}", bar(&peers));
+        // What it said on an earlier connection says nothing.
+        peers.lost(ReplicaId(1), 0);
+        assert_eq!(bar(&peers), "");
+        peers.connected(ReplicaId(1));
+        assert!(bar(&peers).starts_with("b has not said"), "{}", bar(&peers));
+        peers.note_report(ReplicaId(1), GuestReport::default(), 0);
+        assert_eq!(bar(&peers), "");
     }
 }

@@ -131,8 +131,8 @@ impl Reactor<'_> {
         if self.guest.intact {
             return Response::Refused(format!("{name}: this node has a whole guest; there is nothing to start"));
         }
-        if let Some(peer) = self.peers.iter().find(|peer| peer.connected && peer.report.intact) {
-            return Response::Refused(format!("{name}: {} has a whole guest; a cold start would lose it", peer.node));
+        if let Some(reason) = self.peers.bar_cold_start() {
+            return Response::Refused(format!("{name}: {reason}"));
         }
         match &self.guest.attached {
             Some(attached) if attached.fresh => {}
@@ -168,13 +168,18 @@ impl Reactor<'_> {
     /// Whether the death of this leader would lose nothing, or why it would.
     fn protection(&self) -> Result<(), String> {
         let replica = self.ordering.replica();
-        if let Some(problem) = self.guest.problem.as_ref().filter(|_| replica.leading().is_some()) {
+        // One whose guest switched itself off leads no longer than it needs to make sure that nobody takes over.
+        let leads = replica.leading().is_some() && !self.guest.powered_off;
+        if let Some(problem) = self.guest.problem.as_ref().filter(|_| leads) {
             return Err(problem.clone());
         }
-        let Some(lead) = self.lead.as_ref().filter(|_| replica.leading().is_some()) else {
+        let Some(lead) = self.lead.as_ref().filter(|_| leads) else {
             return match replica.leader() {
                 Some(leader) if leader != self.me => Err(format!("ask the leader, {}", self.peers.name(leader))),
-                _ if self.guest.powered_off => Err("the guest has switched itself off".into()),
+                _ if self.guest.powered_off => Err(format!(
+                    "the guest has switched itself off; `plover cold-start {}` boots it again",
+                    self.vm.name
+                )),
                 _ => Err("no leader; a leader needs a whole guest and a majority of nodes".into()),
             };
         };

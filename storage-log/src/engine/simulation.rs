@@ -5,6 +5,7 @@
 //! everything acknowledged; or it says that it is in doubt or damaged, and then there must be a reason.
 
 mod disks;
+mod full_disk;
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
@@ -101,6 +102,8 @@ struct Seen {
     healed: u64,
     failed_legs: u64,
     rebuilt: u64,
+    no_room: u64,
+    given_back: u64,
 }
 
 impl Run {
@@ -136,19 +139,21 @@ impl Run {
         self.options.geometry().expect("the options are right")
     }
 
-    fn open(&mut self) -> Result<(Log, Recovered), LogError> {
+    /// Also tells whether the log begins behind the segment that its last header names.
+    fn open(&mut self) -> Result<(Log, Recovered, bool), LogError> {
         let geometry = self.geometry();
         let specs: Vec<Spec> = (0..self.legs).map(|leg| Spec { disks: Rc::clone(&self.disks), leg }).collect();
         let opened = open_copies::<SimVolume>(&specs, geometry)?;
         if opened.scan.gaps.iter().any(|gap| self.disks.borrow().is_whole(gap.leg)) {
             self.seen.healed += 1;
         }
+        let given_back = opened.scan.last.is_some_and(|last| last.first < opened.scan.first);
         let stage = Stage::new(Box::new(vec![0; self.options.stage_bytes]), opened.scan.chain);
         let driver = SimDriver::new(stage.memory(), Rc::clone(&self.disks));
         let keeper = Port::inline(Keeper::new(specs, geometry, opened.volumes));
         let legs = Legs::new(opened.out.into_iter().map(|out| (std::path::PathBuf::from("sim"), out)));
         let (start, recovered) = start(driver, stage, keeper, legs, geometry, &self.options, opened.scan);
-        Ok((Engine::new(start), recovered))
+        Ok((Engine::new(start), recovered, given_back))
     }
 
     /// What the log may hold: the model after each number of ops that is possible.
@@ -193,19 +198,18 @@ impl Run {
             if self.rng.chance(20) {
                 self.disks.borrow_mut().repair();
             }
+            if self.rng.chance(60) {
+                let full = self.rng.chance(500);
+                self.disks.borrow_mut().set_full(full);
+            }
+            self.seen.no_room += u64::from(log.no_room.is_some());
             let was = log.legs.members();
             self.disks.borrow_mut().advance(|bound| self.rng.next() % bound);
             if self.rng.chance(700) {
                 log.poll();
             }
             self.seen.rebuilt += u64::from(log.legs.members().0 > was.0);
-            while let Some((ticket, op)) = self.tickets.front().copied()
-                && ticket <= log.durable()
-            {
-                self.acknowledged = op + 1;
-                self.in_doubt &= !matches!(self.ops[op], Op::State(_));
-                self.tickets.pop_front();
-            }
+            self.take_acknowledgements(log);
             assert!(log.failed().is_none(), "{:?}", log.failed());
         }
     }
@@ -222,35 +226,43 @@ impl Run {
             4 => Op::Entry(self.next_index.saturating_sub(self.rng.below(6)).max(1), vec![fill; record_bytes as usize]),
             _ => Op::Entry(self.next_index, vec![fill; record_bytes as usize]),
         };
-        let result = match &op {
-            Op::State(state) => log.append(Record::State(state)).map(Some),
+        let op = match op {
+            Op::Entry(index, bytes) => Op::Entry(index.max(self.lowest()), bytes),
+            other => other,
+        };
+        if let Err(error) = self.put(log, op) {
+            assert!(error.is_full(), "{error}");
+        }
+    }
+
+    /// Appends something, and notes it if it goes in.
+    fn put(&mut self, log: &mut Log, op: Op) -> Result<(), LogError> {
+        let ticket = match &op {
+            Op::State(state) => Some(log.append(Record::State(state))?),
             Op::Entry(index, bytes) => {
-                let index = (*index).max(self.lowest());
-                let record = Record::Entry { index, view: index, parts: [bytes, &[]] };
-                log.append(record).map(Some)
+                let ticket = log.append(Record::Entry { index: *index, view: *index, parts: [bytes, &[]] })?;
+                self.next_index = index + 1;
+                self.history.insert((*index, bytes.clone()));
+                Some(ticket)
             }
             Op::Truncate(through) => {
                 log.truncate_prefix(*through);
-                Ok(None)
+                None
             }
         };
-        match result {
-            Ok(ticket) => {
-                let op = match op {
-                    Op::Entry(index, bytes) => {
-                        let index = index.max(self.lowest());
-                        self.next_index = index + 1;
-                        self.history.insert((index, bytes.clone()));
-                        Op::Entry(index, bytes)
-                    }
-                    other => other,
-                };
-                self.ops.push(op);
-                if let Some(ticket) = ticket {
-                    self.tickets.push_back((ticket, self.ops.len() - 1));
-                }
-            }
-            Err(error) => assert!(error.is_full(), "{error}"),
+        self.ops.push(op);
+        self.tickets.extend(ticket.map(|ticket| (ticket, self.ops.len() - 1)));
+        Ok(())
+    }
+
+    /// Notes what is acknowledged.
+    fn take_acknowledgements(&mut self, log: &Log) {
+        while let Some((ticket, op)) = self.tickets.front().copied()
+            && ticket <= log.durable()
+        {
+            self.acknowledged = op + 1;
+            self.in_doubt &= !matches!(self.ops[op], Op::State(_));
+            self.tickets.pop_front();
         }
     }
 
@@ -291,7 +303,7 @@ impl Run {
     fn check(&mut self, seed: u64) -> Option<Log> {
         // Nothing else has what rotted.
         let may_lose = self.is_alone || self.pulled || !self.disks.borrow().are_all_up();
-        let (log, recovered) = match self.open() {
+        let (log, recovered, given_back) = match self.open() {
             Ok(opened) => opened,
             Err(LogError::Damaged { problem, .. }) => {
                 assert!(may_lose && (self.rotten || self.legs > 1), "seed {seed}: damaged without a reason: {problem}");
@@ -304,6 +316,7 @@ impl Run {
         };
         self.seen.torn += u64::from(recovered.torn_bytes > 0);
         self.seen.doubtful += u64::from(recovered.doubtful);
+        self.seen.given_back += u64::from(given_back);
         // A copy that did not even get the first header is taken for one that was exchanged.
         let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
         let may_doubt = (self.rotten && may_lose)
@@ -345,7 +358,7 @@ impl Run {
     }
 
     fn play(mut self, seed: u64, lives: u64) -> Seen {
-        let (mut log, _) = self.open().expect("blank disks");
+        let (mut log, ..) = self.open().expect("blank disks");
         for _ in 0..lives {
             self.live(&mut log);
             self.die(log);
@@ -372,6 +385,8 @@ fn campaign(legs: usize, seeds: std::ops::Range<u64>) -> Seen {
         total.healed += seen.healed;
         total.failed_legs += seen.failed_legs;
         total.rebuilt += seen.rebuilt;
+        total.no_room += seen.no_room;
+        total.given_back += seen.given_back;
     }
     println!("{total:?}");
     total
@@ -387,6 +402,7 @@ fn seeds(default: u64) -> std::ops::Range<u64> {
 fn nothing_acknowledged_is_lost_without_saying_so() {
     let seen = campaign(1, seeds(1500));
     assert!(seen.torn > 100 && seen.doubtful > 20 && seen.damaged > 100, "the seeds are too tame: {seen:?}");
+    assert!(seen.no_room > 100 && seen.given_back > 100, "the seeds are too tame: {seen:?}");
 }
 
 #[test]
@@ -398,7 +414,7 @@ fn a_mirror_hides_what_one_copy_loses() {
 #[test]
 fn a_place_that_is_made_twice_blocks_nothing() {
     let mut run = Run::new(1, 1);
-    let (mut log, _) = run.open().unwrap();
+    let (mut log, ..) = run.open().unwrap();
     // As when room is asked for again before the answer is there.
     (1..=4).for_each(|number| log.keeper.send(Command::Prepare(number)));
     for index in 1..=60 {
@@ -411,7 +427,7 @@ fn a_place_that_is_made_twice_blocks_nothing() {
 #[test]
 fn the_state_survives_torn_starts_in_a_row() {
     let mut run = Run::new(1, 1);
-    let (mut log, _) = run.open().unwrap();
+    let (mut log, ..) = run.open().unwrap();
     let ticket = log.append(Record::State(b"promise")).unwrap();
     log.flush();
     assert!(log.wait(ticket, Duration::from_secs(5)));
@@ -419,7 +435,7 @@ fn the_state_survives_torn_starts_in_a_row() {
         run.disks.borrow_mut().power_off(|_| 0);
         drop(log);
         run.disks.borrow_mut().power_on();
-        let (next, recovered) = run.open().unwrap();
+        let (next, recovered, _) = run.open().unwrap();
         assert_eq!((recovered.state.as_deref(), recovered.doubtful), (Some(&b"promise"[..]), false));
         log = next;
         log.poll();

@@ -105,8 +105,9 @@ fn first_group<V: Volume>(volume: &V, number: SegmentNumber, last: SegmentNumber
         }
         Content::Whole(trailer) => trailer.segment.number == number,
     };
-    // What is left of an earlier use of the place is of an earlier segment.
-    let is_displaced = |trailer: Trailer| trailer.segment.number > last && trailer.segment.number != number;
+    // What is left of an earlier use of the place is of an earlier segment; without any header nobody knows of which.
+    let oldest_strange = if last == 0 { number } else { last };
+    let is_displaced = |trailer: Trailer| trailer.segment.number > oldest_strange && trailer.segment.number != number;
     if (0..blocks.len()).any(|at| matches!(content(at), Content::Whole(trailer) if is_displaced(trailer))) {
         return Ok(FirstGroup::Displaced);
     }

@@ -76,7 +76,7 @@ pub fn append(log: &mut dyn LogStore, record: Record<'_>) -> Ticket {
             Ok(ticket) => return ticket,
             Err(LogError::QueueFull) => {
                 log.flush();
-                log.wait(Ticket(log.durable().0 + 1), DEADLINE);
+                log.wait(Ticket(log.durable().0 + 1), Duration::from_millis(20));
             }
             Err(error) => panic!("{error}"),
         }

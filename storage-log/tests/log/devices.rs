@@ -124,7 +124,8 @@ fn append_until_refused(log: &mut dyn LogStore, mut last: u64) -> (u64, Option<L
         assert!(Instant::now() < deadline, "nothing was refused within {DEADLINE:?}");
         let bytes = content(last + 1);
         match log.append(Record::Entry { index: last + 1, view: 1, parts: [&bytes, &[]] }) {
-            Err(LogError::QueueFull) => panic!("one entry at a time fills no queue"),
+            // The next segment is being made.
+            Err(LogError::QueueFull) => drop(log.wait(Ticket(u64::MAX), Duration::from_millis(20))),
             Err(error) => return (last, Some(error)),
             Ok(ticket) => {
                 log.flush();
@@ -195,6 +196,53 @@ fn a_full_file_system_stops_the_log_and_loses_nothing() {
     assert!(settle(&mut *log, ticket), "it goes on when there is space");
     drop(log);
     check(&legs, next);
+}
+
+/// As the product does: no input while the log says that it fills up, and after each syncvm the log is cut.
+#[test]
+#[ignore = "e2e: mounts a small file system and fills it"]
+fn a_full_file_system_stops_nobody_who_cuts_the_log() {
+    let scratch = Scratch::new();
+    let mount = Mount::new(&scratch, 32 << 20);
+    let dir = mount.dir.join("log");
+    let legs = [LegSpec::Dir(dir.clone())];
+    let (mut log, _) = open(&legs, options()).unwrap();
+    let ticket = append(&mut *log, Record::State(b"promise"));
+    assert!(settle(&mut *log, ticket));
+    let deadline = Instant::now() + DEADLINE;
+    while crate::common::segments(&dir).len() < 2 {
+        assert!(Instant::now() < deadline, "no second segment");
+        log.wait(Ticket(u64::MAX), Duration::from_millis(1));
+    }
+    mount.fill(0);
+    let mut last = 0;
+    let mut pauses = 0;
+    // Many times what there is room for.
+    while last < 1000 {
+        assert!(Instant::now() < deadline, "it goes on no more behind entry {last}: {:?}", log.status());
+        if !log.is_filling_up() {
+            let ticket = entry(&mut *log, last + 1, 1, &content(last + 1));
+            assert!(settle(&mut *log, ticket));
+            last += 1;
+            continue;
+        }
+        pauses += 1;
+        let ticket = entry(&mut *log, last + 1, 1, b"syncvm");
+        assert!(settle(&mut *log, ticket));
+        last += 1;
+        append(&mut *log, Record::State(b"cut"));
+        log.truncate_prefix(last - 1);
+        log.flush();
+        while log.is_filling_up() {
+            assert!(Instant::now() < deadline, "nothing is given back behind entry {last}: {:?}", log.status());
+            log.wait(Ticket(u64::MAX), Duration::from_millis(1));
+        }
+    }
+    assert!(pauses > 50, "the disk was not full: {pauses} pauses");
+    drop(log);
+    let (_, recovered) = open(&legs, options()).unwrap();
+    assert_eq!(recovered.state.as_deref(), Some(&b"cut"[..]));
+    assert!(!recovered.doubtful && recovered.entries.last().is_some_and(|entry| entry.index == last));
 }
 
 /// The last entry; the log is opened anew for that.

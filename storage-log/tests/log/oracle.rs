@@ -1,5 +1,7 @@
 //! The log against the log in memory, over random histories with reopening, in a directory and on a device.
 
+use std::time::Duration;
+
 use crate::common::{SEGMENT, Scratch, append, entry, options, segments, settle};
 use proptest::prelude::*;
 use storage_log::{LegSpec, LogError, LogStore, MemoryLog, Options, Record, Ticket, open};
@@ -157,6 +159,11 @@ fn a_full_log_refuses_entries_takes_states_and_recovers_by_truncation() {
     let error = loop {
         match log.append(Record::Entry { index: index + 1, view: 1, parts: [&[1; 3000], &[]] }) {
             Ok(ticket) => assert!(settle(&mut *log, ticket)),
+            // The next segment is being made.
+            Err(LogError::QueueFull) => {
+                log.wait(Ticket(index + 1), Duration::from_millis(20));
+                continue;
+            }
             Err(error) => break error,
         }
         index += 1;

@@ -149,6 +149,13 @@ pub enum SyncError {
         /// Which parts.
         parts: Vec<String>,
     },
+    /// Saving the follower's device state wrote guest memory behind the comparison. Nothing was applied; from the next syncvm on it
+    /// is saved before anything is compared.
+    #[error("saving the device state wrote {pages} pages that had been compared; the next syncvm saves first")]
+    SavingWrites {
+        /// How many.
+        pages: usize,
+    },
     /// The follower's guest is lost: the transfer was acknowledged but QEMU did not take the state.
     #[error("this guest is lost and must rejoin")]
     GuestLost(#[source] GuestError),

@@ -8,9 +8,10 @@ mod delta;
 
 use std::time::Instant;
 
+use super::ahead::{self, Ahead};
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, ahead, verify,
+    SyncReport, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::{PageHashValue, SlotHasher};
@@ -19,6 +20,10 @@ use crate::pairing::{Basis, Pairing};
 use crate::transfer::{
     BlockSize, End, Header, Kind, Scope, Staging, Terms, TransferError, TransferMode, Verdict, VerifiedTransfer,
 };
+
+/// Largest guest whose device state is saved while the leader does not wait for it. It takes one harvest more, which takes longer
+/// than saving in a larger one.
+const LATE_SAVE_PAGES: usize = (1 << 30) / PAGE_BYTES;
 
 /// What a follower's guest is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,10 @@ pub struct FollowerContext<G, C, O> {
     known_hashes: usize,
     /// Pages of the last union.
     usual_pages: usize,
+    /// The leader can compare ahead, as far as is known.
+    leader_ahead: bool,
+    /// Saving the device state has been seen to write guest memory.
+    saving_writes: bool,
     staging: Staging,
     /// The block size that would have been the cheapest for the last transfer of blocks.
     blocks: BlockSize,
@@ -86,6 +95,8 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             hashes: Vec::new(),
             known_hashes: 0,
             usual_pages: 0,
+            leader_ahead: true,
+            saving_writes: false,
             staging: Staging::new(pages),
             blocks: BlockSize::default(),
         }
@@ -120,6 +131,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.config.transfer,
+            ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
         }
     }
@@ -128,21 +140,15 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
         ahead::harvest(&mut self.guest, &mut self.pairing, &mut self.pool)
     }
 
-    /// Hashes `batch` and sends the hashes.
-    pub(crate) fn send_hashes(
+    /// The check of I4: hashes `batch` and sends the hashes. It believes nothing that was known before.
+    pub(crate) fn verify_batch(
         &mut self,
         header: &Header,
         deadlines: &Deadlines,
         batch: &[PageNumber],
-        kind: Kind,
     ) -> Result<(), SyncError> {
-        let (hash, ram) = (self.config.hash, self.guest.ram());
-        match kind {
-            // The check of I4 believes nothing that was known before.
-            Kind::VerifyHashes => self.pool.pool().hash_pages_into(hash, ram, batch, &mut self.hashes),
-            _ => self.known_hashes += self.pool.hash_pages_into(hash, ram, batch, &mut self.hashes),
-        }
-        self.link.send(header, kind, &[self.hashes.as_flattened()], deadlines.next())
+        self.pool.pool().hash_pages_into(self.config.hash, self.guest.ram(), batch, &mut self.hashes);
+        self.link.send(header, Kind::VerifyHashes, &[self.hashes.as_flattened()], deadlines.next())
     }
 
     /// The guest's memory is no longer anything that I5 allows.
@@ -160,6 +166,9 @@ struct Run<'a, G, C, O> {
     report: SyncReport,
     watch: Stopwatch,
     stopped_at: Option<Instant>,
+    ahead: Option<Ahead>,
+    /// The device state as it was before the transfer, where loads have leftovers.
+    present: Option<Vec<u8>>,
 }
 
 /// Takes part in the leader's syncvm `number`. To be called once this guest has consumed every input before
@@ -184,6 +193,8 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
         report: SyncReport { number, ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
+        ahead: None,
+        present: None,
         ctx,
     };
     // The staging area leaves the context while a transfer borrowed from it is applied to the rest of it.
@@ -202,18 +213,19 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
 impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Everything that can be given up without a trace.
     fn before_ack<'s>(&mut self, staging: &'s mut Staging) -> Result<(VerifiedTransfer<'s>, Terms), SyncError> {
-        let present = self.stop_and_harvest()?;
+        self.compare_ahead()?;
+        self.stop_and_harvest()?;
         let (leader, union) = self.exchange_sets()?;
         match leader.transfer {
             TransferMode::All => self.receive(staging, &union)?,
             TransferMode::Pages => {
-                self.send_hashes(&union)?;
+                self.send_hashes(&union.iter().collect::<Vec<_>>())?;
                 self.receive(staging, &union)?;
             }
             TransferMode::Delta => self.receive_blocks(staging, &union)?,
         }
         let transfer = self.staged(staging);
-        self.check_leftovers(present.as_deref(), &transfer)?;
+        self.check_leftovers(&transfer)?;
         Ok((transfer, leader))
     }
 
@@ -221,43 +233,74 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.ctx.observer.crash_point(phase);
     }
 
-    /// Where loads have leftovers, returns the device state. It is saved before the harvest, as on the leader: what saving
-    /// writes into guest memory is then compared.
-    fn stop_and_harvest(&mut self) -> Result<Option<Vec<u8>>, SyncError> {
-        let FollowerContext { guest, pairing, pool, config, usual_pages, .. } = &mut *self.ctx;
-        ahead::hash(guest, pairing, pool, config, *usual_pages)?;
-        self.report.phases.ahead_us = self.watch.lap();
+    /// Saving writes guest memory, perhaps: where it has been seen to, or is not noticed, it comes before the harvest, as on the
+    /// leader. What it writes is then compared.
+    fn stop_and_harvest(&mut self) -> Result<(), SyncError> {
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
         self.point(Phase::FollowerStopped);
-        let guest = &mut self.ctx.guest;
-        let present = if guest.loads_have_leftovers() { Some(guest.save_device_state()?) } else { None };
+        let FollowerContext { guest, pairing, saving_writes, .. } = &mut *self.ctx;
+        let late = !*saving_writes && guest.harvest_tells_pages_apart() && pairing.pages() <= LATE_SAVE_PAGES;
+        if guest.loads_have_leftovers() && !late {
+            self.present = Some(guest.save_device_state()?);
+        }
         self.report.phases.save_us = self.watch.lap();
         self.ctx.harvest()?;
         self.report.phases.harvest_us = self.watch.lap();
         self.point(Phase::FollowerHarvested);
-        Ok(present)
+        Ok(())
+    }
+
+    /// The leader has what it waits for with its guest stopped: where loads have leftovers, saves the device state now if that was
+    /// not done, and makes sure by another harvest that memory is still what was compared.
+    fn save_late(&mut self) -> Result<(), SyncError> {
+        let FollowerContext { guest, pairing, saving_writes, .. } = &mut *self.ctx;
+        if self.present.is_some() || !guest.loads_have_leftovers() {
+            return Ok(());
+        }
+        self.present = Some(guest.save_device_state()?);
+        self.report.phases.save_us += self.watch.lap();
+        // Not through the hasher: all hashes are sent, and if there is anything, nothing of this exchange counts.
+        let mut written = DirtySet::new(pairing.pages());
+        let harvested = guest.harvest(&mut written);
+        if harvested.is_err() {
+            written.fill();
+        }
+        pairing.pending().union_with(&written);
+        harvested?;
+        self.report.phases.harvest_us += self.watch.lap();
+        *saving_writes = !written.is_empty();
+        if *saving_writes {
+            return Err(SyncError::SavingWrites { pages: written.count() });
+        }
+        Ok(())
     }
 
     /// The leader's set first, then ours: the two sides never send at the same time.
     fn exchange_sets(&mut self) -> Result<(Terms, DirtySet), SyncError> {
+        if self.ahead.is_none() && self.leader_compares_ahead()? {
+            self.answer_ahead()?;
+        }
         let terms = self.ctx.terms();
-        let (leader, mut union) = self.ctx.link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        let (leader, said) = self.ctx.link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        let written = self.ctx.pool.written();
+        let ours = written.unwrap_or(self.ctx.pairing.pending());
+        // The leader knows what it said: only where ours differs from it is said.
+        let mut difference = said.clone();
+        difference.symmetric_difference_with(ours);
+        let mut union = ahead::whole_set(&mut self.ahead, ours, said);
         self.check_basis(&leader, &union)?;
         self.ctx.config.hash = leader.hash;
+        self.ctx.leader_ahead = leader.ahead;
         // `open` would take a basis for itself when everything is dirty here; the leader's is what counts.
         let basis = self.ctx.pairing.basis();
         self.report.dirty_local = self.ctx.pairing.open(self.header.basis()).count();
         self.ctx.pairing.adopt(basis);
         self.report.transfer = leader.transfer;
         self.report.dirty_peer = union.count();
-        let ours = self.ctx.pairing.in_flight();
-        // The leader knows its own set: only where ours differs from it is said.
-        let mut difference = union.clone();
-        difference.symmetric_difference_with(ours);
         self.ctx.link.send_set(&self.header, Kind::DirtySet, &terms, &difference, &self.deadlines)?;
-        union.union_with(ours);
+        union.union_with(self.ctx.pairing.in_flight());
         self.report.union_pages = union.count();
         self.ctx.usual_pages = self.report.union_pages;
         self.report.phases.exchange_us = self.watch.lap();
@@ -277,18 +320,72 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         Err(SyncError::NotWhole { ours, theirs: leader.basis })
     }
 
-    fn send_hashes(&mut self, union: &DirtySet) -> Result<(), SyncError> {
-        let pages: Vec<PageNumber> = union.iter().collect();
+    /// Hashes the union's pages and sends what the leader does not know of the hashes. Returns all of them.
+    fn send_hashes(&mut self, pages: &[PageNumber]) -> Result<Vec<PageHashValue>, SyncError> {
+        let mut all = Vec::with_capacity(pages.len());
+        let hash_bytes = self.report.transfer.hash_bytes();
+        let FollowerContext { pool, link, hashes, guest, config, known_hashes, .. } = &mut *self.ctx;
+        let mut wire = Vec::new();
         for batch in pages.chunks(BATCH_PAGES) {
-            self.ctx.send_hashes(&self.header, &self.deadlines, batch, Kind::Hashes)?;
+            *known_hashes += pool.hash_pages_into(config.hash, guest.ram(), batch, hashes);
+            wire.clear();
+            let due = batch.iter().zip(&*hashes).filter(|(page, _)| ahead::is_due(self.ahead.as_ref(), **page));
+            due.for_each(|(_, hash)| wire.extend_from_slice(&hash[..hash_bytes]));
+            if !wire.is_empty() {
+                link.send(&self.header, Kind::Hashes, &[&wire], self.deadlines.next())?;
+            }
+            all.extend_from_slice(hashes);
         }
         self.report.compared_pages = pages.len();
         self.report.phases.compare_us = self.watch.lap();
         self.point(Phase::FollowerHashed);
+        Ok(all)
+    }
+
+    /// Before the stop, if the leader will probably want that: as much of steps 2 to 4 as can be done while the guest runs.
+    fn compare_ahead(&mut self) -> Result<(), SyncError> {
+        let FollowerContext { guest, config, usual_pages, pairing, leader_ahead, .. } = &*self.ctx;
+        let possible = *leader_ahead && ahead::is_possible(guest);
+        if !possible || !ahead::is_wanted(config, config.transfer, *usual_pages, pairing.pages()) {
+            return Ok(());
+        }
+        self.ctx.harvest()?;
+        if self.leader_compares_ahead()? {
+            self.answer_ahead()?;
+        }
+        self.report.phases.ahead_us = self.watch.lap();
+        Ok(())
+    }
+
+    /// Waits for the leader's first message and says whether it begins ahead of the stop.
+    fn leader_compares_ahead(&mut self) -> Result<bool, SyncError> {
+        let kind = self.ctx.link.recv(&self.header, &self.deadlines)?;
+        self.ctx.link.put_back(kind);
+        Ok(kind == Kind::AheadSet)
+    }
+
+    /// The leader compares ahead. This guest was harvested, and may run or not.
+    fn answer_ahead(&mut self) -> Result<(), SyncError> {
+        let terms = self.ctx.terms();
+        let (leader, theirs) = self.ctx.link.recv_set(&self.header, Kind::AheadSet, &terms, &self.deadlines)?;
+        self.check_basis(&leader, &theirs)?;
+        self.ctx.config.hash = leader.hash;
+        let FollowerContext { pool, link, guest, config, pairing, .. } = &mut *self.ctx;
+        let ahead = Ahead::answer(link, &self.header, &terms, pairing.pending(), theirs, &self.deadlines)?;
+        let mut wire = Vec::new();
+        pool.begin_ahead(config.hash, guest.ram());
+        for batch in ahead.pages.chunks(BATCH_PAGES) {
+            wire.clear();
+            let hash_bytes = leader.transfer.hash_bytes();
+            pool.hash_ahead(guest.ram(), batch).iter().for_each(|hash| wire.extend_from_slice(&hash[..hash_bytes]));
+            link.send(&self.header, Kind::AheadHashes, &[&wire], self.deadlines.next())?;
+        }
+        self.ahead = Some(ahead);
         Ok(())
     }
 
     fn receive(&mut self, staging: &mut Staging, union: &DirtySet) -> Result<(), SyncError> {
+        self.save_late()?;
         staging.begin();
         let mut first = true;
         let end = loop {
@@ -330,8 +427,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// A load leaves alone what the leader's state does not mention. A guest that has such a thing must be reset first, which
     /// only a rejoin does; a joiner has just been.
-    fn check_leftovers(&self, present: Option<&[u8]>, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
-        let Some(present) = present else { return Ok(()) };
+    fn check_leftovers(&self, transfer: &VerifiedTransfer<'_>) -> Result<(), SyncError> {
+        let Some(present) = &self.present else { return Ok(()) };
         let parts = self.ctx.guest.leftovers(present, transfer.device_state());
         if parts.is_empty() {
             return Ok(());

@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use delta::Delta;
 
+use super::ahead::{self, Ahead};
 use super::{
     BATCH_PAGES, Channel, Deadlines, ExchangeConfig, Guest, Link, Observer, Parts, Phase, Stopwatch, SyncError,
-    SyncReport, ahead, verify,
+    SyncReport, verify,
 };
 use crate::dirty::DirtySet;
 use crate::hash::{HASH_BYTES, PageHashValue, SlotHasher};
@@ -101,6 +102,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             hash: self.config.hash,
             verify: self.config.verify,
             transfer: self.transfer(),
+            ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
         }
     }
@@ -118,24 +120,27 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
         ahead::harvest(&mut self.guest, &mut self.pairing, &mut self.pool)
     }
 
-    /// Hashes `batch` here while the follower does the same, receives its hashes, and adds what differs.
-    pub(crate) fn compare_batch(
+    /// The check of I4: hashes `batch` here while the follower does the same, receives its hashes, and adds what differs. It
+    /// believes nothing that was known before.
+    pub(crate) fn verify_batch(
         &mut self,
         header: &Header,
         deadlines: &Deadlines,
         batch: &[PageNumber],
-        kind: Kind,
         divergent: &mut Vec<PageNumber>,
     ) -> Result<(), SyncError> {
-        let (hash, ram) = (self.config.hash, self.guest.ram());
-        match kind {
-            // The check of I4 believes nothing that was known before.
-            Kind::VerifyHashes => self.pool.pool().hash_pages_into(hash, ram, batch, &mut self.hashes),
-            _ => self.known_hashes += self.pool.hash_pages_into(hash, ram, batch, &mut self.hashes),
-        }
-        let theirs = self.link.expect(header, kind, "a batch of hashes", deadlines)?;
+        self.pool.pool().hash_pages_into(self.config.hash, self.guest.ram(), batch, &mut self.hashes);
+        let theirs = self.link.expect(header, Kind::VerifyHashes, "a batch of hashes", deadlines)?;
         compare(batch, &self.hashes, theirs, divergent)
     }
+}
+
+/// The follower's hashes in a message that must hold `count` of them.
+fn theirs(body: &[u8], count: usize, hash_bytes: usize) -> Result<std::slice::ChunksExact<'_, u8>, WireError> {
+    if body.len() != count * hash_bytes {
+        return Err(WireError::Value { field: "number of hash bytes", value: body.len() as u64 });
+    }
+    Ok(body.chunks_exact(hash_bytes))
 }
 
 pub(crate) fn compare(
@@ -144,10 +149,7 @@ pub(crate) fn compare(
     theirs: &[u8],
     divergent: &mut Vec<PageNumber>,
 ) -> Result<(), SyncError> {
-    if theirs.len() != ours.len() * HASH_BYTES {
-        return Err(WireError::Value { field: "number of hash bytes", value: theirs.len() as u64 }.into());
-    }
-    for ((&page, ours), theirs) in batch.iter().zip(ours).zip(theirs.chunks_exact(HASH_BYTES)) {
+    for ((&page, ours), theirs) in batch.iter().zip(ours).zip(self::theirs(theirs, ours.len(), HASH_BYTES)?) {
         if ours != theirs {
             divergent.push(page);
         }
@@ -170,6 +172,7 @@ struct Run<'a, G, C, O> {
     report: SyncReport,
     watch: Stopwatch,
     stopped_at: Option<Instant>,
+    ahead: Option<Ahead>,
 }
 
 /// Makes the follower's guest equal to this one: steps 1–7 of the design. Blocks until the follower
@@ -187,6 +190,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
     ctx.link.reset_counts();
     ctx.known_hashes = 0;
     ctx.last_number = ctx.last_number.max(number);
+    ctx.outgoing.forget();
     let header = Header { group: ctx.config.group, view: ctx.view, number, scope: Scope::Sync, round: 0 };
     let mut run = Run {
         header,
@@ -194,6 +198,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
         report: SyncReport { number, transfer: ctx.transfer(), ..SyncReport::default() },
         watch: Stopwatch::start(),
         stopped_at: None,
+        ahead: None,
         ctx,
     };
     match run.steps() {
@@ -204,6 +209,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
 
 impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     fn steps(&mut self) -> Result<(), SyncError> {
+        self.compare_ahead()?;
         let device = self.stop_and_harvest()?;
         let union = self.exchange_sets(device.len())?;
         let mut found = self.find(&union)?;
@@ -237,9 +243,6 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 1 and the first half of step 2. Returns the device state.
     fn stop_and_harvest(&mut self) -> Result<Vec<u8>, SyncError> {
-        let LeaderContext { guest, pairing, pool, config, usual_pages, .. } = &mut *self.ctx;
-        ahead::hash(guest, pairing, pool, config, *usual_pages)?;
-        self.report.phases.ahead_us = self.watch.lap();
         self.stopped_at = Some(Instant::now());
         self.ctx.guest.stop()?;
         self.report.phases.stop_us = self.watch.lap();
@@ -257,12 +260,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// The second half of step 2: the union.
     fn exchange_sets(&mut self, device_bytes: usize) -> Result<DirtySet, SyncError> {
         let terms = self.ctx.terms();
-        let link = &mut self.ctx.link;
-        let ours = self.ctx.pairing.in_flight();
-        link.send_set(&self.header, Kind::DirtySet, &terms, ours, &self.deadlines)?;
+        let LeaderContext { link, pairing, pool, .. } = &mut *self.ctx;
+        let ours = pairing.in_flight();
+        // The follower knows the rest already.
+        let said = pool.written().unwrap_or(ours);
+        link.send_set(&self.header, Kind::DirtySet, &terms, said, &self.deadlines)?;
         let (_, mut union) = link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
         // The follower says where its set differs from this one: the two guests wrote mostly the same pages.
-        union.symmetric_difference_with(ours);
+        union.symmetric_difference_with(said);
+        let mut union = ahead::whole_set(&mut self.ahead, said, union);
         self.report.dirty_peer = union.count();
         union.union_with(ours);
         self.report.union_pages = union.count();
@@ -291,13 +297,70 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let pages: Vec<PageNumber> = union.iter().collect();
         let mut divergent = Vec::new();
         for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-            self.ctx.compare_batch(&self.header, &self.deadlines, batch, Kind::Hashes, &mut divergent)?;
+            self.compare_batch(batch, |at, _, equal| {
+                if !equal {
+                    divergent.push(batch[at]);
+                }
+            })?;
             if index == 0 {
                 self.point(Phase::LeaderHashed);
             }
         }
         self.compared(pages.len(), divergent.len());
         Ok(divergent)
+    }
+
+    /// Hashes `batch` here while the follower does the same, receives its hashes, and calls `each` with the place of each page in
+    /// the batch, its hash here, and whether the follower's is the same.
+    fn compare_batch(
+        &mut self,
+        batch: &[PageNumber],
+        mut each: impl FnMut(usize, &PageHashValue, bool),
+    ) -> Result<(), SyncError> {
+        let LeaderContext { pool, link, hashes, guest, config, known_hashes, .. } = &mut *self.ctx;
+        *known_hashes += pool.hash_pages_into(config.hash, guest.ram(), batch, hashes);
+        let (ahead, hash_bytes) = (self.ahead.as_ref(), self.report.transfer.hash_bytes());
+        let due = batch.iter().filter(|page| ahead::is_due(ahead, **page)).count();
+        let body = match due {
+            0 => &[],
+            _ => link.expect(&self.header, Kind::Hashes, "a batch of hashes", &self.deadlines)?,
+        };
+        let mut news = theirs(body, due, hash_bytes)?;
+        let mut known = ahead::their_hashes(ahead, hash_bytes);
+        for (at, (page, ours)) in batch.iter().zip(hashes).enumerate() {
+            let theirs = known(*page).or_else(|| news.next()).expect("as many are due as came");
+            each(at, ours, ours[..hash_bytes] == *theirs);
+        }
+        Ok(())
+    }
+
+    /// Before the stop: as much of steps 2 to 5 as can be done while the guest runs.
+    fn compare_ahead(&mut self) -> Result<(), SyncError> {
+        let LeaderContext { config, usual_pages, pairing, .. } = &*self.ctx;
+        let wanted = ahead::is_wanted(config, self.report.transfer, *usual_pages, pairing.pages());
+        let terms = self.ctx.terms();
+        if !wanted || !terms.ahead {
+            return Ok(());
+        }
+        self.ctx.harvest()?;
+        let LeaderContext { pool, link, guest, config, pairing, outgoing, .. } = &mut *self.ctx;
+        let mut ahead = Ahead::ask(link, &self.header, &terms, pairing.pending(), &self.deadlines)?;
+        let (zero_hash, hash_bytes) = (config.hash.zero_page(), self.report.transfer.hash_bytes());
+        let mut divergent = Vec::new();
+        pool.begin_ahead(config.hash, guest.ram());
+        for batch in ahead.pages.chunks(BATCH_PAGES) {
+            let ours = pool.hash_ahead(guest.ram(), batch);
+            let body = link.expect(&self.header, Kind::AheadHashes, "a batch of hashes", &self.deadlines)?;
+            let pairs = ours.iter().zip(theirs(body, batch.len(), hash_bytes)?);
+            let differ = batch.iter().zip(pairs).filter(|(_, (ours, theirs))| ours[..hash_bytes] != **theirs);
+            divergent.extend(differ.map(|(page, (ours, _))| (*page, *ours == zero_hash)));
+            ahead.hashes.extend_from_slice(body);
+        }
+        divergent.truncate(ahead::MOST_COPIES);
+        outgoing.copy_ahead(guest.ram(), divergent.into_iter());
+        self.ahead = Some(ahead);
+        self.report.phases.ahead_us = self.watch.lap();
+        Ok(())
     }
 
     fn compared(&mut self, pages: usize, divergent: usize) {
@@ -309,11 +372,14 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
 
     /// Step 5, first half: from here on the guest is not needed any more.
     fn copy(&mut self, found: &Found, device: Vec<u8>) {
-        let (outgoing, ram) = (&mut self.ctx.outgoing, self.ctx.guest.ram());
+        let LeaderContext { outgoing, guest, pool, .. } = &mut *self.ctx;
         match found {
-            Found::Whole(pages) => outgoing.copy_pages(ram, pages),
-            Found::Blocks(delta) => outgoing.copy_from(ram, delta.pages()),
+            Found::Whole(pages) => {
+                outgoing.copy_from(guest.ram(), pages.iter().map(|page| (*page, None)), pool.written());
+            }
+            Found::Blocks(delta) => outgoing.copy_from(guest.ram(), delta.pages(), pool.written()),
         }
+        self.report.copied_ahead = outgoing.used_ahead();
         outgoing.set_device(device);
         self.report.sent_pages = outgoing.pages();
         self.report.zero_pages = outgoing.zero_pages();

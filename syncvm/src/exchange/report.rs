@@ -7,7 +7,7 @@ use crate::transfer::TransferMode;
 /// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PhaseTimes {
-    /// Before the stop: harvesting and hashing while the guest runs.
+    /// Before the stop: harvesting, hashing, comparing and copying while the guest runs.
     pub ahead_us: u64,
     /// Stopping the guest.
     pub stop_us: u64,
@@ -56,6 +56,8 @@ pub struct SyncReport {
     pub compared_pages: usize,
     /// How many of these had been hashed on this side before the stop.
     pub known_hashes: usize,
+    /// How many pages had been copied before the stop (leader).
+    pub copied_ahead: usize,
     /// Pages of these that really differed.
     pub divergent_pages: usize,
     /// Pages that were sent: the divergent ones, or all of the union with [`TransferMode::All`].

@@ -24,7 +24,7 @@ pub(super) fn lead<G: Guest, C: Channel, O: Observer>(
 ) -> Result<(), SyncError> {
     let mut divergent = Vec::new();
     for batch in batches(ctx.pairing.pages()) {
-        ctx.compare_batch(header, deadlines, &batch, Kind::VerifyHashes, &mut divergent)?;
+        ctx.verify_batch(header, deadlines, &batch, &mut divergent)?;
     }
     let limit = ctx.config.max_device_bytes;
     let theirs = ctx.link.recv_pieces(header, Kind::VerifyDevice, "the device state", limit, deadlines)?;
@@ -82,7 +82,7 @@ fn send_and_wait<G: Guest, C: Channel, O: Observer>(
     device: &[u8],
 ) -> Result<bool, SyncError> {
     for batch in batches(ctx.pairing.pages()) {
-        ctx.send_hashes(header, deadlines, &batch, Kind::VerifyHashes)?;
+        ctx.verify_batch(header, deadlines, &batch)?;
     }
     ctx.link.send_pieces(header, Kind::VerifyDevice, device, deadlines)?;
     let verdict = ctx.link.expect(header, Kind::Verdict, "the verdict", deadlines)?;

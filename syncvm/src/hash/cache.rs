@@ -9,15 +9,11 @@
 //! writes again.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::{HASH_BYTES, HashKind, HashPool, PageHashValue};
 use crate::dirty::DirtySet;
 use crate::page::PageNumber;
 use crate::ram::GuestRam;
-
-/// Pages hashed between two looks at the clock: some 0.3 ms on one core.
-const TURN_PAGES: usize = 512;
 
 /// What was hashed ahead.
 #[derive(Debug)]
@@ -27,10 +23,10 @@ struct Ahead {
     pages: Vec<PageNumber>,
     /// One of each page.
     hashes: Vec<PageHashValue>,
-    /// The pages that were not written since, as far as harvested.
-    valid: DirtySet,
-    /// The pages of one harvest.
-    harvested: DirtySet,
+    /// The pages that were written since the first of them was read, or just before, as far as harvested.
+    written: DirtySet,
+    /// There may be hashes.
+    begun: bool,
 }
 
 impl Ahead {
@@ -39,8 +35,8 @@ impl Ahead {
             kind: HashKind::default(),
             pages: Vec::new(),
             hashes: Vec::new(),
-            valid: DirtySet::new(pages),
-            harvested: DirtySet::new(pages),
+            written: DirtySet::new(pages),
+            begun: false,
         }
     }
 
@@ -55,7 +51,7 @@ impl Ahead {
                 }
                 _ => self.pages.partition_point(|known| *known < page),
             };
-            (self.pages.get(at) == Some(&page) && self.valid.contains(page)).then(|| self.hashes[at])
+            (self.pages.get(at) == Some(&page) && !self.written.contains(page)).then(|| self.hashes[at])
         }
     }
 }
@@ -93,11 +89,9 @@ impl SlotHasher {
         into: &mut DirtySet,
         harvest: impl FnOnce(&mut DirtySet) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Some(ahead) = self.ahead.as_mut().filter(|ahead| !ahead.pages.is_empty()) else { return harvest(into) };
-        ahead.harvested.clear();
-        let result = harvest(&mut ahead.harvested);
-        into.union_with(&ahead.harvested);
-        ahead.valid.subtract(&ahead.harvested);
+        let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.begun) else { return harvest(into) };
+        let result = harvest(&mut ahead.written);
+        into.union_with(&ahead.written);
         if result.is_err() {
             self.forget();
         }
@@ -107,33 +101,37 @@ impl SlotHasher {
     /// No hash is known: an exchange is over, or this guest's memory was written by us.
     pub fn forget(&mut self) {
         if let Some(ahead) = &mut self.ahead {
+            ahead.begun = false;
             ahead.pages.clear();
             ahead.hashes.clear();
-            ahead.valid.clear();
+            ahead.written.clear();
         }
     }
 
-    /// Hashes `pages` of the running guest, in ascending order and as many as can be before `until`. They were harvested
-    /// before, through [`Self::harvest`]. Replaces what was known.
-    ///
-    /// # Panics
-    /// When a page lies beyond the RAM file.
-    pub fn hash_ahead(&mut self, kind: HashKind, ram: &GuestRam, pages: &DirtySet, until: Instant) {
+    /// From here on pages of the running guest are hashed by [`Self::hash_ahead`]. Forgets what was known.
+    pub fn begin_ahead(&mut self, kind: HashKind, ram: &GuestRam) {
         self.forget();
         let ahead = self.ahead.get_or_insert_with(|| Ahead::new(ram.pages()));
-        ahead.kind = kind;
-        let mut left = pages.iter();
-        while Instant::now() < until {
-            self.turn.clear();
-            self.turn.extend(left.by_ref().take(TURN_PAGES));
-            if self.turn.is_empty() {
-                return;
-            }
-            self.pool.hash_pages_into(kind, ram, &self.turn, &mut self.turn_hashes);
-            self.turn.iter().for_each(|page| ahead.valid.insert(*page));
-            ahead.pages.extend_from_slice(&self.turn);
-            ahead.hashes.extend_from_slice(&self.turn_hashes);
-        }
+        (ahead.kind, ahead.begun) = (kind, true);
+    }
+
+    /// Hashes `pages` of the running guest, which come after all that were hashed since [`Self::begin_ahead`], and returns the
+    /// hashes. The guest was harvested before, through [`Self::harvest`].
+    ///
+    /// # Panics
+    /// When a page lies beyond the RAM file, or nothing was begun.
+    pub fn hash_ahead(&mut self, ram: &GuestRam, pages: &[PageNumber]) -> &[PageHashValue] {
+        let ahead = self.ahead.as_mut().filter(|ahead| ahead.begun).expect("hashing ahead was begun");
+        assert!(ahead.pages.last() < pages.first() || pages.is_empty(), "pages are hashed in their order");
+        self.pool.hash_pages_into(ahead.kind, ram, pages, &mut self.turn_hashes);
+        ahead.pages.extend_from_slice(pages);
+        ahead.hashes.extend_from_slice(&self.turn_hashes);
+        &self.turn_hashes
+    }
+
+    /// The pages that were written since [`Self::begin_ahead`], as far as harvested. None before it.
+    pub fn written(&self) -> Option<&DirtySet> {
+        self.ahead.as_ref().filter(|ahead| ahead.begun).map(|ahead| &ahead.written)
     }
 
     /// Puts the hashes of `pages` of the stopped guest, in their order, in place of what `hashes` holds: known ones, and the
@@ -148,7 +146,7 @@ impl SlotHasher {
         pages: &[PageNumber],
         hashes: &mut Vec<PageHashValue>,
     ) -> usize {
-        let Some(ahead) = self.ahead.as_ref().filter(|ahead| ahead.kind == kind && !ahead.pages.is_empty()) else {
+        let Some(ahead) = self.ahead.as_ref().filter(|ahead| ahead.kind == kind && ahead.begun) else {
             self.pool.hash_pages_into(kind, ram, pages, hashes);
             return 0;
         };
@@ -181,7 +179,7 @@ mod tests {
     use std::convert::Infallible;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     const PAGES: usize = 700;
 
@@ -197,6 +195,14 @@ mod tests {
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
+    }
+
+    fn hash_ahead(hasher: &mut SlotHasher, kind: HashKind, ram: &GuestRam, pages: &DirtySet) {
+        hasher.begin_ahead(kind, ram);
+        let pages: Vec<PageNumber> = pages.iter().collect();
+        for pages in pages.chunks(100) {
+            assert_eq!(hasher.hash_ahead(ram, pages).len(), pages.len());
+        }
     }
 
     /// At the stop: every hash is that of the page as it is, known or not. Says how many were known.
@@ -245,7 +251,7 @@ mod tests {
                     std::thread::yield_now();
                 }
                 hasher.harvest(&mut pending, harvest).unwrap();
-                hasher.hash_ahead(HashKind::City128, &ram, &pending, soon());
+                hash_ahead(&mut hasher, HashKind::City128, &ram, &pending);
                 let ahead = pending.count();
                 stop.store(true, Ordering::Relaxed);
                 writer.join().unwrap();
@@ -303,7 +309,7 @@ mod tests {
                     }
                     Op::Ahead(next) => {
                         kind = next;
-                        hasher.hash_ahead(kind, &ram, &pending, soon());
+                        hash_ahead(&mut hasher, kind, &ram, &pending);
                     }
                     Op::Forget => hasher.forget(),
                 }
@@ -321,9 +327,7 @@ mod tests {
     fn pages_left_alone_need_no_hashing_at_the_stop() {
         let (ram, mut hasher, all) = (ram(), hasher(0), all_pages());
         let mut pending = DirtySet::all(PAGES);
-        hasher.hash_ahead(HashKind::City128, &ram, &pending, Instant::now());
-        assert_eq!(check(&mut hasher, &ram, HashKind::City128, &all), 0, "there was no time");
-        hasher.hash_ahead(HashKind::City128, &ram, &pending, soon());
+        hash_ahead(&mut hasher, HashKind::City128, &ram, &pending);
         assert_eq!(check(&mut hasher, &ram, HashKind::City128, &all), PAGES);
         assert_eq!(check(&mut hasher, &ram, HashKind::Xxh3_128, &all), 0, "hashes of another kind do not count");
         let one = |into: &mut DirtySet| {

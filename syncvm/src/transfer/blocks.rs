@@ -127,16 +127,21 @@ fn fitting(size: BlockSize, maps: &[u64]) -> (usize, usize) {
     (maps.len(), blocks)
 }
 
-/// Puts the next [`super::Kind::Blocks`] message into `body`: bitmaps first, then the blocks. `pages` holds the pages that
-/// `maps` describe, one after the other. Returns how many pages it covers and how many blocks it holds.
-pub(super) fn encode_blocks(size: BlockSize, maps: &[u64], pages: &[u8], body: &mut Vec<u8>) -> (usize, usize) {
+/// Puts the next [`super::Kind::Blocks`] message into `body`: bitmaps first, then the blocks. `pages` are the pages that
+/// `maps` describe. Returns how many pages it covers and how many blocks it holds.
+pub(super) fn encode_blocks<'a>(
+    size: BlockSize,
+    maps: &[u64],
+    pages: impl Iterator<Item = &'a [u8]>,
+    body: &mut Vec<u8>,
+) -> (usize, usize) {
     let (count, blocks) = fitting(size, maps);
     body.clear();
     body.extend_from_slice(&(count as u32).to_le_bytes());
     for map in &maps[..count] {
         body.extend_from_slice(&map.to_le_bytes()[..size.bitmap_bytes()]);
     }
-    for (map, page) in maps[..count].iter().zip(pages.chunks_exact(PAGE_BYTES)) {
+    for (map, page) in maps[..count].iter().zip(pages) {
         for at in Bits(*map) {
             body.extend_from_slice(&page[at * size.bytes()..][..size.bytes()]);
         }
@@ -290,12 +295,17 @@ mod tests {
                 old.chunks_exact(PAGE_BYTES).for_each(|page| digest_page(page, size, seed, &mut digests));
                 let (told, theirs) = decode_digests(&digests).unwrap();
                 prop_assert_eq!(told, size);
+                // One of 65 536 does; that is what the check of the whole page is for.
+                let mut pairs = old.chunks(size.bytes()).zip(new.chunks(size.bytes()));
+                if pairs.any(|(old, new)| old != new && digest(old, seed) == digest(new, seed)) {
+                    continue;
+                }
                 let maps: Vec<u64> = new.chunks_exact(PAGE_BYTES).zip(theirs)
                     .map(|(page, theirs)| differing_blocks(page, theirs, size, seed)).collect();
                 let mut body = Vec::new();
-                let (pages, blocks) = encode_blocks(size, &maps, &new, &mut body);
+                let (pages, blocks) = encode_blocks(size, &maps, new.chunks_exact(PAGE_BYTES), &mut body);
                 let differing = old.chunks(size.bytes()).zip(new.chunks(size.bytes())).filter(|(old, new)| old != new).count();
-                prop_assert_eq!((pages, blocks), (3, differing), "no false agreement among so few");
+                prop_assert_eq!((pages, blocks), (3, differing));
                 let chunk = BlocksChunk::decode(&body, size).unwrap();
                 prop_assert_eq!((chunk.pages(), chunk.blocks()), (3, differing));
                 let mut patched = old.clone();
@@ -325,7 +335,8 @@ mod tests {
     fn a_message_never_exceeds_its_bound() {
         for size in BlockSize::EVERY {
             let all = u64::MAX >> (64 - size.per_page());
-            let (pages, blocks) = encode_blocks(size, &[all; 300], &vec![7; 300 * PAGE_BYTES], &mut Vec::new());
+            let (pages, blocks) =
+                encode_blocks(size, &[all; 300], std::iter::repeat(&[7; PAGE_BYTES][..]), &mut Vec::new());
             assert!((250..256).contains(&pages), "{pages}");
             assert_eq!(blocks, pages * size.per_page());
         }

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::SHORT_HASH_BYTES;
+use crate::hash::HASH_BYTES;
+
 /// How much of the union of the dirty sets crosses the wire. The leader's choice; the follower obeys it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransferMode {
@@ -34,6 +37,15 @@ impl TransferMode {
     #[must_use]
     pub fn from_code(code: u8) -> Option<Self> {
         Self::EVERY.into_iter().find(|mode| mode.code() == code)
+    }
+
+    /// Bytes of a page's hash that the follower sends.
+    #[must_use]
+    pub fn hash_bytes(self) -> usize {
+        match self {
+            Self::Delta => SHORT_HASH_BYTES,
+            Self::Pages | Self::All => HASH_BYTES,
+        }
     }
 
     /// Whether pages are compared before they are sent.

@@ -5,6 +5,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::blocks::{BlockSize, encode_blocks};
 use super::buffer::PageBuffer;
 use super::{ENTRY_BYTES, End, FLAG_ZERO, Kind, MAX_BODY_BYTES, Piece};
+use crate::dirty::DirtySet;
 use crate::page::{PAGE_BYTES, PageNumber, is_zero};
 use crate::ram::GuestRam;
 
@@ -12,8 +13,13 @@ use crate::ram::GuestRam;
 #[derive(Debug, Default)]
 pub struct Outgoing {
     pages: Vec<(PageNumber, bool)>,
-    /// The pages that are not zero, in order.
+    /// Where in `data` those are that are not zero.
+    places: Vec<usize>,
     data: PageBuffer,
+    /// What was copied before the stop, ascending: where it is, unless it is zero.
+    ahead: Vec<(PageNumber, Option<usize>)>,
+    /// How many of those copies were used.
+    used_ahead: usize,
     device: Vec<u8>,
     body: Vec<u8>,
 }
@@ -21,25 +27,68 @@ pub struct Outgoing {
 impl Outgoing {
     /// Replaces the pages by copies of `pages` as they are now. Zero pages are recognised on the way.
     pub fn copy_pages(&mut self, ram: &GuestRam, pages: &[PageNumber]) {
-        self.copy_from(ram, pages.iter().map(|&page| (page, None)));
+        self.forget();
+        self.copy_from(ram, pages.iter().map(|&page| (page, None)), None);
     }
 
-    /// As [`Self::copy_pages`], of pages of which it is known whether they are zero.
-    pub fn copy_from(&mut self, ram: &GuestRam, pages: impl Iterator<Item = (PageNumber, Option<bool>)> + Clone) {
+    /// Has no copies.
+    pub fn forget(&mut self) {
         self.pages.clear();
+        self.places.clear();
+        self.ahead.clear();
         self.data.clear();
-        self.data.reserve(pages.clone().filter(|(_, known)| *known != Some(true)).count());
-        for (number, known) in pages {
-            let zero = known == Some(true) || {
-                let slot = self.data.slot();
-                ram.read_page(number, slot);
-                known.is_none() && is_zero(slot)
-            };
-            if !zero {
-                self.data.keep();
-            }
-            self.pages.push((number, zero));
+    }
+
+    /// Replaces the pages by copies of pages of the running guest, in ascending order, of each of which it is known whether it
+    /// is zero. They are for [`Self::copy_from`] and count for nothing before that.
+    pub fn copy_ahead(&mut self, ram: &GuestRam, pages: impl Iterator<Item = (PageNumber, bool)>) {
+        self.forget();
+        for (page, zero) in pages {
+            let place = (!zero).then(|| {
+                ram.read_page(page, self.data.slot());
+                self.data.keep()
+            });
+            self.ahead.push((page, place));
         }
+    }
+
+    /// Replaces the pages by copies of `pages` of the stopped guest, in ascending order, each with whether it is zero if that
+    /// is known. Those of [`Self::copy_ahead`] are taken instead, except of pages that were `written` since.
+    pub fn copy_from(
+        &mut self,
+        ram: &GuestRam,
+        pages: impl Iterator<Item = (PageNumber, Option<bool>)> + Clone,
+        written: Option<&DirtySet>,
+    ) {
+        let ahead = std::mem::take(&mut self.ahead);
+        let mut at = 0;
+        let mut known_place = |page| {
+            at += ahead[at..].iter().take_while(|(earlier, _)| *earlier < page).count();
+            let &(_, place) = ahead.get(at).filter(|(earlier, _)| *earlier == page)?;
+            written.is_some_and(|written| !written.contains(page)).then_some(place)
+        };
+        self.pages.clear();
+        self.places.clear();
+        self.used_ahead = 0;
+        if ahead.is_empty() {
+            self.data.clear();
+            self.data.reserve(pages.clone().filter(|(_, known)| *known != Some(true)).count());
+        }
+        for (number, known) in pages {
+            let earlier = known_place(number);
+            self.used_ahead += usize::from(earlier.is_some());
+            let place = earlier.unwrap_or_else(|| copy(&mut self.data, ram, number, known));
+            self.places.extend(place);
+            self.pages.push((number, place.is_none()));
+        }
+        self.ahead = ahead;
+        self.ahead.clear();
+    }
+
+    /// How many of the pages had been copied before the stop.
+    #[must_use]
+    pub fn used_ahead(&self) -> usize {
+        self.used_ahead
     }
 
     /// Gives back memory that only an unusually large transfer needed. Takes its time: not for the stop.
@@ -67,12 +116,12 @@ impl Outgoing {
     /// How many of them are zero pages.
     #[must_use]
     pub fn zero_pages(&self) -> usize {
-        self.pages.len() - self.data.pages()
+        self.pages.len() - self.places.len()
     }
 
     /// The content of the pages that are not zero, in order.
-    pub fn nonzero_pages(&self) -> std::slice::ChunksExact<'_, u8> {
-        self.data.iter()
+    pub fn nonzero_pages(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        self.places.iter().map(|at| &self.data.bytes()[*at..][..PAGE_BYTES])
     }
 
     /// Hands every page message to `send(pages so far, kind, parts)`.
@@ -98,40 +147,41 @@ impl Outgoing {
         mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut first = 0;
-        let mut data_at = 0;
+        let mut places = &self.places[..];
         let mut table = Vec::new();
         while first < self.pages.len() {
-            let (count, data_bytes) = self.chunk_from(first, most_bytes.min(MAX_BODY_BYTES));
+            let (count, nonzero) = self.chunk_from(first, places, most_bytes.min(MAX_BODY_BYTES));
             table.clear();
             table.extend_from_slice(&(count as u32).to_le_bytes());
             for (number, zero) in &self.pages[first..first + count] {
                 table.extend_from_slice(&number.0.to_le_bytes());
                 table.push(if *zero { FLAG_ZERO } else { 0 });
             }
-            let data = &self.data.bytes()[data_at..data_at + data_bytes];
+            let data = &self.data.bytes()[places.first().copied().unwrap_or(0)..][..nonzero * PAGE_BYTES];
             checksum.add(Kind::Pages, &[&table, data]);
             first += count;
-            data_at += data_bytes;
+            places = &places[nonzero..];
             send(first, Kind::Pages, &[&table, data])?;
         }
         Ok(())
     }
 
-    /// How many pages from `first` on fit one message, and the bytes of data among them.
-    fn chunk_from(&self, first: usize, most_bytes: usize) -> (usize, usize) {
+    /// How many pages from `first` on fit one message, and how many of them are not zero. Those lie one after the other in
+    /// `data`, the first of them at the first of `places`.
+    fn chunk_from(&self, first: usize, places: &[usize], most_bytes: usize) -> (usize, usize) {
         let mut bytes = 4;
-        let mut data_bytes = 0;
-        let mut count = 0;
+        let (mut count, mut nonzero) = (0, 0);
         for (_, zero) in &self.pages[first..] {
             let data = if *zero { 0 } else { PAGE_BYTES };
-            if count > 0 && bytes + ENTRY_BYTES + data > most_bytes {
+            let apart = !zero && places[nonzero] != places[0] + nonzero * PAGE_BYTES;
+            if count > 0 && (apart || bytes + ENTRY_BYTES + data > most_bytes) {
                 break;
             }
             bytes += ENTRY_BYTES + data;
-            data_bytes += data;
+            nonzero += usize::from(!zero);
             count += 1;
         }
-        (count, data_bytes)
+        (count, nonzero)
     }
 
     /// Hands the blocks that `maps` name, one map for each page that is not zero, to `send(nonzero pages so far, kind, parts)`.
@@ -146,10 +196,10 @@ impl Outgoing {
         checksum: &mut Checksum,
         mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
     ) -> Result<usize, E> {
-        assert_eq!(maps.len(), self.data.pages(), "a bitmap for each page");
+        assert_eq!(maps.len(), self.places.len(), "a bitmap for each page");
         let (mut first, mut sent) = (0, 0);
         while first < maps.len() {
-            let pages = &self.data.bytes()[first * PAGE_BYTES..];
+            let pages = self.places[first..].iter().map(|at| &self.data.bytes()[*at..][..PAGE_BYTES]);
             let (count, blocks) = encode_blocks(size, &maps[first..], pages, &mut self.body);
             checksum.add(Kind::Blocks, &[&self.body]);
             first += count;
@@ -166,8 +216,8 @@ impl Outgoing {
         let numbers: Vec<PageNumber> = self.pages.iter().filter(|(_, zero)| !zero).map(|(number, _)| *number).collect();
         for &place in places {
             again.pages.push((numbers[place], false));
-            again.data.slot().copy_from_slice(&self.data.bytes()[place * PAGE_BYTES..][..PAGE_BYTES]);
-            again.data.keep();
+            again.data.slot().copy_from_slice(&self.data.bytes()[self.places[place]..][..PAGE_BYTES]);
+            again.places.push(again.data.keep());
         }
         again
     }
@@ -211,6 +261,16 @@ impl Outgoing {
         let end = self.end(&checksum, [0; 16]);
         send(self.pages.len(), Kind::End, &[&end.encode()])
     }
+}
+
+/// Copies a page, unless it is zero, and says where it is.
+fn copy(data: &mut PageBuffer, ram: &GuestRam, page: PageNumber, zero: Option<bool>) -> Option<usize> {
+    if zero == Some(true) {
+        return None;
+    }
+    let slot = data.slot();
+    ram.read_page(page, slot);
+    (zero.is_some() || !is_zero(slot)).then(|| data.keep())
 }
 
 /// The running checksum over the bodies of a transfer. Kinds and lengths count as well.

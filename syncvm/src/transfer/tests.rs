@@ -84,6 +84,44 @@ fn a_whole_transfer_arrives_as_it_was() {
 }
 
 #[test]
+fn copies_from_before_the_stop_are_taken_unless_the_page_was_written_since() {
+    let (_, union, source) = sample();
+    let zero = |page: PageNumber| page.0.is_multiple_of(3);
+    let mut outgoing = Outgoing::default();
+    // Pages that are not sent in the end are among them, and pages are missing.
+    let ahead = (0..400).map(PageNumber).filter(|page| page.0 % 7 != 0);
+    outgoing.copy_ahead(&source, ahead.clone().map(|page| (page, zero(page) || !union.contains(page))));
+    let mut written = DirtySet::new(PAGES);
+    for (page, fill) in [(30, 0xaa), (31, 0xbb), (32, 0), (100, 0xcc)] {
+        source.write_page(PageNumber(page), &[fill; PAGE_BYTES]);
+        written.insert(PageNumber(page));
+    }
+    let all: Vec<PageNumber> = union.iter().collect();
+    let sent = || all.iter().map(|page| (*page, None));
+    outgoing.copy_from(&source, sent(), Some(&written));
+    let expected = ahead.filter(|page| union.contains(*page) && !written.contains(*page)).count();
+    assert_eq!((outgoing.pages(), outgoing.used_ahead()), (550, expected));
+    let mut messages = Vec::new();
+    let mut send = |_, kind, parts: &[&[u8]]| {
+        messages.push((kind, parts.concat()));
+        Ok::<(), ()>(())
+    };
+    outgoing.send_all(&mut send).unwrap();
+    let (target, mut staging) = (ram(), Staging::new(PAGES));
+    collect(&mut staging, &messages, &union).unwrap().apply(&target, || ());
+    let content = |ram: &GuestRam, page| {
+        let mut bytes = [0; PAGE_BYTES];
+        ram.read_page(page, &mut bytes);
+        bytes
+    };
+    assert!(union.iter().all(|page| content(&source, page) == content(&target, page)));
+    let nonzero = union.iter().map(|page| content(&source, page)).filter(|bytes| bytes[0] != 0);
+    assert!(outgoing.nonzero_pages().eq(nonzero));
+    outgoing.copy_from(&source, sent(), None);
+    assert_eq!(outgoing.used_ahead(), 0, "copies are for one syncvm");
+}
+
+#[test]
 fn a_lost_doubled_or_reordered_message_is_refused() {
     let (messages, union, _) = sample();
     let mut staging = Staging::new(PAGES);
@@ -155,7 +193,14 @@ fn headers_terms_and_aborts_come_back() {
     message.push(7);
     assert_eq!(Header::decode(&message), Ok((header, &[7u8][..])));
     for (basis, transfer) in [(None, TransferMode::All), (Some(header.basis()), TransferMode::Delta)] {
-        let terms = Terms { ram_pages: 5, hash: crate::hash::HashKind::Xxh3_128, verify: true, transfer, basis };
+        let terms = Terms {
+            ram_pages: 5,
+            hash: crate::hash::HashKind::Xxh3_128,
+            verify: true,
+            transfer,
+            ahead: basis.is_none(),
+            basis,
+        };
         let mut body = terms.encode();
         assert_eq!(body.len(), Terms::BYTES);
         let piece = Piece { total_bytes: 1, offset_bytes: 0, bytes: &[8] };
@@ -169,7 +214,7 @@ fn headers_terms_and_aborts_come_back() {
     assert_eq!(Abort::decode(&abort.encode()), Ok(abort));
     for code in 0..40 {
         assert!(Kind::from_code(code).is_none_or(|kind| kind as u16 == code));
-        assert_eq!(Kind::from_code(code).is_some(), (1..=18).contains(&code));
+        assert_eq!(Kind::from_code(code).is_some(), (1..=20).contains(&code));
     }
 }
 

@@ -30,12 +30,14 @@ fn busy_pair(races: bool) -> (Leader, Follower) {
 #[test]
 fn pages_written_while_or_after_they_were_hashed_are_not_missed() {
     let (mut leader, mut follower) = busy_pair(true);
-    let (mut known, mut hashed_again) = ([0, 0], [0, 0]);
+    let (mut known, mut hashed_again, mut copied, mut copied_again) = ([0, 0], [0, 0], 0, 0);
     for number in 2..40 {
         leader.config.hash = if number % 9 == 7 { HashKind::Xxh3_128 } else { HashKind::City128 };
         leader.config.verify = number % 8 == 5;
         follower.config.verify = leader.config.verify;
         let (led, followed) = good_sync(&mut leader, &mut follower, number);
+        copied += led.copied_ahead;
+        copied_again += led.sent_pages - led.zero_pages - led.copied_ahead.min(led.sent_pages - led.zero_pages);
         for (side, report) in [led, followed].iter().enumerate() {
             known[side] += report.known_hashes;
             hashed_again[side] += report.compared_pages - report.known_hashes;
@@ -43,6 +45,7 @@ fn pages_written_while_or_after_they_were_hashed_are_not_missed() {
     }
     let enough = |counts: [usize; 2]| counts.iter().all(|count| *count > 100);
     assert!(enough(known) && enough(hashed_again), "known {known:?}, hashed again {hashed_again:?}");
+    assert!(copied > 100 && copied_again > 100, "{copied} copied ahead, {copied_again} at the stop");
 }
 
 /// Fills `pages` with `byte`.
@@ -65,12 +68,34 @@ fn what_a_syncvm_writes_makes_hashes_worthless() {
         fill(&follower.guest, 100..300, 0xa);
         let (led, followed) = good_sync(&mut leader, &mut follower, 3);
         assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 200, 200));
+        assert_eq!(led.copied_ahead, 200);
         // ... and now the leader has A: a follower that still believed in A would take B for it.
         fill(&leader.guest, 100..300, 0xa);
-        follower.config.background_hashing = false;
+        leader.config.background_hashing = false;
         let (led, followed) = good_sync(&mut leader, &mut follower, 4);
-        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 200, 0));
+        assert_eq!((led.divergent_pages, led.known_hashes, followed.known_hashes), (200, 0, 0));
         assert_eq!((led.verified, followed.verified), (verify, verify));
+    }
+}
+
+#[test]
+fn sides_of_another_mind_agree_all_the_same() {
+    let (mut leader, mut follower) = busy_pair(false);
+    for number in (2..20).step_by(3) {
+        good_sync(&mut leader, &mut follower, number);
+        // This one knows nothing of the last union: it stops at once, and answers a leader that compares ahead.
+        let channel = channel_pair(None).0;
+        let (guest, _, _, pairing) = follower.into_parts();
+        follower = FollowerContext::with_whole_guest(parts(guest, channel), pairing);
+        let (led, followed) = good_sync(&mut leader, &mut follower, number + 1);
+        let known = [led.known_hashes, followed.known_hashes];
+        assert!(led.compared_pages > WRITES && known == [led.compared_pages; 2], "{led:?} {followed:?}");
+        // And this one stops at once with a follower that waits for it.
+        let channel = channel_pair(None).0;
+        let (guest, _, _, pairing) = leader.into_parts();
+        leader = LeaderContext::new(parts(guest, channel), pairing);
+        let (led, followed) = good_sync(&mut leader, &mut follower, number + 2);
+        assert_eq!((led.known_hashes, followed.known_hashes, led.copied_ahead), (0, 0, 0));
     }
 }
 

@@ -444,6 +444,8 @@ pub fn sync(leader: &mut Leader, follower: &mut Follower, number: u64, fault: Op
 }
 
 pub fn sync_on_present_channel(leader: &mut Leader, follower: &mut Follower, number: u64) -> Outcome {
+    // A guest that is not even stopped is as it ran last.
+    follower.guest.at_stop = follower.guest.at_resume.clone();
     std::thread::scope(|scope| {
         let following = scope.spawn(|| follow_syncvm(follower, number));
         let led = lead_syncvm(leader, number);

@@ -62,18 +62,21 @@ fn short_hash(page: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_short_hash_that_agrees_falsely_ends_the_syncvm_and_the_next_compares_whole_hashes() {
-    let (mut leader, mut follower) = calm_pair(1, PAGES);
-    write(&leader.guest, 5, 100, b"only here");
-    let lie = short_hash(&page_of(&leader.guest, 5));
-    let outcome = mangled_sync(&mut leader, &mut follower, 2, None, replace(Kind::Hashes, move |_, _| lie.clone()));
-    assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
-    assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
-    assert!(matches!(outcome.0, Err(SyncError::PeerAborted { needs_rejoin: false, .. })), "{:?}", outcome.0);
-    let (led, _) = good_sync(&mut leader, &mut follower, 3);
-    assert_eq!((led.transfer, led.divergent_pages), (TransferMode::Pages, 1));
-    write(&leader.guest, 6, 100, b"only here");
-    let (led, _) = good_sync(&mut leader, &mut follower, 4);
-    assert_eq!((led.transfer, led.divergent_pages, led.sent_blocks), (TransferMode::Delta, 1, 1));
+    for kind in [Kind::Hashes, Kind::AheadHashes] {
+        let (mut leader, mut follower) = calm_pair(1, PAGES);
+        leader.config.background_hashing = kind == Kind::AheadHashes;
+        write(&leader.guest, 5, 100, b"only here");
+        let lie = short_hash(&page_of(&leader.guest, 5));
+        let outcome = mangled_sync(&mut leader, &mut follower, 2, None, replace(kind, move |_, _| lie.clone()));
+        assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
+        assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
+        assert!(matches!(outcome.0, Err(SyncError::PeerAborted { needs_rejoin: false, .. })), "{:?}", outcome.0);
+        let (led, _) = good_sync(&mut leader, &mut follower, 3);
+        assert_eq!((led.transfer, led.divergent_pages), (TransferMode::Pages, 1));
+        write(&leader.guest, 6, 100, b"only here");
+        let (led, _) = good_sync(&mut leader, &mut follower, 4);
+        assert_eq!((led.transfer, led.divergent_pages, led.sent_blocks), (TransferMode::Delta, 1, 1));
+    }
 }
 
 #[test]
@@ -100,8 +103,9 @@ fn another_set(pages: usize, page: u32) -> impl Fn(&Header, &[u8]) -> Vec<u8> + 
 
 #[test]
 fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
-    for zero in [false, true] {
+    for (zero, kind) in [false, true].into_iter().flat_map(|zero| [(zero, Kind::DirtySet), (zero, Kind::AheadSet)]) {
         let (mut leader, mut follower) = calm_pair(9, PAGES);
+        leader.config.background_hashing = kind == Kind::AheadSet;
         let content = if zero { [0; PAGE_BYTES] } else { [3; PAGE_BYTES] };
         write(&leader.guest, 5, 0, &content);
         write(&follower.guest, 5, 0, &[7; PAGE_BYTES]);
@@ -112,8 +116,8 @@ fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
             &mut leader,
             &mut follower,
             2,
-            replace(Kind::DirtySet, another_set(PAGES, 6)),
-            replace(Kind::DirtySet, another_set(PAGES, 5)),
+            replace(kind, another_set(PAGES, 6)),
+            replace(kind, another_set(PAGES, 5)),
         );
         assert!(!check_after_fault(&leader, &follower, &outcome, 1), "nothing was applied");
         assert!(matches!(outcome.1, Err(SyncError::Transfer(TransferError::FalselyEqual))), "{:?}", outcome.1);
@@ -122,10 +126,40 @@ fn a_union_that_is_not_the_same_on_both_sides_is_refused() {
 
 #[test]
 fn what_saving_the_followers_devices_writes_is_compared() {
-    let (mut leader, mut follower) = calm_pair(10, PAGES);
-    follower.guest.save_writes = Some(PageNumber(9));
-    for number in 2..5 {
-        good_sync(&mut leader, &mut follower, number);
+    for mode in TransferMode::EVERY {
+        let (mut leader, mut follower) = calm_pair(10, PAGES);
+        leader.config.transfer = mode;
+        follower.guest.save_writes = Some(PageNumber(9));
+        // The first is found out; from then on it is saved before anything is compared.
+        let outcome = sync(&mut leader, &mut follower, 2, None);
+        assert!(matches!(outcome.1, Err(SyncError::SavingWrites { pages: 1 })), "{:?}", outcome.1);
+        assert!(outcome.0.is_err() && leader.guest.running && follower.guest.running);
+        assert_eq!((follower.observer.applied, leader.observer.acknowledged), (1, 1));
+        for number in 3..6 {
+            let (led, followed) = good_sync(&mut leader, &mut follower, number);
+            assert!(followed.dirty_local >= 1 && led.union_pages >= 1, "{followed:?}");
+        }
+    }
+}
+
+#[test]
+fn a_save_that_writes_nothing_is_not_waited_for_and_one_that_fails_does_no_harm() {
+    for mode in TransferMode::EVERY {
+        let (mut leader, mut follower) = calm_pair(11, PAGES);
+        leader.config.transfer = mode;
+        write(&leader.guest, 5, 100, b"only here");
+        follower.guest.leftover = Some("a timer".to_owned());
+        for refuse in [Some(Refusal::Save), None] {
+            follower.guest.refuse = refuse;
+            let outcome = sync(&mut leader, &mut follower, 2 + u64::from(refuse.is_none()), None);
+            assert!(!check_after_fault(&leader, &follower, &outcome, 1));
+            let expected = match &outcome.1 {
+                Err(SyncError::Guest(_)) => refuse.is_some(),
+                Err(SyncError::Leftovers { .. }) => refuse.is_none(),
+                _ => false,
+            };
+            assert!(expected, "{:?}", outcome.1);
+        }
     }
 }
 
@@ -200,7 +234,7 @@ proptest! {
                 let mut count = count.lock().unwrap();
                 *count += 1;
                 let body = message.len() - Header::BYTES;
-                if *count == nth + 1 && body > 0 && !matches!(kind, Kind::DirtySet | Kind::Abort) {
+                if *count == nth + 1 && body > 0 && !matches!(kind, Kind::AheadSet | Kind::DirtySet | Kind::Abort) {
                     message[Header::BYTES + at.index(body)] ^= 1 << bit;
                 }
                 if lie && kind == Kind::Digests {

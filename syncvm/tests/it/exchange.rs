@@ -39,15 +39,19 @@ fn a_channel_that_breaks_at_any_message_in_any_way_does_no_harm() {
     // The eighth or ninth fault strikes after the last message of a small syncvm. An acknowledgement that arrives is
     // one, whatever its sender was told; and one that does not, or an end message whose sender saw an error, leaves a
     // follower that applied without the leader knowing.
-    assert_eq!(break_everywhere(TransferMode::Pages, 8), (2 * (7 + 7 + 6), 2 * 3));
-    assert_eq!(break_everywhere(TransferMode::Delta, 10), (2 * (9 + 9 + 8), 2 * 3));
-    assert_eq!(break_everywhere(TransferMode::All, 7), (2 * (6 + 6 + 5), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::Pages, false, 8), (2 * (7 + 7 + 6), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::Delta, false, 10), (2 * (9 + 9 + 8), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::All, false, 7), (2 * (6 + 6 + 5), 2 * 3));
+    // Two sets and the hashes before the stop, and no hashes there.
+    assert_eq!(break_everywhere(TransferMode::Pages, true, 10), (2 * (9 + 9 + 8), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::Delta, true, 12), (2 * (11 + 11 + 10), 2 * 3));
 }
 
 /// How many syncvms failed, and how many of these the follower had applied.
-fn break_everywhere(mode: TransferMode, messages: usize) -> (usize, usize) {
+fn break_everywhere(mode: TransferMode, ahead: bool, messages: usize) -> (usize, usize) {
     let (mut leader, mut follower) = pair(2, PAGES);
     leader.config.transfer = mode;
+    leader.config.background_hashing = ahead;
     let mut number = 1;
     good_sync(&mut leader, &mut follower, number);
     let (mut failed, mut applied_unacknowledged) = (0, 0);
@@ -75,7 +79,7 @@ fn break_everywhere(mode: TransferMode, messages: usize) -> (usize, usize) {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(24) })]
     #[test]
-    fn any_series_of_faults_ends_equal(seed in any::<u64>(), faults in prop::collection::vec((0usize..11, 0usize..3), 1..12), mode in 0usize..3) {
+    fn any_series_of_faults_ends_equal(seed in any::<u64>(), faults in prop::collection::vec((0usize..13, 0usize..3), 1..12), mode in 0usize..3) {
         let (mut leader, mut follower) = pair(seed, PAGES);
         leader.config.transfer = TransferMode::EVERY[mode];
         let mut number = 1;
@@ -208,7 +212,8 @@ fn resuming_that_fails_is_reported_with_its_cause() {
     let (mut leader, mut follower) = pair(7, PAGES);
     good_sync(&mut leader, &mut follower, 1);
     leader.guest.refuse = Some(Refusal::Resume);
-    let fault = Some(Fault { at_message: 1, how: Break::Refused });
+    // The follower's set after the stop.
+    let fault = Some(Fault { at_message: 4, how: Break::Refused });
     let (led, _) = sync(&mut leader, &mut follower, 2, fault);
     let error = led.unwrap_err();
     assert!(matches!(error, SyncError::NotResumed { .. }) && error.channel_broken(), "{error}");

@@ -35,6 +35,8 @@ pub struct Found {
     pub fingerprint: Fingerprint,
     /// The guest has never run and has nobody else's state.
     pub fresh: bool,
+    /// It followed another's execution last, so that it may be a mixture.
+    pub follows: bool,
     /// It runs.
     pub running: bool,
     /// The vCPUs' clocks.
@@ -64,6 +66,8 @@ pub struct QemuGuest {
     state_file: StateFile,
     /// Its process.
     pub pid: i32,
+    /// As QEMU has it noted.
+    follows: bool,
     powered_off: bool,
     /// How long a secondary's commands may take.
     stop_timeout: Duration,
@@ -128,12 +132,13 @@ impl QemuGuest {
         }
         let mut agent = agent.expect("the check refuses a missing agent");
         let status = qmp.query_status().map_err(|error| error.to_string())?;
+        let follows = qmp.is_following().map_err(|error| error.to_string())?;
         let clocks = agent.clocks().map_err(|error| error.to_string())?;
         let (tracker, why) = choose_tracker(vm.policy.tracker, &mut agent, &ram)?;
         let file = ram.clone_file().map_err(|error| error.to_string())?;
         let mapping = GuestRam::new(file, Some(ram.length_bytes)).map_err(|error| error.to_string())?;
         let state_file = StateFile::create(&sockets.run_dir, &vm.name).map_err(|error| error.to_string())?;
-        let found = Found { fingerprint, fresh, running: status == RunState::Running, clocks, tracker: why };
+        let found = Found { fingerprint, fresh, follows, running: status == RunState::Running, clocks, tracker: why };
         let pid = ram.qemu_pid;
         let reboot_is_shutdown = reboot_is_shutdown(pid);
         let guest = Self {
@@ -144,6 +149,7 @@ impl QemuGuest {
             dirty,
             state_file,
             pid,
+            follows,
             powered_off: false,
             stop_timeout: stop_timeout(vm.policy.sync_timeout_ms),
             hurried: false,
@@ -202,6 +208,18 @@ impl QemuGuest {
     /// QEMU does not take the note.
     pub fn mark_used(&mut self) -> Result<(), GuestError> {
         self.qmp.mark_used().map_err(|error| GuestError::new("take a note", error))
+    }
+
+    /// Notes whether the guest follows another's execution: then a daemon that is started next cannot know it to be whole.
+    ///
+    /// # Errors
+    /// QEMU does not take the note.
+    pub fn note_following(&mut self, follows: bool) -> Result<(), GuestError> {
+        if self.follows != follows {
+            self.qmp.mark_following(follows).map_err(|error| GuestError::new("take a note", error))?;
+            self.follows = follows;
+        }
+        Ok(())
     }
 
     /// Readable when QEMU says something by itself.

@@ -36,6 +36,8 @@ pub use serve::{WorkerSetup, start};
 pub enum Command {
     /// Let the prepared guest run: this replica leads a group whose guest has never run.
     RunFresh,
+    /// The guest leads from here on.
+    Leads,
     /// Stop the guest: it is not part of the group any more.
     Halt,
     /// Let the guest run again that an aborted syncvm left stopped.
@@ -79,6 +81,8 @@ pub enum Report {
         fingerprint: Fingerprint,
         /// The guest has never run: it may be booted afresh.
         fresh: bool,
+        /// The guest followed another's execution last: a process that died may have left it a mixture.
+        follows: bool,
         /// The guest is running now.
         running: bool,
         /// The vCPUs' clocks for idle detection.

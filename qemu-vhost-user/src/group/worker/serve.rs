@@ -180,6 +180,7 @@ impl Serve {
                 self.port.report(Report::Attached {
                     fingerprint: found.fingerprint,
                     fresh: found.fresh,
+                    follows: found.follows,
                     running: found.running,
                     clocks: found.clocks,
                     tracker: found.tracker,
@@ -235,13 +236,20 @@ impl Serve {
         self.drop_link();
         // Closing its connection takes it out of the poller as well.
         self.side = Side::Detached;
+        // Not at once: one that is ending still takes a connection, and closes it.
+        self.next_attach = Instant::now() + ATTACH_INTERVAL;
         self.last_problem.clone_from(&reason);
         self.port.report(Report::Lost { reason, powered_off });
     }
 
     fn carry_out(&mut self, command: Command) {
         match command {
-            Command::RunFresh | Command::Resume => self.run_guest(),
+            Command::RunFresh => {
+                self.run_guest();
+                self.note_leading();
+            }
+            Command::Resume => self.run_guest(),
+            Command::Leads => self.note_leading(),
             Command::Halt => self.halt(),
             Command::Lead { number, view, peer, last } => self.lead(number, view, peer, last),
             Command::LeadRejoin { view, peer, number } => self.lead_rejoin(view, peer, number),
@@ -267,6 +275,18 @@ impl Serve {
         }
     }
 
+    /// From here on a daemon that is started next may go on with the guest, if it is whole.
+    fn note_leading(&mut self) {
+        if matches!(&self.side, Side::Following(context) if context.standing() != GuestStanding::Whole) {
+            return;
+        }
+        if let Some(guest) = self.guest()
+            && let Err(error) = guest.note_following(false)
+        {
+            tracing::error!(%error, "the guest is lost if this daemon ends while it serves alone");
+        }
+    }
+
     /// Stops the guest and forgets what is known about it: its next use begins with a rejoin.
     fn halt(&mut self) {
         if matches!(&self.side, Side::Following(context) if context.standing() == GuestStanding::Joining) {
@@ -278,6 +298,9 @@ impl Serve {
             match guest.stop() {
                 Ok(()) => self.port.report(Report::Halted),
                 Err(error) => tracing::error!(%error, "the guest does not stop"),
+            }
+            if let Err(error) = guest.note_following(true) {
+                tracing::error!(%error, "the guest may be taken for one that may lead");
             }
             self.side = Side::Alone(Box::new(guest));
         }
@@ -457,6 +480,10 @@ impl Serve {
             self.side = Side::Following(Box::new(context));
         }
         let Side::Following(context) = &mut self.side else { return None };
+        if let Err(error) = context.guest.note_following(true) {
+            tracing::error!(%error, "the guest cannot follow");
+            return None;
+        }
         context.view = view.0;
         Some(context)
     }

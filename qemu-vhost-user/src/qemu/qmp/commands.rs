@@ -97,6 +97,8 @@ pub struct BlockImage {
 
 /// Id of the object that says that a VM is not as QEMU started it.
 const USED_MARK: &str = "plover-used";
+/// Id of the object that says that the VM follows another's execution.
+const FOLLOWS_MARK: &str = "plover-follows";
 
 /// The commands that Plover cannot do without.
 pub const NEEDED_COMMANDS: [&str; 12] = [
@@ -184,7 +186,7 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub fn is_fresh(&mut self) -> Result<bool, QmpError> {
-        Ok(self.query_status()? == RunState::Prelaunch && !self.is_marked_used()?)
+        Ok(self.query_status()? == RunState::Prelaunch && !self.is_marked(USED_MARK)?)
     }
 
     /// Notes in QEMU itself, for as long as its process lives, that the VM is no longer [fresh](Qmp::is_fresh): whoever
@@ -193,21 +195,45 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub fn mark_used(&mut self) -> Result<(), QmpError> {
-        if self.is_marked_used()? {
+        self.set_mark(USED_MARK, true)
+    }
+
+    /// Notes in QEMU itself whether the VM follows another's execution, so that it may be in the middle of being given another's
+    /// state at any moment.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn mark_following(&mut self, follows: bool) -> Result<(), QmpError> {
+        self.set_mark(FOLLOWS_MARK, follows)
+    }
+
+    /// Whether [`Qmp::mark_following`] noted that, perhaps for another process.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn is_following(&mut self) -> Result<bool, QmpError> {
+        self.is_marked(FOLLOWS_MARK)
+    }
+
+    fn set_mark(&mut self, name: &str, set: bool) -> Result<(), QmpError> {
+        if self.is_marked(name)? == set {
             return Ok(());
         }
+        if !set {
+            return self.execute("object-del", json!({"id": name})).map(drop);
+        }
         // Any object would do; this type is in every build and does nothing.
-        let mark = json!({"qom-type": "secret", "id": USED_MARK, "data": "used"});
+        let mark = json!({"qom-type": "secret", "id": name, "data": "set"});
         self.execute("object-add", mark).map(drop)
     }
 
-    fn is_marked_used(&mut self) -> Result<bool, QmpError> {
+    fn is_marked(&mut self, name: &str) -> Result<bool, QmpError> {
         #[derive(Deserialize)]
         struct Object {
             name: String,
         }
         let objects: Vec<Object> = self.ask("qom-list", json!({"path": "/objects"}))?;
-        Ok(objects.iter().any(|object| object.name == USED_MARK))
+        Ok(objects.iter().any(|object| object.name == name))
     }
 
     /// Writes the state of all devices and CPUs, everything but RAM, to a file that QEMU creates or truncates. The

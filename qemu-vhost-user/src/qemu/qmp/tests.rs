@@ -82,6 +82,43 @@ fn events_between_request_and_answer_are_kept_in_order() {
     script.finish();
 }
 
+/// What it said last counts, also if it read nothing more of what it was asked.
+#[test]
+fn a_qemu_that_ends_is_heard_out() {
+    for asked_meanwhile in [false, true] {
+        let script = Script::new(&format!("end-{asked_meanwhile}"), move |reader, mut stream| {
+            writeln!(stream, r#"{{"event": "SHUTDOWN", "data": {{"guest": true, "reason": "guest-shutdown"}}}}"#)
+                .expect("write");
+            if asked_meanwhile {
+                // A command that lies there unread when the socket is closed: the client's end is reset.
+                let peeked = rustix::net::recv(&stream, &mut [0; 1], rustix::net::RecvFlags::PEEK);
+                assert_eq!(peeked.expect("a command").1, 1);
+            }
+            drop((reader, stream));
+        });
+        let mut qmp = script.connect();
+        if asked_meanwhile {
+            let error = qmp.stop().expect_err("no answer");
+            assert!(error.is_disconnected(), "{error}");
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut events = Vec::new();
+        // The end may be seen only with the look after the one that brings the event.
+        let error = loop {
+            assert!(crate::qemu::wait_for(qmp.poll_fd(), PollFlags::IN, deadline).expect("poll"), "no end");
+            let polled = qmp.poll_events();
+            events.extend(qmp.take_events());
+            if let Err(error) = polled {
+                break error;
+            }
+        };
+        assert!(matches!(error, QmpError::Closed { .. }), "{error}");
+        let off = EventKind::Shutdown { guest: true, reason: "guest-shutdown".into() };
+        assert!(events.iter().any(|event| event.kind == off), "asked meanwhile: {asked_meanwhile}: {events:?}");
+        script.finish();
+    }
+}
+
 #[test]
 fn a_late_answer_is_not_taken_for_the_next_commands() {
     let script = Script::new("late", |mut reader, mut stream| {

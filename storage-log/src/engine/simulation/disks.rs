@@ -28,6 +28,8 @@ struct Disk {
     segments: BTreeMap<SegmentNumber, Vec<SimBlock>>,
     spares: Vec<Vec<SimBlock>>,
     down: bool,
+    /// What is not there yet cannot be made.
+    full: bool,
 }
 
 /// A group on its way to a disk.
@@ -79,6 +81,11 @@ impl Disks {
     /// Disks that failed work again, with what they held.
     pub fn repair(&mut self) {
         self.disks.iter_mut().for_each(|disk| disk.down = false);
+    }
+
+    /// From now on there is no room for more segments than there are, or there is again.
+    pub fn set_full(&mut self, full: bool) {
+        self.disks.iter_mut().for_each(|disk| disk.full = full);
     }
 
     /// Some blocks of the groups on their way arrive; a group whose blocks are all there is flushed.
@@ -151,6 +158,12 @@ impl Disks {
         let byte = draw(BLOCK_BYTES as u64) as usize;
         blocks[at].durable[byte] ^= 1 << draw(8);
         true
+    }
+
+    /// Changes a bit of a block of the first disk, or changes it back.
+    pub fn flip(&mut self, segment: SegmentNumber, block: u32) {
+        let blocks = self.disks[0].segments.get_mut(&segment).expect("a segment that is there");
+        blocks[block as usize].durable[9] ^= 1;
     }
 
     fn check(&self, leg: usize) -> Result<(), LogError> {
@@ -247,6 +260,9 @@ impl Volume for SimVolume {
         let disk = &mut disks.disks[self.spec.leg];
         if !disk.segments.contains_key(&number) {
             let spare = disk.spares.pop();
+            if spare.is_none() && disk.full {
+                return Err(LogError::space(&PathBuf::from("a simulated disk"), io::ErrorKind::StorageFull));
+            }
             let blocks = spare.unwrap_or_else(|| vec![blank; self.geometry.segment_blocks as usize]);
             disk.segments.insert(number, blocks);
         }

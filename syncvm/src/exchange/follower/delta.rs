@@ -2,10 +2,10 @@
 
 use super::Run;
 use crate::dirty::DirtySet;
-use crate::exchange::{BATCH_PAGES, Channel, Guest, Observer, Phase, SyncError};
+use crate::exchange::{Channel, Guest, Observer, Phase, SyncError};
 use crate::hash::PageHashValue;
 use crate::page::PageNumber;
-use crate::transfer::{BlockSize, DivergentList, End, HashOfHashes, Kind, Staging, TransferError, Verdict, short};
+use crate::transfer::{BlockSize, DivergentList, End, HashOfHashes, Kind, Staging, TransferError, Verdict};
 
 /// Pages whose digests go in one message: at most 128 KiB, so that the leader compares while the next are made.
 const DIGEST_PAGES: usize = 1024;
@@ -14,11 +14,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Steps 3 to 6 up to the acknowledgement. On success the staging area holds what the leader has, whole and verified.
     pub(super) fn receive_blocks(&mut self, staging: &mut Staging, union: &DirtySet) -> Result<(), SyncError> {
         let pages: Vec<PageNumber> = union.iter().collect();
-        let hashes = self.send_short_hashes(&pages)?;
+        let hashes = self.send_hashes(&pages)?;
         self.receive_list(staging, &pages, &hashes)?;
         let size = self.ctx.config.blocks.unwrap_or(self.ctx.blocks);
         self.send_digests(staging, size)?;
         self.report.block_bytes = size.bytes();
+        self.save_late()?;
         if self.collect(staging, size, Kind::Blocks)? == Verdict::Sound {
             return Ok(());
         }
@@ -29,23 +30,6 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             Verdict::Sound => Ok(()),
             Verdict::Doubtful => Err(TransferError::Content.into()),
         }
-    }
-
-    fn send_short_hashes(&mut self, pages: &[PageNumber]) -> Result<Vec<PageHashValue>, SyncError> {
-        let mut hashes = Vec::with_capacity(pages.len());
-        let (mut wire, mut ours) = (Vec::new(), Vec::new());
-        for batch in pages.chunks(BATCH_PAGES) {
-            self.ctx.known_hashes +=
-                self.ctx.pool.hash_pages_into(self.ctx.config.hash, self.ctx.guest.ram(), batch, &mut ours);
-            wire.clear();
-            ours.iter().for_each(|hash| wire.extend_from_slice(&short(hash)));
-            self.ctx.link.send(&self.header, Kind::Hashes, &[&wire], self.deadlines.next())?;
-            hashes.extend_from_slice(&ours);
-        }
-        self.report.compared_pages = pages.len();
-        self.report.phases.compare_us = self.watch.lap();
-        self.point(Phase::FollowerHashed);
-        Ok(hashes)
     }
 
     /// Learns which pages differ, and makes sure by the whole hashes that all others are equal.

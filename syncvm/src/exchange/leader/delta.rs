@@ -38,20 +38,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let pages: Vec<PageNumber> = union.iter().collect();
         let mut equal = HashOfHashes::over(&pages);
         let mut delta = Delta { content: equal.clone(), ..Delta::default() };
-        let (mut places, mut ours) = (Vec::new(), Vec::new());
+        let mut places = Vec::new();
         let zero_hash = self.ctx.config.hash.zero_page();
         for (index, batch) in pages.chunks(BATCH_PAGES).enumerate() {
-            self.ctx.known_hashes +=
-                self.ctx.pool.hash_pages_into(self.ctx.config.hash, self.ctx.guest.ram(), batch, &mut ours);
-            let theirs =
-                self.ctx.link.expect(&self.header, Kind::Hashes, "a batch of short hashes", &self.deadlines)?;
-            if theirs.len() != batch.len() * SHORT_HASH_BYTES {
-                return Err(WireError::Value { field: "number of hash bytes", value: theirs.len() as u64 }.into());
-            }
-            for (at, (hash, theirs)) in ours.iter().zip(theirs.chunks_exact(SHORT_HASH_BYTES)).enumerate() {
-                if short(hash) == theirs {
-                    equal.add(hash);
-                    continue;
+            self.compare_batch(batch, |at, hash, is_equal| {
+                if is_equal {
+                    return equal.add(hash);
                 }
                 let zero = *hash == zero_hash;
                 places.push((index * BATCH_PAGES + at, zero));
@@ -60,7 +52,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                     delta.content.add(hash);
                     delta.short_hashes.push(short(hash));
                 }
-            }
+            })?;
             if index == 0 {
                 self.point(Phase::LeaderHashed);
             }
