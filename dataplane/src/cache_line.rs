@@ -41,7 +41,7 @@ pub(crate) fn fetch(byte: &u8) {
 
 /// Fetches a line for writing while other things are done. Without it the first store asks for the line.
 #[inline]
-pub(crate) fn claim(line: &AtomicU64) {
+pub(crate) fn claim<T>(line: &T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: a hint; it does not fault and changes no memory.
     unsafe {

@@ -407,6 +407,8 @@ mod tests {
             assert!(!are_joined(&first, &stream.piece(2896, 0)), "an acknowledgement");
             let other = Stream { segment_bytes: 1400, ..stream };
             assert!(!are_joined(&first, &other.piece(2896, 2800)), "cut differently");
+            let other = Stream { segment_bytes: 8000, ..stream };
+            assert!(!are_joined(&first, &other.piece(2896, 2000)), "it came in one piece, and would be cut");
         }
         assert!(!are_joined(&V4.piece(0, 2896), &V6.piece(2896, 100)));
     }
@@ -439,6 +441,19 @@ mod tests {
                 stream.complete(&mut frame);
                 assert!(!are_joined(&frame, &other), "{:?}", &frame[..tcp + TCP_BYTES]);
             }
+        }
+    }
+
+    #[test]
+    fn a_push_anywhere_is_one_at_the_end() {
+        let with = |mut frame: Vec<u8>, is_push: bool| {
+            let flags = if is_push { FLAG_ACK | FLAG_PSH } else { FLAG_ACK };
+            frame[V4.tcp() + FLAGS] = flags;
+            frame
+        };
+        for (first, next) in [(false, false), (false, true), (true, false), (true, true)] {
+            let pieces = [with(V4.piece(0, 2896), first), with(V4.piece(2896, 2896), next)];
+            assert_eq!(joined(&pieces), [with(V4.piece(0, 5792), first || next)]);
         }
     }
 

@@ -125,6 +125,34 @@ fn links_may_be_bad_and_disks_full() {
     });
 }
 
+/// Segments that are begun while there is no room for a new one.
+const TURN_OVERS: u64 = 4;
+
+/// The newest segment of a host's log, begun or prepared.
+fn newest_segment(cluster: &Cluster, host: &Host) -> u64 {
+    let files = std::fs::read_dir(cluster.data_disk(host).expect("each host has one").path().join(VM)).unwrap();
+    let names = files.flatten().filter_map(|file| file.file_name().into_string().ok());
+    names.filter_map(|name| name.strip_suffix(".log")?.parse().ok()).max().unwrap_or(0)
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn logs_turn_over_on_full_disks() {
+    run(|scenario| {
+        let strike = |cluster: &Cluster, roles: &Roles| {
+            let hosts = [&roles.leader, &roles.secondary, &roles.witness];
+            let fill = |host| cluster.data_disk(host).expect("each host has one").fill();
+            let faults = hosts.into_iter().map(fill).collect::<Result<Vec<_>>>()?;
+            let goals = hosts.map(|host| (host, newest_segment(cluster, host) + TURN_OVERS));
+            let turned = || goals.iter().all(|(host, goal)| newest_segment(cluster, host) >= *goal).then_some(());
+            wait_until_every(LOOK, Deadline::after_secs(90), "the logs to turn over", turned)
+                .map_err(|error| cluster.explain(error))?;
+            Ok(faults)
+        };
+        scenario.survive("all disks full", Expect::Stays, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
+    });
+}
+
 /// Not cut links: then the clients' way is cut as well, and between the replicas nothing is.
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
@@ -187,6 +215,32 @@ fn a_joiner_may_die_while_it_is_brought_in() {
             scenario.survive(&name, Expect::Stays, BRIEF, strike).unwrap_or_else(|error| panic!("{error}"));
         }
     });
+}
+
+/// The guest followed another before it led, and its QEMU was told so.
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn a_guest_that_took_over_and_serves_alone_survives_its_daemon() {
+    let bed = Testbed::new().unwrap();
+    let cluster = cluster(&bed, |_| {});
+    let mut scenario = Scenario::start(&cluster, 7).unwrap();
+    let strike = |cluster: &Cluster, roles: &Roles| {
+        let mut faults = kill(&roles.witness, rig::cluster::QEMU)?;
+        faults.extend(kill(&roles.leader, rig::cluster::QEMU)?);
+        let alone = || {
+            let status = cluster.status(&roles.secondary)?;
+            (status["role"] == "leader" && status["secondary"].is_null() && status["guest"] == "running").then_some(())
+        };
+        wait_until_every(LOOK, Deadline::after_secs(10), "the secondary to lead alone", alone)
+            .map_err(|error| cluster.explain(error))?;
+        roles.secondary.process(rig::cluster::DAEMON).expect("it was started").kill()?;
+        Ok(faults)
+    };
+    let survived = scenario.survive("daemon of a lone leader killed", Expect::Moves, BRIEF, strike);
+    survived.unwrap_or_else(|error| panic!("{error}"));
+    let verdict = scenario.finish().unwrap();
+    println!("{}", verdict.table());
+    verdict.assert_flawless();
 }
 
 /// Longer than any take-over.

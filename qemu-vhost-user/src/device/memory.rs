@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -619,11 +619,15 @@ impl Area {
         unsafe { AtomicU16::from_ptr(self.at(offset)) }.store(value.to_le(), order);
     }
 
-    /// Writes a little-endian u32; same conditions. Marks nothing.
+    /// Writes two little-endian u32 by one store, which is no atomic because such a pair need not be aligned to its size: nobody reads
+    /// it before the index that is stored after it. Marks nothing. Panics outside the area.
     #[inline]
-    pub fn store_u32(&self, offset: usize, value: u32) {
-        // SAFETY: as in `load_u16`.
-        unsafe { AtomicU32::from_ptr(self.at(offset)) }.store(value.to_le(), Ordering::Relaxed);
+    pub fn store_pair(&self, offset: usize, pair: [u32; 2]) {
+        let value = u64::from(pair[0]) | u64::from(pair[1]) << 32;
+        assert!(offset <= self.len && size_of::<u64>() <= self.len - offset, "ring offsets are inside their area");
+        // SAFETY: `area` checked that the area lies in the mapping of `file`, and the offset was checked just now. The bytes are not
+        // Rust's memory, and we never read them.
+        unsafe { self.file.base.add(self.offset + offset).as_ptr().cast::<u64>().write_unaligned(value.to_le()) }
     }
 
     /// Begins to fetch `bytes` from an offset on, for writing or for reading. Only a hint, so nothing is checked.

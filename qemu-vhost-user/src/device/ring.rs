@@ -426,8 +426,7 @@ impl Ring {
     pub fn complete(&mut self, head: u16, written: u32) {
         let entry = usize::from(self.next_used & (self.size - 1));
         let offset = RING_HEADER_BYTES + USED_ELEMENT_BYTES * entry;
-        self.used.store_u32(offset, u32::from(head));
-        self.used.store_u32(offset + 4, written);
+        self.used.store_pair(offset, [u32::from(head), written]);
         self.next_used = self.next_used.wrapping_add(1);
         self.next_avail = self.next_avail.wrapping_add(1);
     }

@@ -110,7 +110,10 @@ pub fn favour_qemu(scheduling: Scheduling, pid: i32) {
     if scheduling != Scheduling::Realtime {
         return;
     }
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    let tasks = match std::fs::read_dir(format!("/proc/{pid}/task")) {
+        Ok(tasks) => tasks,
+        Err(error) => return tracing::warn!(%error, pid, "QEMU's threads keep the default priority"),
+    };
     for task in tasks.flatten() {
         let tid = task.file_name().to_str().and_then(|name| name.parse().ok());
         // As QEMU names them: «CPU 0/KVM», «ALL CPUs/TCG».

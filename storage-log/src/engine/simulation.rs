@@ -303,15 +303,21 @@ impl Run {
     fn check(&mut self, seed: u64) -> Option<Log> {
         // Nothing else has what rotted.
         let may_lose = self.is_alone || self.pulled || !self.disks.borrow().are_all_up();
-        let (log, recovered, given_back) = match self.open() {
+        let mut opened = self.open();
+        if opened.as_ref().is_err_and(LogError::is_full) {
+            // Each copy lacks a segment that only the other one has, and has no room for it.
+            self.disks.borrow_mut().set_full(false);
+            opened = self.open();
+        }
+        let (log, recovered, given_back) = match opened {
             Ok(opened) => opened,
             Err(LogError::Damaged { problem, .. }) => {
                 assert!(may_lose && (self.rotten || self.legs > 1), "seed {seed}: damaged without a reason: {problem}");
                 self.seen.damaged += 1;
                 return None;
             }
-            // A blank copy made a log of its own while the other was away.
-            Err(LogError::Foreign { .. }) if self.pulled => return None,
+            // A blank copy made a log of its own while the other was away: pulled or failed.
+            Err(LogError::Foreign { .. }) if self.pulled || self.failed_once => return None,
             Err(error) => panic!("seed {seed}: {error}"),
         };
         self.seen.torn += u64::from(recovered.torn_bytes > 0);
