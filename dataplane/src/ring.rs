@@ -150,6 +150,12 @@ pub enum Violation {
         /// Where.
         at: usize,
     },
+    /// The other side wrote a mark into the slot that nobody writes there, or not yet ([`turn`](super::turn)).
+    #[error("it wrote the mark {mark:#018x} into the slot, where it has none to write")]
+    Turn {
+        /// The mark.
+        mark: u64,
+    },
     /// Nobody did anything wrong, but the laps cannot be counted any further.
     #[error("the ring is worn out after {MAX_LAP} laps")]
     WornOut,
@@ -174,7 +180,7 @@ impl Assembly {
     }
 
     /// The payload of a record of `length` bytes.
-    fn append(&mut self, words: &[AtomicU64], length: usize) {
+    pub(crate) fn append(&mut self, words: &[AtomicU64], length: usize) {
         let (lines, _) = words.as_chunks::<LINE_WORDS>();
         let end = self.filled + lines.len() * LINE_BYTES;
         if self.bytes.len() < end {
@@ -329,6 +335,21 @@ impl<M: Memory> Producer<M> {
         Ok(true)
     }
 
+    /// Where it writes.
+    pub(crate) fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Lines written.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Something was written beside the ring that the consumer is to be woken for.
+    pub(crate) fn published(&mut self) {
+        self.waker.news = true;
+    }
+
     /// Fetches the line of the next record already now. It is in vain if the consumer looks there once more.
     pub fn claim(&self) {
         cache_line::claim(&self.memory.words()[position(self.written, self.lines) * LINE_WORDS]);
@@ -434,6 +455,21 @@ impl<M: Memory> Consumer<M> {
     pub fn new(memory: M) -> Consumer<M> {
         let lines = checked_lines(&memory);
         Consumer { memory, lines, read: 0, told: 0, sleeper: Sleeper::default(), waker: Waker::default() }
+    }
+
+    /// Where it reads.
+    pub(crate) fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Lines read.
+    pub(crate) fn position(&self) -> u64 {
+        self.read
+    }
+
+    /// Lines of the ring.
+    pub(crate) fn lines(&self) -> usize {
+        self.lines
     }
 
     /// Takes the next record, if there is one, and appends its payload to `into`.
@@ -569,7 +605,7 @@ impl Pen<'_> {
 }
 
 /// Stores the bytes of `parts` in whole words, and all marks but the first; the last word is filled up with zeros.
-fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
+pub(crate) fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
     let mut pen = Pen { words, at: 1 };
     let mut carry = [0; WORD_BYTES];
     let mut carried = 0;

@@ -1,10 +1,11 @@
-//! The lane over two shared rings. Messages longer than a record are cut; what finds no room waits in a queue.
+//! The lane over two shared rings and their slot. Messages longer than a record are cut; what finds no room waits in a queue.
 
 use super::file::NamedFile;
 use super::mapping::{Direction, Mapping, SharedRing};
 use crate::cycles::{CycleClock, Cycles};
-use crate::fabric::lane::{Lane, LaneError, LaneFull, SetupContext, Transport};
-use crate::ring::{Assembly, Consumer, Kind, Producer, Violation};
+use crate::fabric::lane::{Lane, LaneError, LaneFull, Polled, SetupContext, Transport};
+use crate::ring::{Assembly, Kind, Violation};
+use crate::turn::Ends;
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -77,9 +78,8 @@ impl Queue {
 
 /// See the module.
 pub(super) struct ShmLane {
-    out: Producer<SharedRing>,
+    ends: Ends<SharedRing>,
     queue: Queue,
-    input: Consumer<SharedRing>,
     assembly: Assembly,
     max_message_bytes: usize,
     max_queued_bytes: usize,
@@ -102,9 +102,8 @@ impl ShmLane {
     ) -> ShmLane {
         let [out, input] = ways.map(|way| SharedRing::new(mapping, way));
         ShmLane {
-            out: Producer::new(out),
+            ends: Ends::new(out, input, context.we_dial),
             queue: Queue::default(),
-            input: Consumer::new(input),
             assembly: Assembly::default(),
             max_message_bytes: context.max_message_bytes,
             max_queued_bytes: context.max_queued_bytes,
@@ -117,12 +116,23 @@ impl ShmLane {
 
     fn flush(&mut self) {
         while let Some((kind, record)) = self.queue.first() {
-            match self.out.push(kind, &[record]) {
+            match self.ends.push(kind, &[record]) {
                 Ok(true) => self.queue.remove_first(),
                 Ok(false) => break,
                 Err(violation) => return self.break_off(violation),
             }
         }
+    }
+
+    /// Whether it is too early for an answer to what was just sent.
+    #[inline]
+    fn is_early(&mut self) -> bool {
+        let Some(sent) = self.sent else { return false };
+        let is_early = self.clock.now().since(sent) < ANSWER_TICKS;
+        if !is_early {
+            self.sent = None;
+        }
+        is_early
     }
 
     fn break_off(&mut self, violation: Violation) {
@@ -142,9 +152,9 @@ impl Lane for ShmLane {
         }
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let queued = self.queue.queued_bytes();
-        let max_record = self.out.max_record_bytes();
+        let max_record = self.ends.max_record_bytes();
         if queued == 0 && bytes <= max_record {
-            match self.out.push(Kind::Last, parts) {
+            match self.ends.push(Kind::Last, parts) {
                 Ok(true) => {
                     // Not from the last of many: who sends without end is to look, too.
                     if self.sent.is_none() && self.clock.is_cheap() {
@@ -174,16 +184,16 @@ impl Lane for ShmLane {
         if self.queue.queued_bytes() > 0 {
             self.flush();
         }
-        if !self.input.has_record() {
+        if !self.ends.has_record().map_err(violated)? {
             return self.broken.clone().map_or(Ok(0), Err);
         }
         // To fetch a line takes as long as to handle a message, after which there is often an answer to write.
-        self.out.claim();
+        self.ends.claim();
         let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
         while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
             && records < MOST_RECORDS
             && let before = self.assembly.bytes().len()
-            && let Some(kind) = self.input.take(&mut self.assembly).map_err(violated)?
+            && let Some(kind) = self.ends.take(&mut self.assembly).map_err(violated)?
         {
             let bytes = self.assembly.bytes();
             if bytes.len() == before {
@@ -203,14 +213,13 @@ impl Lane for ShmLane {
         self.broken.clone().map_or(Ok(messages), Err)
     }
 
-    #[inline]
-    fn is_early(&mut self) -> bool {
-        let Some(sent) = self.sent else { return false };
-        let is_early = self.clock.now().since(sent) < ANSWER_TICKS;
-        if !is_early {
-            self.sent = None;
+    fn poll(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<Polled, LaneError> {
+        if self.is_early() {
+            return Ok(Polled { messages: 0, rings: self.take_doorbell() });
         }
-        is_early
+        self.disarm();
+        let messages = self.pump(deliver)?;
+        Ok(Polled { messages, rings: self.take_doorbell() })
     }
 
     fn queued_bytes(&self) -> usize {
@@ -218,30 +227,24 @@ impl Lane for ShmLane {
     }
 
     fn arm(&mut self) -> bool {
-        let has_room = match self.queue.first().map(|(_, record)| record.len()) {
-            None => Ok(false),
-            Some(length) => self.out.arm(length),
-        };
-        let has_room = has_room.unwrap_or_else(|violation| {
+        let length = self.queue.first().map(|(_, record)| record.len());
+        let armed = self.ends.arm(length);
+        armed.unwrap_or_else(|violation| {
             self.break_off(violation);
             true
-        });
-        // Both, whatever the first says: the owner disarms both.
-        self.input.arm() || has_room || self.broken.is_some()
+        }) || self.broken.is_some()
     }
 
     fn disarm(&mut self) {
-        self.input.disarm();
-        self.out.disarm();
+        self.ends.disarm();
     }
 
     fn take_doorbell(&mut self) -> bool {
-        // Not lazily: both forget what they have looked at.
-        self.out.take_wake() | self.input.take_wake()
+        self.ends.take_wake()
     }
 
     fn take_early_doorbell(&mut self) -> bool {
-        self.out.take_early_wake()
+        self.ends.take_early_wake()
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
