@@ -179,8 +179,23 @@ impl Assembly {
         self.filled = 0;
     }
 
+    /// As [`append`](Self::append), for few lines: they are read whole.
+    #[inline]
+    pub(crate) fn append_lines(&mut self, words: &[AtomicU64], length: usize) {
+        let (lines, _) = words.as_chunks::<LINE_WORDS>();
+        let end = self.filled + lines.len() * LINE_BYTES;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        let (places, _) = self.bytes[self.filled..end].as_chunks_mut::<LINE_BYTES>();
+        for (place, [_, payload @ ..]) in places.iter_mut().zip(lines) {
+            read_words(place, payload);
+        }
+        self.filled += length;
+    }
+
     /// The payload of a record of `length` bytes.
-    pub(crate) fn append(&mut self, words: &[AtomicU64], length: usize) {
+    fn append(&mut self, words: &[AtomicU64], length: usize) {
         let (lines, _) = words.as_chunks::<LINE_WORDS>();
         let end = self.filled + lines.len() * LINE_BYTES;
         if self.bytes.len() < end {
@@ -602,6 +617,28 @@ impl Pen<'_> {
         self.at += lines.len() * LINE_WORDS;
         last.iter().for_each(|word| self.put(word));
     }
+}
+
+/// Stores up to a line's payload in whole words; the last word is filled up with zeros.
+#[inline]
+pub(crate) fn write_line(words: &[AtomicU64], part: &[u8]) {
+    let (chunks, tail) = part.as_chunks::<WORD_BYTES>();
+    let payload = &words[1..];
+    for (word, chunk) in payload.iter().zip(chunks) {
+        word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+    }
+    if !tail.is_empty() {
+        payload[chunks.len()].store(last_word(part, tail), Ordering::Relaxed);
+    }
+}
+
+/// The last bytes of `part`, which do not fill a word, as one. Without a copy of an unknown length where there is a word to read.
+#[inline]
+fn last_word(part: &[u8], tail: &[u8]) -> u64 {
+    if let Some(word) = part.last_chunk::<WORD_BYTES>() {
+        return u64::from_le_bytes(*word).unbounded_shr((u8::BITS as usize * (WORD_BYTES - tail.len())) as u32).to_le();
+    }
+    tail.iter().rev().fold(0, |word, &byte| word << u8::BITS | u64::from(byte)).to_le()
 }
 
 /// Stores the bytes of `parts` in whole words, and all marks but the first; the last word is filled up with zeros.

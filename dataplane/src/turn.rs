@@ -15,9 +15,12 @@
 //! the ring), and a position of 64 bits (a word less for the payload; a mark is never more than a ring old).
 //! The loom tests (tests/loom.rs) run this very file.
 
-use super::ring::{Assembly, Consumer, Kind, LINE_BYTES, Memory, Producer, Violation, write_payload};
+use super::ring::{
+    Assembly, Consumer, Control, Heap, Kind, LINE_BYTES, Memory, Producer, Violation, write_line, write_payload,
+};
 use super::sync::cache_line::{self, LINE_WORDS};
 use super::sync::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 /// Lines of the slot: a pair, which processors fetch together.
 pub const SLOT_LINES: usize = 2;
@@ -38,12 +41,57 @@ pub trait SlotMemory: Memory {
     fn slot(&self) -> &[AtomicU64];
 }
 
+/// One direction of a pair in this process' own memory.
+#[derive(Debug, Clone)]
+pub struct HeapSide {
+    ring: Arc<Heap>,
+    slot: Arc<[AtomicU64]>,
+}
+
+impl HeapSide {
+    /// An empty pair with rings of that many bytes: from the side that begins, and to it.
+    ///
+    /// # Panics
+    /// As [`Heap::new`].
+    pub fn pair(ring_bytes: usize) -> [HeapSide; 2] {
+        let slot: Arc<[AtomicU64]> = (0..SLOT_WORDS).map(|_| AtomicU64::new(0)).collect();
+        [(); 2].map(|()| HeapSide { ring: Arc::new(Heap::new(ring_bytes)), slot: Arc::clone(&slot) })
+    }
+}
+
+impl Memory for HeapSide {
+    fn control(&self) -> &Control {
+        Memory::control(&self.ring)
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        Memory::words(&self.ring)
+    }
+}
+
+impl SlotMemory for HeapSide {
+    fn slot(&self) -> &[AtomicU64] {
+        &self.slot
+    }
+}
+
 /// A message in the slot that was not taken yet.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     length: usize,
     /// What is to be taken from the ring before it, lines.
     behind: u32,
+}
+
+/// What there is to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing.
+    Nothing,
+    /// A whole message in the slot. Whatever else there may be, an answer is better written before it is looked for.
+    Slot,
+    /// Records in the ring.
+    Records,
 }
 
 /// One side's end of both rings and of the slot.
@@ -114,28 +162,32 @@ impl<M: SlotMemory> Ends<M> {
             | u64::from(self.number) << LENGTH_BITS
             | length as u64;
         let words = &self.out.memory().slot()[..need];
-        write_payload(words, parts);
+        match parts {
+            [part] if length <= LINE_BYTES => write_line(words, part),
+            _ => write_payload(words, parts),
+        }
         words[0].store(mark, Ordering::Release);
         words.iter().step_by(LINE_WORDS).for_each(cache_line::hand_on);
         self.out.published();
     }
 
-    /// Whether there is a record. It is then taken by the next [`take`](Self::take).
+    /// What the next [`take`](Self::take) takes. A line that an answer may be written into is fetched already now.
     ///
     /// # Errors
     /// [`Violation`].
     #[inline]
-    pub fn has_record(&mut self) -> Result<bool, Violation> {
+    pub fn find(&mut self) -> Result<Found, Violation> {
         self.look()?;
-        Ok(self.pending.is_some() || self.input.has_record())
-    }
-
-    /// Fetches what an answer is to be written into already now, to be called when there is a record: the slot is there with it.
-    #[inline]
-    pub fn claim(&self) {
-        if self.pending.is_none() {
-            self.out.claim();
+        if self.pending.is_some_and(|pending| pending.behind == self.input.position() as u32) {
+            return Ok(Found::Slot);
         }
+        if !self.input.has_record() {
+            // What the slot's message comes behind was visible before it.
+            return self.pending.map_or(Ok(Found::Nothing), |_| Err(self.out_of_turn()));
+        }
+        // To fetch a line takes as long as to handle a message, after which there is often an answer to write.
+        self.out.claim();
+        Ok(Found::Records)
     }
 
     /// Takes the next record, if there is one, and appends its payload to `into`, which is empty unless a message is begun.
@@ -170,7 +222,7 @@ impl<M: SlotMemory> Ends<M> {
             return Err(self.out_of_turn());
         }
         let need = length.div_ceil(LINE_BYTES) * LINE_WORDS;
-        into.append(&self.input.memory().slot()[..need], length);
+        into.append_lines(&self.input.memory().slot()[..need], length);
         self.pending = None;
         self.our_turn = true;
         Ok(true)

@@ -2,10 +2,11 @@
 
 use super::file::NamedFile;
 use super::mapping::{Direction, Mapping, SharedRing};
-use crate::cycles::{CycleClock, Cycles};
+use super::pause::Pause;
+use crate::cycles::CycleClock;
 use crate::fabric::lane::{Lane, LaneError, LaneFull, Polled, SetupContext, Transport};
 use crate::ring::{Assembly, Kind, Violation};
-use crate::turn::Ends;
+use crate::turn::{Ends, Found};
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -15,10 +16,6 @@ const MAX_PUMP_BYTES: usize = 1 << 20;
 /// Records of a pump that has handed out none: more than our peer's longest message has, because a pump that hands out
 /// nothing means that nothing is there.
 const MOST_RECORDS: usize = 8192;
-/// From a message to the first look for its answer, ticks of the time stamp counter: 75 to 150 ns. An answer takes longer, and
-/// each look that finds nothing takes the line away from the peer just when it is to write there, who must fetch it back
-/// first. With [`Producer::claim`] and without these looks a round trip takes three quarters of the time.
-const ANSWER_TICKS: u64 = 300;
 const LENGTH_BYTES: usize = 4;
 /// In a queued record's length: more of the message follows.
 const MORE: u32 = 1 << 31;
@@ -84,8 +81,7 @@ pub(super) struct ShmLane {
     max_message_bytes: usize,
     max_queued_bytes: usize,
     clock: CycleClock,
-    /// When the first message since the last look was sent, until it is time to look for an answer.
-    sent: Option<Cycles>,
+    pause: Pause,
     /// Found while sending; the next pump reports it.
     broken: Option<LaneError>,
     /// Until the peer has opened it.
@@ -100,6 +96,7 @@ impl ShmLane {
         context: &SetupContext,
         file: Option<NamedFile>,
     ) -> ShmLane {
+        let clock = CycleClock::new();
         let [out, input] = ways.map(|way| SharedRing::new(mapping, way));
         ShmLane {
             ends: Ends::new(out, input, context.we_dial),
@@ -107,8 +104,8 @@ impl ShmLane {
             assembly: Assembly::default(),
             max_message_bytes: context.max_message_bytes,
             max_queued_bytes: context.max_queued_bytes,
-            clock: CycleClock::new(),
-            sent: None,
+            pause: Pause::new(clock.now()),
+            clock,
             broken: None,
             file,
         }
@@ -124,15 +121,42 @@ impl ShmLane {
         }
     }
 
-    /// Whether it is too early for an answer to what was just sent.
+    /// The message in the slot. If there is more, the next pump finds it: an answer to this one is not to wait.
     #[inline]
-    fn is_early(&mut self) -> bool {
-        let Some(sent) = self.sent else { return false };
-        let is_early = self.clock.now().since(sent) < ANSWER_TICKS;
-        if !is_early {
-            self.sent = None;
+    fn take_answer(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError> {
+        self.ends.take(&mut self.assembly).map_err(violated)?;
+        let bytes = self.assembly.bytes();
+        if bytes.is_empty() {
+            return Err(violated("it sent an empty record"));
         }
-        is_early
+        deliver(bytes);
+        self.assembly.clear();
+        self.broken.clone().map_or(Ok(1), Err)
+    }
+
+    fn take_records(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError> {
+        let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
+        while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
+            && records < MOST_RECORDS
+            && let before = self.assembly.bytes().len()
+            && let Some(kind) = self.ends.take(&mut self.assembly).map_err(violated)?
+        {
+            let bytes = self.assembly.bytes();
+            if bytes.len() == before {
+                return Err(violated("it sent an empty record"));
+            }
+            if bytes.len() > self.max_message_bytes {
+                return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
+            }
+            records += 1;
+            taken_bytes += bytes.len() - before;
+            if kind == Kind::Last {
+                deliver(bytes);
+                self.assembly.clear();
+                messages += 1;
+            }
+        }
+        self.broken.clone().map_or(Ok(messages), Err)
     }
 
     fn break_off(&mut self, violation: Violation) {
@@ -156,9 +180,8 @@ impl Lane for ShmLane {
         if queued == 0 && bytes <= max_record {
             match self.ends.push(Kind::Last, parts) {
                 Ok(true) => {
-                    // Not from the last of many: who sends without end is to look, too.
-                    if self.sent.is_none() && self.clock.is_cheap() {
-                        self.sent = Some(self.clock.now());
+                    if self.clock.is_cheap() {
+                        self.pause.sent(|| self.clock.now());
                     }
                     return Ok(());
                 }
@@ -184,41 +207,20 @@ impl Lane for ShmLane {
         if self.queue.queued_bytes() > 0 {
             self.flush();
         }
-        if !self.ends.has_record().map_err(violated)? {
-            return self.broken.clone().map_or(Ok(0), Err);
+        match self.ends.find().map_err(violated)? {
+            Found::Nothing => self.broken.clone().map_or(Ok(0), Err),
+            Found::Slot => self.take_answer(deliver),
+            Found::Records => self.take_records(deliver),
         }
-        // To fetch a line takes as long as to handle a message, after which there is often an answer to write.
-        self.ends.claim();
-        let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
-        while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
-            && records < MOST_RECORDS
-            && let before = self.assembly.bytes().len()
-            && let Some(kind) = self.ends.take(&mut self.assembly).map_err(violated)?
-        {
-            let bytes = self.assembly.bytes();
-            if bytes.len() == before {
-                return Err(violated("it sent an empty record"));
-            }
-            if bytes.len() > self.max_message_bytes {
-                return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
-            }
-            records += 1;
-            taken_bytes += bytes.len() - before;
-            if kind == Kind::Last {
-                deliver(bytes);
-                self.assembly.clear();
-                messages += 1;
-            }
-        }
-        self.broken.clone().map_or(Ok(messages), Err)
     }
 
     fn poll(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<Polled, LaneError> {
-        if self.is_early() {
+        if self.pause.is_early(|| self.clock.now()) {
             return Ok(Polled { messages: 0, rings: self.take_doorbell() });
         }
         self.disarm();
         let messages = self.pump(deliver)?;
+        self.pause.looked(messages > 0, || self.clock.now());
         Ok(Polled { messages, rings: self.take_doorbell() })
     }
 
