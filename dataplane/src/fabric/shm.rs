@@ -19,7 +19,7 @@ use super::lane::{LaneSetup, SetupContext, SetupError, SetupProgress, Transport}
 use std::sync::Arc;
 
 /// Offer of both sides: magic, `u32` ring bytes (little-endian); then the dialer's has the name of the file.
-const MAGIC: [u8; 4] = *b"SHM2";
+const MAGIC: [u8; 4] = *b"SHM1";
 const FIXED_BYTES: usize = 8;
 
 /// Starts a set-up: the file, on the dialing side, and the offer.
