@@ -66,13 +66,13 @@ fn turns_pass_for_longer_than_they_can_be_counted() {
     const TURNS: u64 = if cfg!(miri) { 100 } else { (1 << 24) + 10 };
     let ([mut left, mut right], memory) = pair();
     let mut into = Assembly::default();
-    for turn in 0..TURNS / 2 {
-        for (from, to) in [(&mut left, &mut right), (&mut right, &mut left)] {
-            assert_eq!(from.push(Kind::Last, &[&turn.to_le_bytes()]), Ok(true));
-            into.clear();
-            assert_eq!(to.take(&mut into), Ok(Some(Kind::Last)));
-            assert_eq!(into.bytes(), turn.to_le_bytes());
-        }
+    let (mut from, mut to) = (&mut left, &mut right);
+    for turn in 0..TURNS {
+        assert_eq!(from.push(Kind::Last, &[&turn.to_le_bytes()]), Ok(true));
+        into.clear();
+        assert_eq!(to.take(&mut into), Ok(Some(Kind::Last)));
+        assert_eq!(into.bytes(), turn.to_le_bytes());
+        std::mem::swap(&mut from, &mut to);
     }
     let number = memory.slot()[0].load(Ordering::Relaxed) >> 8 & 0xff_ffff;
     assert_eq!(number, TURNS & 0xff_ffff);
