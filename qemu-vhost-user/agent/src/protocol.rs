@@ -1,6 +1,6 @@
 //! What daemon and agent say to each other: messages over a `SOCK_SEQPACKET` unix socket, so that the kernel keeps message
 //! boundaries and file descriptors travel with the message that they belong to. All have a fixed size but
-//! [`Request::Written`], which is followed by what was written.
+//! [`Request::Written`] and [`Request::Vcpus`], which are followed by records.
 //!
 //! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read
 //! ends the connection. All fields are little endian.
@@ -9,14 +9,14 @@
 pub const PROTOCOL_VERSION: u32 = 2;
 /// First four bytes of every message.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"PLVA");
-/// Length of a request without ranges.
+/// Length of a request without records.
 pub const REQUEST_BYTES: usize = 16;
-/// Length of one range behind a request.
-pub const RANGE_BYTES: usize = 16;
-/// How many ranges one request can have.
-pub const MAX_RANGES: usize = 2048;
+/// Length of one record behind a request.
+pub const RECORD_BYTES: usize = 16;
+/// How many records one request can have.
+pub const MAX_RECORDS: usize = 2048;
 /// Length of the longest request.
-pub const MAX_REQUEST_BYTES: usize = REQUEST_BYTES + MAX_RANGES * RANGE_BYTES;
+pub const MAX_REQUEST_BYTES: usize = REQUEST_BYTES + MAX_RECORDS * RECORD_BYTES;
 /// Length of a response.
 pub const RESPONSE_BYTES: usize = 32;
 /// Environment variable that names the socket the agent listens on; without it the agent does nothing.
@@ -35,6 +35,8 @@ pub enum Request {
     Clocks,
     /// The daemon has written these parts of the stopped guest's RAM: forget what was derived from their old content.
     Written,
+    /// Give these vCPUs of the stopped guest another common state.
+    Vcpus,
 }
 
 /// A part of QEMU's address space.
@@ -46,8 +48,63 @@ pub struct WrittenRange {
     pub bytes: u64,
 }
 
+impl WrittenRange {
+    fn encode(self) -> [u8; RECORD_BYTES] {
+        (u128::from(self.address) | u128::from(self.bytes) << 64).to_le_bytes()
+    }
+
+    fn decode(record: [u8; RECORD_BYTES]) -> WrittenRange {
+        let both = u128::from_le_bytes(record);
+        WrittenRange { address: both as u64, bytes: (both >> 64) as u64 }
+    }
+}
+
+/// What QEMU keeps of a vCPU whatever its architecture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuCommon {
+    /// It waits for an interrupt.
+    pub halted: bool,
+    /// Kinds of interrupts that wait, a bit each.
+    pub interrupts: u32,
+}
+
+/// One vCPU's common state, as it is and as it is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuChange {
+    /// QEMU's number of it.
+    pub index: u16,
+    /// Now: what is there must be this, or nothing is changed.
+    pub was: VcpuCommon,
+    /// Then.
+    pub becomes: VcpuCommon,
+}
+
+impl VcpuChange {
+    fn encode(self) -> [u8; RECORD_BYTES] {
+        let flags = u128::from(self.was.halted) << 32 | u128::from(self.becomes.halted) << 33;
+        let interrupts = u128::from(self.was.interrupts) << 64 | u128::from(self.becomes.interrupts) << 96;
+        (u128::from(self.index) | flags | interrupts).to_le_bytes()
+    }
+
+    fn decode(record: [u8; RECORD_BYTES]) -> VcpuChange {
+        let all = u128::from_le_bytes(record);
+        VcpuChange {
+            index: all as u16,
+            was: VcpuCommon { halted: all >> 32 & 1 == 1, interrupts: (all >> 64) as u32 },
+            becomes: VcpuCommon { halted: all >> 33 & 1 == 1, interrupts: (all >> 96) as u32 },
+        }
+    }
+}
+
 impl Request {
-    const ALL: [Request; 5] = [Request::Hello, Request::Userfaultfd, Request::Yank, Request::Clocks, Request::Written];
+    const ALL: [Request; 6] = [
+        Request::Hello,
+        Request::Userfaultfd,
+        Request::Yank,
+        Request::Clocks,
+        Request::Written,
+        Request::Vcpus,
+    ];
 
     /// Number of this request on the wire.
     pub const fn code(self) -> u32 {
@@ -57,10 +114,11 @@ impl Request {
             Request::Yank => 3,
             Request::Clocks => 4,
             Request::Written => 5,
+            Request::Vcpus => 6,
         }
     }
 
-    /// The message's bytes, without ranges.
+    /// The message's bytes, without records.
     pub fn encode(self) -> [u8; REQUEST_BYTES] {
         let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
         writer.put(MAGIC).put(self.code());
@@ -69,20 +127,26 @@ impl Request {
 
     /// The bytes of [`Request::Written`] with its ranges; `None` if there are too many.
     pub fn encode_written(ranges: &[WrittenRange]) -> Option<Vec<u8>> {
-        let count = u32::try_from(ranges.len()).ok().filter(|_| ranges.len() <= MAX_RANGES)?;
+        Self::encode_records(Request::Written, ranges.iter().map(|range| range.encode()))
+    }
+
+    /// The bytes of [`Request::Vcpus`] with its changes; `None` if there are too many.
+    pub fn encode_vcpus(changes: &[VcpuChange]) -> Option<Vec<u8>> {
+        Self::encode_records(Request::Vcpus, changes.iter().map(|change| change.encode()))
+    }
+
+    fn encode_records(request: Request, records: impl ExactSizeIterator<Item = [u8; RECORD_BYTES]>) -> Option<Vec<u8>> {
+        let count = u32::try_from(records.len()).ok().filter(|_| records.len() <= MAX_RECORDS)?;
         let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
-        writer.put(MAGIC).put(Request::Written.code()).put(count);
+        writer.put(MAGIC).put(request.code()).put(count);
         let mut bytes = writer.bytes.to_vec();
-        for range in ranges {
-            bytes.extend(range.address.to_le_bytes());
-            bytes.extend(range.bytes.to_le_bytes());
-        }
+        records.for_each(|record| bytes.extend(record));
         Some(bytes)
     }
 
     /// Reads a message; `None` for wrong length, wrong magic, an unknown request or non-zero reserved bytes.
     pub fn decode(bytes: &[u8]) -> Option<Request> {
-        let (header, ranges) = bytes.split_at_checked(REQUEST_BYTES)?;
+        let (header, records) = bytes.split_at_checked(REQUEST_BYTES)?;
         let mut fields = Fields::new(header);
         if fields.next()? != MAGIC {
             return None;
@@ -90,22 +154,25 @@ impl Request {
         let code = fields.next()?;
         let count = usize::try_from(fields.next()?).ok()?;
         let request = Self::ALL.into_iter().find(|request| request.code() == code)?;
-        let most = if request == Request::Written { MAX_RANGES } else { 0 };
-        let whole = count <= most && ranges.len() == count.saturating_mul(RANGE_BYTES);
+        let most = if matches!(request, Request::Written | Request::Vcpus) { MAX_RECORDS } else { 0 };
+        let whole = count <= most && records.len() == count.saturating_mul(RECORD_BYTES);
         (whole && fields.next()? == 0).then_some(request)
     }
 
-    /// The ranges of a message that [`Request::decode`] has read.
+    /// The ranges of a [`Request::Written`] that was decoded.
     pub fn ranges(bytes: &[u8]) -> impl Iterator<Item = WrittenRange> {
-        let ranges = bytes.get(REQUEST_BYTES..).unwrap_or_default();
-        ranges.chunks_exact(RANGE_BYTES).filter_map(|range| {
-            let (address, bytes) = range.split_first_chunk()?;
-            Some(WrittenRange {
-                address: u64::from_le_bytes(*address),
-                bytes: u64::from_le_bytes(bytes.try_into().ok()?),
-            })
-        })
+        records(bytes).map(WrittenRange::decode)
     }
+
+    /// The changes of a [`Request::Vcpus`] that was decoded.
+    pub fn vcpus(bytes: &[u8]) -> impl Iterator<Item = VcpuChange> + Clone {
+        records(bytes).map(VcpuChange::decode)
+    }
+}
+
+fn records(bytes: &[u8]) -> impl Iterator<Item = [u8; RECORD_BYTES]> + Clone {
+    let records = bytes.get(REQUEST_BYTES..).unwrap_or_default();
+    records.chunks_exact(RECORD_BYTES).filter_map(|record| record.try_into().ok())
 }
 
 /// How a request ended.
@@ -268,7 +335,7 @@ mod tests {
     #[test]
     fn what_was_written_survives_the_wire_and_nothing_else_has_ranges() {
         let range = |at: u64| WrittenRange { address: at << 44, bytes: at };
-        for count in [0, 1, 7, MAX_RANGES] {
+        for count in [0, 1, 7, MAX_RECORDS] {
             let ranges: Vec<WrittenRange> = (1..=count as u64).map(range).collect();
             let message = Request::encode_written(&ranges).unwrap();
             assert_eq!(Request::decode(&message), Some(Request::Written));
@@ -277,7 +344,13 @@ mod tests {
             assert_eq!(Request::decode(&[&message[..], &[0]].concat()), None, "one byte more");
             assert_eq!(Request::decode(message.split_last().map_or(&[], |(_, rest)| rest)), None, "one byte less");
         }
-        assert_eq!(Request::encode_written(&vec![range(1); MAX_RANGES.saturating_add(1)]), None);
+        let vcpu = |halted, interrupts| VcpuCommon { halted, interrupts };
+        let changes = [(7, vcpu(true, 0), vcpu(false, 2)), (u16::MAX, vcpu(false, u32::MAX), vcpu(true, 1 << 31))];
+        let changes = changes.map(|(index, was, becomes)| VcpuChange { index, was, becomes });
+        let message = Request::encode_vcpus(&changes).unwrap();
+        assert_eq!(Request::decode(&message), Some(Request::Vcpus));
+        assert!(Request::vcpus(&message).eq(changes));
+        assert_eq!(Request::encode_written(&vec![range(1); MAX_RECORDS.saturating_add(1)]), None);
         let mut other = Request::encode_written(&[range(1)]).unwrap();
         other[4..8].copy_from_slice(&Request::Yank.code().to_le_bytes());
         assert_eq!(Request::decode(&other), None);
@@ -287,9 +360,8 @@ mod tests {
         #[test]
         fn arbitrary_bytes_are_refused_or_a_message(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Some(request) = Request::decode(&bytes) {
-                let ranges: Vec<WrittenRange> = Request::ranges(&bytes).collect();
-                let again = Request::encode_written(&ranges).filter(|_| request == Request::Written);
-                prop_assert_eq!(again.unwrap_or_else(|| request.encode().to_vec()), bytes.clone());
+                let again = Request::encode_records(request, records(&bytes).collect::<Vec<_>>().into_iter());
+                prop_assert_eq!(again, Some(bytes.clone()));
             }
             if let Some(response) = Response::decode(&bytes) {
                 prop_assert_eq!(Response::decode(&response.encode()), Some(response));
@@ -301,7 +373,7 @@ mod tests {
             let mut bytes = Request::Hello.encode();
             bytes[4..8].copy_from_slice(&code.to_le_bytes());
             bytes[8..].copy_from_slice(&rest.to_le_bytes());
-            let known = (1..=5).contains(&code) && rest == 0;
+            let known = (1..=6).contains(&code) && rest == 0;
             prop_assert_eq!(Request::decode(&bytes).is_some(), known);
         }
     }

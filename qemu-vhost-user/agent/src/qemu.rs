@@ -1,8 +1,9 @@
 //! QEMU's own functions, found by name in the executable. Distribution builds have modules on and so export them.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::protocol::{Status, WrittenRange};
+use crate::protocol::{Status, VcpuChange, VcpuCommon, WrittenRange};
 
 /// `YANK_INSTANCE_TYPE_MIGRATION`, the third value of QEMU's qapi/yank.json since 6.0.
 const YANK_INSTANCE_TYPE_MIGRATION: c_int = 2;
@@ -20,6 +21,7 @@ type MemoryRegionFromHost = unsafe extern "C" fn(*mut c_void, *mut u64) -> *mut 
 type MemoryRegionRef = unsafe extern "C" fn(*mut c_void);
 type CpuPhysicalMemoryUnmap = unsafe extern "C" fn(*mut c_void, u64, bool, u64);
 type RcuRegisterThread = unsafe extern "C" fn();
+type QemuGetCpu = unsafe extern "C" fn(c_int) -> *mut c_void;
 
 /// How a device of QEMU's ends a direct access to the guest's RAM.
 #[derive(Clone, Copy)]
@@ -36,6 +38,7 @@ pub(crate) struct QemuSymbols {
     yank_register_instance: Option<YankRegisterInstance>,
     error_free: Option<ErrorFree>,
     direct_access: Option<DirectAccess>,
+    vcpus: Option<Vcpus>,
 }
 
 fn symbol(name: &CStr) -> Option<*mut c_void> {
@@ -52,7 +55,7 @@ impl QemuSymbols {
         // SAFETY: as above (util/error.c).
         let error_free =
             symbol(c"error_free").map(|address| unsafe { std::mem::transmute::<*mut c_void, ErrorFree>(address) });
-        QemuSymbols { yank_register_instance, error_free, direct_access: DirectAccess::find() }
+        QemuSymbols { yank_register_instance, error_free, direct_access: DirectAccess::find(), vcpus: Vcpus::find() }
     }
 
     pub(crate) fn has_yank(&self) -> bool {
@@ -77,6 +80,15 @@ impl QemuSymbols {
         if registered { Status::Done } else { Status::Already }
     }
 
+    /// Gives vCPUs of the stopped guest another common state, as a load would do that then forgets all translations.
+    /// [`Status::Unsupported`] if this QEMU does not say where it is, or if one is not as expected; then nothing is changed.
+    pub(crate) fn change_vcpus(&self, changes: impl Iterator<Item = VcpuChange> + Clone) -> Status {
+        match self.vcpus {
+            Some(vcpus) if vcpus.change(changes) => Status::Done,
+            _ => Status::Unsupported,
+        }
+    }
+
     /// Must be called by each thread that calls [`Self::tell_written`], once before.
     pub(crate) fn register_thread(&self) {
         if let Some(access) = self.direct_access {
@@ -97,6 +109,108 @@ impl QemuSymbols {
         }
         Status::Done
     }
+}
+
+/// QEMU's vCPUs, and where in them their common state is.
+#[derive(Clone, Copy)]
+struct Vcpus {
+    by_index: QemuGetCpu,
+    halted_at: usize,
+    interrupts_at: usize,
+}
+
+/// The beginning of QEMU's `VMStateDescription` (include/migration/vmstate.h).
+#[repr(C)]
+struct StateDescription {
+    name: *const c_char,
+    versions: [usize; 2],
+    callbacks: [usize; 6],
+    fields: *const StateField,
+}
+
+/// QEMU's `VMStateField`.
+#[repr(C)]
+struct StateField {
+    name: *const c_char,
+    err_hint: *const c_char,
+    offset: usize,
+    bytes: usize,
+    rest: [usize; 9],
+}
+
+impl Vcpus {
+    /// QEMU itself says where what it saves is. Nothing is taken for granted of how it says that: an address is followed only
+    /// inside QEMU's own program, and the names must be right.
+    fn find() -> Option<Vcpus> {
+        let (by_index, description) = (symbol(c"qemu_get_cpu")?, symbol(c"vmstate_cpu_common")?);
+        let program = program_of(description)?;
+        let is_ours = |address: *const c_void| program_of(address) == Some(program);
+        let is_named = |name: *const c_char, expected: &CStr| {
+            // SAFETY: an address inside the program, of which no segment ends within a few bytes of a name.
+            is_ours(name.cast()) && unsafe { CStr::from_ptr(name) } == expected
+        };
+        // SAFETY: a symbol of this name is a description (since 2.8), which is larger than what is read of it here.
+        let description = unsafe { &*description.cast::<StateDescription>() };
+        let (fields, end) = (description.fields, description.fields.wrapping_add(2));
+        if !is_named(description.name, c"cpu_common")
+            || !fields.is_aligned()
+            || !is_ours(fields.cast())
+            || !is_ours(end.cast())
+        {
+            return None;
+        }
+        // SAFETY: aligned and inside the program, all of it.
+        let [halted, interrupts] = unsafe { &*fields.cast::<[StateField; 2]>() };
+        let words = halted.bytes == size_of::<u32>() && interrupts.bytes == size_of::<u32>();
+        let known = is_named(halted.name, c"halted") && is_named(interrupts.name, c"interrupt_request");
+        (words && known).then_some(Vcpus {
+            // SAFETY: a symbol of this name is QEMU's function of this signature (include/hw/core/cpu.h).
+            by_index: unsafe { std::mem::transmute::<*mut c_void, QemuGetCpu>(by_index) },
+            halted_at: halted.offset,
+            interrupts_at: interrupts.offset,
+        })
+    }
+
+    fn words_of(&self, change: VcpuChange) -> Option<(&AtomicU32, &AtomicU32)> {
+        // SAFETY: QEMU looks a vCPU up in its list, which does not change while the guest stands still.
+        let vcpu = unsafe { (self.by_index)(c_int::from(change.index)) };
+        let word = |at: usize| {
+            let word = vcpu.cast::<u8>().wrapping_add(at).cast::<u32>();
+            // SAFETY: QEMU says that a vCPU has a word there, and vCPUs live as long as QEMU. While the guest stands still nothing
+            // else writes it, and QEMU accesses it atomically as well.
+            word.is_aligned().then(|| unsafe { AtomicU32::from_ptr(word) })
+        };
+        if vcpu.is_null() { None } else { Some((word(self.halted_at)?, word(self.interrupts_at)?)) }
+    }
+
+    /// All or nothing.
+    fn change(&self, changes: impl Iterator<Item = VcpuChange> + Clone) -> bool {
+        let is = |(halted, interrupts): (&AtomicU32, &AtomicU32), expected: VcpuCommon| {
+            halted.load(Ordering::SeqCst) == u32::from(expected.halted)
+                && interrupts.load(Ordering::SeqCst) == expected.interrupts
+        };
+        if !changes.clone().all(|change| self.words_of(change).is_some_and(|words| is(words, change.was))) {
+            return false;
+        }
+        for change in changes {
+            if let Some((halted, interrupts)) = self.words_of(change) {
+                halted.store(u32::from(change.becomes.halted), Ordering::SeqCst);
+                interrupts.store(change.becomes.interrupts, Ordering::SeqCst);
+            }
+        }
+        true
+    }
+}
+
+/// Where the program or library begins that has this address.
+fn program_of(address: *const c_void) -> Option<*mut c_void> {
+    let mut found = std::mem::MaybeUninit::<libc::Dl_info>::zeroed();
+    // SAFETY: any address may be asked for, and `found` is valid for writing.
+    if unsafe { libc::dladdr(address, found.as_mut_ptr()) } == 0 {
+        return None;
+    }
+    // SAFETY: zeroed first and then filled in: plain data either way.
+    Some(unsafe { found.assume_init() }.dli_fbase)
 }
 
 impl DirectAccess {

@@ -103,6 +103,7 @@ impl Server {
                 }
                 (Ok(self.symbols.tell_written(Request::ranges(message))), None)
             }
+            Request::Vcpus => (Ok(self.symbols.change_vcpus(Request::vcpus(message))), None),
             // The agent's own copy is closed when the answer is out.
             Request::Userfaultfd => match sys::userfaultfd() {
                 Ok(fd) => (Ok(Status::Done), Some(fd)),

@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use plover_agent::clock_page::{CLOCK_PAGE_BYTES, ClockPage};
-use plover_agent::protocol::{PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status, WrittenRange};
+use plover_agent::protocol::{PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status, VcpuChange, WrittenRange};
 use rustix::event::PollFlags;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -77,7 +77,7 @@ pub enum AgentError {
     )]
     NoYank,
     /// QEMU does not export what a request needs.
-    #[error("this QEMU does not export what {request:?} needs, or says that no RAM of its is there")]
+    #[error("this QEMU does not export what {request:?} needs, or is not as expected")]
     Unsupported {
         /// What was asked.
         request: Request,
@@ -188,6 +188,16 @@ impl AgentClient {
     pub fn tell_written(&mut self, ranges: &[WrittenRange]) -> Result<bool, AgentError> {
         let Some(message) = Request::encode_written(ranges) else { return Ok(false) };
         self.ask_with(Request::Written, &message).map(|_| true)
+    }
+
+    /// Gives vCPUs of the stopped guest another common state.
+    ///
+    /// # Errors
+    /// [`AgentError::Unsupported`] if that cannot be done in this QEMU, or if one is not as expected; nothing is changed then.
+    pub fn change_vcpus(&mut self, changes: &[VcpuChange]) -> Result<(), AgentError> {
+        let request = Request::Vcpus;
+        let message = Request::encode_vcpus(changes).ok_or(AgentError::Unsupported { request })?;
+        self.ask_with(request, &message).map(drop)
     }
 
     /// The vCPU threads' CPU clocks. They sleep until [`VcpuClocks::set_period_us`]; the agent keeps one set, so a second

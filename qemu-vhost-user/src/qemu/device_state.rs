@@ -11,10 +11,11 @@
 //!
 //! Loading a vCPU's common state (whether it is halted, which interrupts wait) makes TCG forget all translations, because a
 //! load usually brings other RAM with it. At every syncvm that would keep a secondary busy with translating its guest's code
-//! again, for most of its time. So a state is given to QEMU without that section if the guest's own says the same.
+//! again, for most of its time. So that section can be taken out of a state, and what it says be done otherwise.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+
+use plover_agent::protocol::VcpuCommon;
 
 const SECTION_FULL: u8 = 0x04;
 const SUBSECTION: u8 = 0x05;
@@ -23,8 +24,12 @@ const SECTION_FOOTER: u8 = 0x7e;
 const FOOTER_BYTES: usize = 5;
 /// Of the section that is common to the vCPUs of all architectures; there is one for each.
 const VCPU_COMMON: &str = "cpu_common";
-/// Two words, two rare subsections, and room for what later versions add.
-const MOST_VCPU_COMMON_BYTES: usize = 128;
+/// Before its content: a byte, id, length of the name, name, instance, version.
+const VCPU_HEADER_BYTES: usize = 1 + 4 + 1 + VCPU_COMMON.len() + 4 + 4;
+/// Its content without any of its rare subsections: two words.
+const VCPU_CONTENT_BYTES: usize = 8;
+/// With header, content and footer.
+const VCPU_SECTION_BYTES: usize = VCPU_HEADER_BYTES + VCPU_CONTENT_BYTES + FOOTER_BYTES;
 /// Shortest name of a subsection: one byte, a slash, one byte.
 const MIN_NAME_BYTES: usize = 3;
 
@@ -41,54 +46,47 @@ pub fn leftovers(present: &[u8], incoming: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// `incoming` without the vCPUs' common state, if that is the same in `present`, the state of the guest that is to load it. A
-/// load of the rest then leaves TCG's translations as they are.
-pub fn without_known_vcpus(present: &[u8], incoming: &[u8]) -> Option<Vec<u8>> {
-    let sections = vcpu_sections(incoming);
-    let known = vcpu_sections(present);
-    let content = |section: &Range<usize>, of: &[u8]| of[section.clone()].to_vec();
-    let same = known.iter().map(|section| content(section, present));
-    if sections.is_empty() || !sections.iter().map(|section| content(section, incoming)).eq(same) {
-        return None;
-    }
-    let mut rest = Vec::with_capacity(incoming.len());
-    let mut from = 0;
-    for section in sections {
-        rest.extend_from_slice(&incoming[from..section.start]);
-        from = section.end;
-    }
-    rest.extend_from_slice(&incoming[from..]);
-    Some(rest)
+/// The common state of the guest's vCPUs, and the rest of its state.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Divided {
+    /// By QEMU's number of each.
+    pub vcpus: BTreeMap<u16, VcpuCommon>,
+    /// A whole state without them.
+    pub rest: Vec<u8>,
 }
 
-/// Where the sections of the vCPUs' common state are, footers included.
-fn vcpu_sections(state: &[u8]) -> Vec<Range<usize>> {
-    let mut sections = Vec::new();
-    let mut at = 0;
+/// Takes the vCPUs' common state out. `None` if there is none, or if one has more to say than usual.
+pub fn divide(state: &[u8]) -> Option<Divided> {
+    let mut divided = Divided { vcpus: BTreeMap::new(), rest: Vec::with_capacity(state.len()) };
+    let (mut at, mut from) = (0, 0);
     while at < state.len() {
         let start = at + FOOTER_BYTES;
-        at = match section_after_footer(&state[at..]) {
-            Some(VCPU_COMMON) => match footer_of(&state[start..]) {
-                Some(length) => {
-                    sections.push(start..start + length);
-                    // The next section is found by this one's footer.
-                    start + length - FOOTER_BYTES
-                }
-                None => return Vec::new(),
-            },
-            _ => at + 1,
-        };
+        if section_after_footer(&state[at..]) != Some(VCPU_COMMON) {
+            at += 1;
+            continue;
+        }
+        let (index, vcpu) = vcpu(state.get(start..start + VCPU_SECTION_BYTES)?)?;
+        if divided.vcpus.insert(index, vcpu).is_some() {
+            return None;
+        }
+        divided.rest.extend_from_slice(&state[from..start]);
+        from = start + VCPU_SECTION_BYTES;
+        // The next section is found by this one's footer.
+        at = from - FOOTER_BYTES;
     }
-    sections
+    divided.rest.extend_from_slice(&state[from..]);
+    (!divided.vcpus.is_empty()).then_some(divided)
 }
 
-/// How long a short section that begins here is, up to the end of its footer.
-fn footer_of(section: &[u8]) -> Option<usize> {
-    let id = section.get(1..FOOTER_BYTES)?;
-    let most = section.get(..section.len().min(MOST_VCPU_COMMON_BYTES))?;
-    let is_footer = |bytes: &[u8]| bytes[0] == SECTION_FOOTER && &bytes[1..] == id;
-    let at = most.windows(FOOTER_BYTES).position(is_footer)?;
-    Some(at + FOOTER_BYTES)
+/// What a section of the usual length says.
+fn vcpu(section: &[u8]) -> Option<(u16, VcpuCommon)> {
+    let word = |at: usize| Some(u32::from_be_bytes(section.get(at..at + 4)?.try_into().ok()?));
+    let footer = VCPU_HEADER_BYTES + VCPU_CONTENT_BYTES;
+    let is_whole = section[footer] == SECTION_FOOTER && section[footer + 1..] == section[1..FOOTER_BYTES];
+    let index = u16::try_from(word(VCPU_HEADER_BYTES - 8)?).ok()?;
+    let (halted, interrupts) = (word(VCPU_HEADER_BYTES)?, word(VCPU_HEADER_BYTES + 4)?);
+    // A load ignores the lowest bit of the interrupts, which old versions used.
+    (is_whole && halted <= 1 && interrupts & 1 == 0).then_some((index, VcpuCommon { halted: halted == 1, interrupts }))
 }
 
 fn optional_parts(state: &[u8]) -> Parts {
@@ -177,7 +175,9 @@ mod tests {
     fn with_vcpus(words: &[[u8; 8]], device: &[u8]) -> Vec<u8> {
         let mut bytes = [b"QEVM\0\0\0\x03".to_vec(), section(1, "timer", b"t")].concat();
         for (at, words) in words.iter().enumerate() {
-            bytes.extend(section(2 + 2 * at as u32, "cpu_common", words));
+            let mut vcpu = section(2 + 2 * at as u32, "cpu_common", words);
+            vcpu[VCPU_HEADER_BYTES - 5] = at as u8;
+            bytes.extend(vcpu);
             bytes.extend(section(3 + 2 * at as u32, "cpu", b"registers"));
         }
         bytes.extend(section(40, "0000:00:02.0/virtio-net", device));
@@ -185,21 +185,34 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_are_left_out_if_they_all_are_the_same() {
-        let (halted, waiting) = ([0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 2]);
-        let ours = with_vcpus(&[halted, waiting], b"old");
-        let theirs = with_vcpus(&[halted, waiting], b"new");
-        let rest = without_known_vcpus(&ours, &theirs).unwrap();
-        assert!(vcpu_sections(&rest).is_empty());
-        let sections = |name: &str| String::from_utf8_lossy(&rest).matches(name).count();
-        assert_eq!((sections("registers"), sections("new"), sections("timer")), (2, 1, 1));
-        assert_eq!(rest.len(), theirs.len() - vcpu_sections(&theirs).iter().map(Range::len).sum::<usize>());
-        for other in [with_vcpus(&[halted, halted], b"new"), with_vcpus(&[halted], b"new"), with_vcpus(&[], b"new")] {
-            assert_eq!(without_known_vcpus(&ours, &other), None);
-            assert_eq!(without_known_vcpus(&other, &ours), None);
+    fn vcpus_are_taken_out_and_the_rest_stays_a_state() {
+        let (halted, waiting) = ([0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 2]);
+        let state = with_vcpus(&[halted, waiting], b"device");
+        let divided = divide(&state).unwrap();
+        let vcpus = [(0, true, 0), (1, false, 0x102)];
+        let vcpus = vcpus.map(|(index, halted, interrupts)| (index, VcpuCommon { halted, interrupts }));
+        assert_eq!(divided.vcpus, BTreeMap::from(vcpus));
+        let without = with_vcpus(&[], b"device");
+        let cpus = (0..2).flat_map(|at| section(3 + 2 * at, "cpu", b"registers")).collect::<Vec<u8>>();
+        let before_device = without.len() - section(40, "0000:00:02.0/virtio-net", b"device").len();
+        assert_eq!(divided.rest, [&without[..before_device], &cpus, &without[before_device..]].concat());
+        assert_eq!(divide(&divided.rest), None, "none left");
+    }
+
+    #[test]
+    fn vcpus_with_more_to_say_are_left_where_they_are() {
+        let usual = [0; 8];
+        assert!(divide(&with_vcpus(&[usual], b"")).is_some());
+        let mut longer = section(2, "cpu_common", &[&usual[..], &part("cpu_common/exception_index", &[3; 4])].concat());
+        longer.splice(..0, section(1, "timer", b"t"));
+        assert_eq!(divide(&longer), None);
+        for odd in [[0, 0, 0, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]] {
+            assert_eq!(divide(&with_vcpus(&[odd], b"")), None);
         }
-        let cut = &theirs[..vcpu_sections(&theirs)[1].end - 1];
-        assert_eq!(without_known_vcpus(cut, cut), None, "a section without an end");
+        let state = with_vcpus(&[usual], b"");
+        let end = state.windows(10).position(|name| name == b"cpu_common").unwrap() + VCPU_SECTION_BYTES - 6;
+        assert!(divide(&state[..end]).is_some());
+        assert_eq!(divide(&state[..end - 1]), None, "a section without an end");
     }
 
     proptest! {
@@ -209,7 +222,7 @@ mod tests {
             incoming in proptest::collection::vec(any::<u8>(), 0..400),
         ) {
             let _ = leftovers(&present, &incoming);
-            let _ = without_known_vcpus(&present, &incoming);
+            let _ = divide(&present);
             prop_assert!(leftovers(&present, &present).is_empty());
         }
     }

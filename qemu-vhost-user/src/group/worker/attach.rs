@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use plover_agent::protocol::WrittenRange;
+use plover_agent::protocol::{VcpuChange, WrittenRange};
 use syncvm::exchange::{Guest, GuestError};
 use syncvm::hash::HashPool;
 use syncvm::tracker::{self, Candidates, DirtyTracker, TrackerKind};
@@ -257,6 +257,31 @@ impl QemuGuest {
     }
 }
 
+impl QemuGuest {
+    /// Loads the vCPUs' common state in a way that lets TCG keep its translations, if it was told of all that was written, and
+    /// returns the rest of the state.
+    fn load_vcpus(&mut self, state: &[u8]) -> Option<Vec<u8>> {
+        let is_told = std::mem::take(&mut self.is_told);
+        let present = device_state::divide(&self.saved.take().filter(|_| is_told)?)?;
+        let incoming = device_state::divide(state)?;
+        if !present.vcpus.keys().eq(incoming.vcpus.keys()) {
+            return None;
+        }
+        let changes = present.vcpus.iter().zip(incoming.vcpus.values());
+        let changes: Vec<VcpuChange> = changes
+            .filter(|((_, was), becomes)| *was != *becomes)
+            .map(|((index, was), becomes)| VcpuChange { index: *index, was: *was, becomes: *becomes })
+            .collect();
+        if !changes.is_empty()
+            && let Err(error) = self.agent.change_vcpus(&changes)
+        {
+            tracing::debug!(%error, "the vCPUs' state is loaded in the way that forgets all translations");
+            return None;
+        }
+        Some(incoming.rest)
+    }
+}
+
 /// Where these pages are in QEMU's address space, neighbours together; `None` if some is not there.
 fn ranges_of(addresses: &[RamRange], pages: &mut dyn Iterator<Item = PageNumber>) -> Option<Vec<WrittenRange>> {
     let mut ranges: Vec<WrittenRange> = Vec::new();
@@ -362,9 +387,7 @@ impl Guest for QemuGuest {
 
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
         let failed = |error: String| GuestError::new("load the device state", error);
-        let is_told = std::mem::take(&mut self.is_told);
-        let present = self.saved.take().filter(|_| is_told);
-        let rest = present.and_then(|present| device_state::without_known_vcpus(&present, state));
+        let rest = self.load_vcpus(state);
         self.state_file.write(rest.as_deref().unwrap_or(state)).map_err(|error| failed(error.to_string()))?;
         self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
         let path = self.state_file.path().to_owned();
