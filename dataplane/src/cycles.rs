@@ -16,6 +16,12 @@ impl Cycles {
         let ticks = self.0.wrapping_sub(earlier.0);
         if ticks > u64::MAX / 2 { 0 } else { ticks }
     }
+
+    /// So many ticks later.
+    #[cfg(test)]
+    pub(crate) fn plus(self, ticks: u64) -> Cycles {
+        Cycles(self.0.wrapping_add(ticks))
+    }
 }
 
 /// Reads cycles and tells how long they are.

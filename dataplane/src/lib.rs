@@ -21,6 +21,7 @@ pub mod region;
 pub mod ring;
 pub mod stages;
 mod sync;
+pub mod turn;
 pub mod uplink;
 pub mod wait;
 

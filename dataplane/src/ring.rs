@@ -150,6 +150,12 @@ pub enum Violation {
         /// Where.
         at: usize,
     },
+    /// The other side wrote a mark into the slot that nobody writes there, or not yet ([`turn`](super::turn)).
+    #[error("it wrote the mark {mark:#018x} into the slot, where it has none to write")]
+    Turn {
+        /// The mark.
+        mark: u64,
+    },
     /// Nobody did anything wrong, but the laps cannot be counted any further.
     #[error("the ring is worn out after {MAX_LAP} laps")]
     WornOut,
@@ -171,6 +177,21 @@ impl Assembly {
     /// Forgets it.
     pub fn clear(&mut self) {
         self.filled = 0;
+    }
+
+    /// As [`append`](Self::append), for few lines: they are read whole.
+    #[inline]
+    pub(crate) fn append_lines(&mut self, words: &[AtomicU64], length: usize) {
+        let (lines, _) = words.as_chunks::<LINE_WORDS>();
+        let end = self.filled + lines.len() * LINE_BYTES;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        let (places, _) = self.bytes[self.filled..end].as_chunks_mut::<LINE_BYTES>();
+        for (place, [_, payload @ ..]) in places.iter_mut().zip(lines) {
+            read_words(place, payload);
+        }
+        self.filled += length;
     }
 
     /// The payload of a record of `length` bytes.
@@ -329,6 +350,21 @@ impl<M: Memory> Producer<M> {
         Ok(true)
     }
 
+    /// Where it writes.
+    pub(crate) fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Lines written.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Something was written beside the ring that the consumer is to be woken for.
+    pub(crate) fn published(&mut self) {
+        self.waker.news = true;
+    }
+
     /// Fetches the line of the next record already now. It is in vain if the consumer looks there once more.
     pub fn claim(&self) {
         cache_line::claim(&self.memory.words()[position(self.written, self.lines) * LINE_WORDS]);
@@ -434,6 +470,21 @@ impl<M: Memory> Consumer<M> {
     pub fn new(memory: M) -> Consumer<M> {
         let lines = checked_lines(&memory);
         Consumer { memory, lines, read: 0, told: 0, sleeper: Sleeper::default(), waker: Waker::default() }
+    }
+
+    /// Where it reads.
+    pub(crate) fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Lines read.
+    pub(crate) fn position(&self) -> u64 {
+        self.read
+    }
+
+    /// Lines of the ring.
+    pub(crate) fn lines(&self) -> usize {
+        self.lines
     }
 
     /// Takes the next record, if there is one, and appends its payload to `into`.
@@ -568,8 +619,30 @@ impl Pen<'_> {
     }
 }
 
+/// Stores up to a line's payload in whole words; the last word is filled up with zeros.
+#[inline]
+pub(crate) fn write_line(words: &[AtomicU64], part: &[u8]) {
+    let (chunks, tail) = part.as_chunks::<WORD_BYTES>();
+    let payload = &words[1..];
+    for (word, chunk) in payload.iter().zip(chunks) {
+        word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
+    }
+    if !tail.is_empty() {
+        payload[chunks.len()].store(last_word(part, tail), Ordering::Relaxed);
+    }
+}
+
+/// The last bytes of `part`, which do not fill a word, as one. Without a copy of an unknown length where there is a word to read.
+#[inline]
+fn last_word(part: &[u8], tail: &[u8]) -> u64 {
+    if let Some(word) = part.last_chunk::<WORD_BYTES>() {
+        return u64::from_le_bytes(*word).unbounded_shr((u8::BITS as usize * (WORD_BYTES - tail.len())) as u32).to_le();
+    }
+    tail.iter().rev().fold(0, |word, &byte| word << u8::BITS | u64::from(byte)).to_le()
+}
+
 /// Stores the bytes of `parts` in whole words, and all marks but the first; the last word is filled up with zeros.
-fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
+pub(crate) fn write_payload(words: &[AtomicU64], parts: &[&[u8]]) {
     let mut pen = Pen { words, at: 1 };
     let mut carry = [0; WORD_BYTES];
     let mut carried = 0;

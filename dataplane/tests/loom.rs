@@ -1,5 +1,5 @@
-//! The ring's orderings and its sleep/wake protocol under loom: every interleaving of the small cases below, with every
-//! value that a relaxed load may see. The ring's source is compiled into this test once more, with loom's atomics.
+//! The ring's and the slot's orderings and their sleep/wake protocol under loom: every interleaving of the small cases below, with every
+//! value that a relaxed load may see. Their source is compiled into this test once more, with loom's atomics.
 //!
 //! What loom cannot see: it never lets a load see a store that comes later, so it would not notice if the consumer told of
 //! its position too early (`consumed`, the release there and the acquire of the producer).
@@ -33,11 +33,14 @@ mod sync {
 }
 #[path = "../src/ring.rs"]
 mod ring;
+#[path = "../src/turn.rs"]
+mod turn;
 
 use loom::sync::Notify;
 use loom::thread;
 use ring::{Assembly, Consumer, Heap, Kind, Producer};
 use std::sync::Arc;
+use turn::{Found, HeapSide};
 
 /// The smallest ring: four lines, of which a record takes one.
 const RING_BYTES: usize = 256;
@@ -211,5 +214,111 @@ fn wait_for(consumer: &mut Consumer<Arc<Heap>>, bell: &Notify) -> u64 {
             bell.wait();
         }
         consumer.disarm();
+    }
+}
+
+type End = turn::Ends<HeapSide>;
+
+/// Both ends of a pair, the one that begins first.
+fn pair() -> [End; 2] {
+    let [there, back] = HeapSide::pair(RING_BYTES);
+    [End::new(there.clone(), back.clone(), true), End::new(back, there, false)]
+}
+
+fn say(end: &mut End, value: u64) {
+    assert!(end.max_record_bytes() >= size_of_val(&value));
+    assert_eq!(end.push(Kind::Last, &[&value.to_ne_bytes()]), Ok(true));
+}
+
+/// The next message's value, checked for its form.
+fn hear(end: &mut End) -> Option<u64> {
+    let found = end.find().expect("the other side is ours");
+    let mut into = Assembly::default();
+    let kind = end.take(&mut into).expect("the other side is ours");
+    // What comes between the two looks is taken; what was found is not lost.
+    assert!(kind == Some(Kind::Last) || kind.is_none() && found == Found::Nothing);
+    kind.map(|_| u64::from_ne_bytes(into.bytes().try_into().expect("messages of eight bytes")))
+}
+
+fn hear_soon(end: &mut End) -> u64 {
+    loop {
+        match hear(end) {
+            Some(value) => return value,
+            None => thread::yield_now(),
+        }
+    }
+}
+
+#[test]
+fn what_goes_through_slot_and_ring_arrives_in_order_on_both_sides() {
+    model(3, || {
+        let [mut left, mut right] = pair();
+        let answering = thread::spawn(move || {
+            // Through the ring, because it is not its turn, or through the slot.
+            say(&mut right, 10);
+            for expected in [1, 2] {
+                assert_eq!(hear_soon(&mut right), expected);
+            }
+            say(&mut right, 20);
+            assert_eq!(hear_soon(&mut right), 3);
+        });
+        say(&mut left, 1);
+        say(&mut left, 2);
+        assert_eq!(hear_soon(&mut left), 10);
+        say(&mut left, 3);
+        assert_eq!(hear_soon(&mut left), 20);
+        answering.join().unwrap();
+        assert_eq!(hear(&mut left), None);
+    });
+}
+
+/// A record that is there is no reason to take it before what the slot brought ahead of it.
+#[test]
+fn a_message_in_the_slot_is_taken_before_the_record_that_follows_it() {
+    model(3, || {
+        let [mut left, mut right] = pair();
+        let writer = thread::spawn(move || {
+            for value in 1..=3 {
+                say(&mut left, value);
+            }
+        });
+        for expected in 1..=3 {
+            assert_eq!(hear_soon(&mut right), expected);
+        }
+        writer.join().unwrap();
+    });
+}
+
+#[test]
+fn both_sides_may_sleep_while_messages_go_through_the_slot() {
+    model(2, || {
+        let [mut left, mut right] = pair();
+        let (left_bell, right_bell) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (ring_left, own_bell) = (Arc::clone(&left_bell), Arc::clone(&right_bell));
+        let answering = thread::spawn(move || {
+            let value = hear_asleep(&mut right, &own_bell);
+            say(&mut right, value + 1);
+            if right.take_early_wake() || right.take_wake() {
+                ring_left.notify();
+            }
+        });
+        say(&mut left, 7);
+        if left.take_wake() {
+            right_bell.notify();
+        }
+        assert_eq!(hear_asleep(&mut left, &left_bell), 8);
+        answering.join().unwrap();
+    });
+}
+
+fn hear_asleep(end: &mut End, bell: &Notify) -> u64 {
+    loop {
+        if let Some(value) = hear(end) {
+            return value;
+        }
+        if !end.arm(None).unwrap() {
+            bell.wait();
+        }
+        end.disarm();
     }
 }

@@ -8,6 +8,7 @@ use super::negotiation::Negotiation;
 use super::secure::{Accept, Cipher, Dialer, FabricKey, Greeted, Records, Security};
 use super::{PeerId, RefusalCode, Transport};
 use crate::ring::{Assembly, Consumer, Heap, Memory, Producer};
+use crate::turn::{Ends, HeapSide, SLOT_WORDS, SlotMemory};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -164,6 +165,26 @@ pub fn lane(bytes: &[u8]) {
         rest = behind;
     }
     ring_memory(bytes);
+    slot_memory(bytes);
+}
+
+/// The slot, then the ring behind it.
+fn slot_memory(bytes: &[u8]) {
+    let [out, input] = HeapSide::pair(RING_BYTES);
+    let (words, _) = bytes.as_chunks();
+    let (slot, ring) = words.split_at(SLOT_WORDS.min(words.len()));
+    for (word, value) in input.slot().iter().zip(slot).chain(input.words().iter().zip(ring)) {
+        word.store(u64::from_le_bytes(*value), Ordering::Relaxed);
+    }
+    let mut end = Ends::new(out, input, false);
+    let mut into = Assembly::default();
+    for _ in 0..RING_BYTES {
+        into.clear();
+        match end.take(&mut into) {
+            Ok(Some(_)) => assert!(into.bytes().len() <= end.max_record_bytes()),
+            Ok(None) | Err(_) => break,
+        }
+    }
 }
 
 fn ring_memory(bytes: &[u8]) {

@@ -106,6 +106,15 @@ pub(super) enum LaneError {
     },
 }
 
+/// What a [`Lane::poll`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Polled {
+    /// Messages handed out.
+    pub messages: usize,
+    /// The peer sleeps and is to be woken over the TCP connection.
+    pub rings: bool,
+}
+
 /// One lane, both directions. Nonblocking; owned by one thread.
 pub(super) trait Lane: Send {
     /// Sends the concatenation of `parts` as one message, or nothing of it. The parts are not empty altogether and at most
@@ -123,10 +132,15 @@ pub(super) trait Lane: Send {
     /// The lane has ended. What came whole before was handed out.
     fn pump(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError>;
 
-    /// Whether it is too early for an answer to what was just sent: a pump now would find nothing as a rule, and its look would only
-    /// hold the peer up.
-    fn is_early(&mut self) -> bool {
-        false
+    /// What the owner does in its loop while it is awake: says so, pumps, and asks for the doorbell. May leave the pump out
+    /// where it would find nothing as a rule and hold the peer up.
+    ///
+    /// # Errors
+    /// As [`pump`](Self::pump).
+    fn poll(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<Polled, LaneError> {
+        self.disarm();
+        let messages = self.pump(deliver)?;
+        Ok(Polled { messages, rings: self.take_doorbell() })
     }
 
     /// Bytes that wait for room at the peer.

@@ -4,7 +4,7 @@
 //! lane's end.
 
 use super::connection::Connection;
-use super::lane::{CONTROL_RING_BYTES, Lane, LaneError, SetupContext, Transport};
+use super::lane::{CONTROL_RING_BYTES, Lane, LaneError, Polled, SetupContext, Transport};
 use super::negotiation::{Failure, Negotiation};
 use super::{LostReason, MAX_CONTROL_MESSAGE_BYTES, SendError};
 use rustix::fd::{AsFd, BorrowedFd};
@@ -142,7 +142,10 @@ impl Session {
                 if strays > 0 {
                     return Err(LostReason::Lane("the peer sent a message beside the lane".to_owned()));
                 }
-                self.pump_lane(now_us, deliver).map(|()| false)
+                let messages = lane.pump(deliver)?;
+                let rings = lane.take_doorbell();
+                self.polled(now_us, Polled { messages, rings });
+                Ok(false)
             }
         }
     }
@@ -153,29 +156,22 @@ impl Session {
     /// As [`pump`](Self::pump).
     #[inline]
     pub fn poll_lane(&mut self, now_us: u64, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
-        if let Carrier::Lane(lane) = &mut self.carrier
-            && lane.is_early()
-        {
-            if lane.take_doorbell() {
-                self.connection.ping();
-            }
-            return Ok(());
-        }
-        self.pump_lane(now_us, deliver)
-    }
-
-    fn pump_lane(&mut self, now_us: u64, deliver: &mut dyn FnMut(&[u8])) -> Result<(), LostReason> {
         let Carrier::Lane(lane) = &mut self.carrier else {
             return Ok(());
         };
-        lane.disarm();
-        if lane.pump(deliver)? > 0 {
+        let polled = lane.poll(deliver)?;
+        self.polled(now_us, polled);
+        Ok(())
+    }
+
+    #[inline]
+    fn polled(&mut self, now_us: u64, polled: Polled) {
+        if polled.messages > 0 {
             self.connection.last_heard_us = now_us;
         }
-        if lane.take_doorbell() {
+        if polled.rings {
             self.connection.ping();
         }
-        Ok(())
     }
 
     /// Before the owner sleeps; `true`: there is something already.

@@ -1,6 +1,6 @@
 //! The lane through memory that two processes of one host share.
 //!
-//! The dialing side makes a file in /dev/shm with a ring for each direction and offers its name over the authenticated
+//! The dialing side makes a file in /dev/shm with a ring for each direction and a slot for both, and offers its name over the authenticated
 //! connection; the other side opens it, checks it, and maps it; then the name goes away. A sender whose peer sleeps rings on the
 //! TCP connection. Rejected: a memfd handed over a Unix socket (one more connection to make and to authenticate), and
 //! /proc/PID/fd (needs both in one PID namespace and the right to trace).
@@ -8,6 +8,7 @@
 mod file;
 mod lane;
 mod mapping;
+mod pause;
 
 pub(super) use file::sweep;
 

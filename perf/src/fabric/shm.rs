@@ -6,6 +6,9 @@
 //! between the runs. The bare line carries a number, and whoever read it writes the same line: a processor passes it with two
 //! transfers. `fabric.shm.lines` is what two directions with memory of their own cost when both sides look without a pause: the
 //! reader's looks take the line from its writer, who must fetch it back before he can write.
+//!
+//! How near the two CPUs are to each other changes by itself, within a second sometimes. So the sides alternate in windows of
+//! some ms, and each window of ours is compared with the peer's right next to it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -20,7 +23,7 @@ use dataplane::wait::now_us;
 use super::rtt::{End, MESSAGE_BYTES, two_nodes};
 use crate::group::Sink;
 use crate::row::Row;
-use crate::sample::{Better, Figure, compare};
+use crate::sample::{Better, Figure, paired};
 use crate::{Effort, pin};
 
 /// Begins the ids of all rows.
@@ -54,7 +57,7 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
 }
 
 fn measure(wanted: &[&'static str], effort: Effort) -> Result<Vec<Row>> {
-    let batches = effort.pick(1_000, 20);
+    let (pairs, batches) = (effort.pick(61, 3), effort.pick(200, 20));
     let [here, there] = pin::two_cpus()?;
     ensure!(here != there, "two threads that spin need two CPUs");
     let mut pair = Pair::connect(there)?;
@@ -64,17 +67,28 @@ fn measure(wanted: &[&'static str], effort: Effort) -> Result<Vec<Row>> {
     for &id in wanted {
         let figure = Figure { id, unit: "ns", better: Better::Lower };
         pair.message = vec![0xA5; if id == RTT { acknowledgement_bytes() } else { MESSAGE_BYTES }];
-        let pair_cell = std::cell::RefCell::new(&mut pair);
-        rows.push(compare(
-            figure,
-            effort,
-            "bare cache-line ping-pong",
-            || match id {
-                LINES => pair_cell.borrow_mut().run(TWO_LINES, batches, Pair::lines_trip),
-                _ => pair_cell.borrow_mut().run(FABRIC, batches, Pair::fabric_trip),
-            },
-            || pair_cell.borrow_mut().run(ONE_LINE, batches, Pair::line_trip),
-        )?);
+        let (mut values, mut peer_values) = (Vec::new(), Vec::new());
+        for number in 0..=pairs {
+            let ours = |pair: &mut Pair| match id {
+                LINES => pair.run(TWO_LINES, batches, Pair::lines_trip),
+                _ => pair.run(FABRIC, batches, Pair::fabric_trip),
+            };
+            let bare = |pair: &mut Pair| pair.run(ONE_LINE, batches, Pair::line_trip);
+            // Each goes first as often as second.
+            let (value, peer_value) = if number % 2 == 0 {
+                let value = ours(&mut pair)?;
+                (value, bare(&mut pair)?)
+            } else {
+                let peer_value = bare(&mut pair)?;
+                (ours(&mut pair)?, peer_value)
+            };
+            // The first is a warm-up.
+            if number > 0 {
+                values.push(value);
+                peer_values.push(peer_value);
+            }
+        }
+        rows.push(paired(figure, effort, "bare cache-line ping-pong", values, peer_values));
     }
     pair.close()?;
     Ok(rows)

@@ -1,10 +1,12 @@
-//! The lane over two shared rings. Messages longer than a record are cut; what finds no room waits in a queue.
+//! The lane over two shared rings and their slot. Messages longer than a record are cut; what finds no room waits in a queue.
 
 use super::file::NamedFile;
 use super::mapping::{Direction, Mapping, SharedRing};
-use crate::cycles::{CycleClock, Cycles};
-use crate::fabric::lane::{Lane, LaneError, LaneFull, SetupContext, Transport};
-use crate::ring::{Assembly, Consumer, Kind, Producer, Violation};
+use super::pause::Pause;
+use crate::cycles::CycleClock;
+use crate::fabric::lane::{Lane, LaneError, LaneFull, Polled, SetupContext, Transport};
+use crate::ring::{Assembly, Kind, Violation};
+use crate::turn::{Ends, Found};
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -14,10 +16,6 @@ const MAX_PUMP_BYTES: usize = 1 << 20;
 /// Records of a pump that has handed out none: more than our peer's longest message has, because a pump that hands out
 /// nothing means that nothing is there.
 const MOST_RECORDS: usize = 8192;
-/// From a message to the first look for its answer, ticks of the time stamp counter: 75 to 150 ns. An answer takes longer, and
-/// each look that finds nothing takes the line away from the peer just when it is to write there, who must fetch it back
-/// first. With [`Producer::claim`] and without these looks a round trip takes three quarters of the time.
-const ANSWER_TICKS: u64 = 300;
 const LENGTH_BYTES: usize = 4;
 /// In a queued record's length: more of the message follows.
 const MORE: u32 = 1 << 31;
@@ -77,15 +75,13 @@ impl Queue {
 
 /// See the module.
 pub(super) struct ShmLane {
-    out: Producer<SharedRing>,
+    ends: Ends<SharedRing>,
     queue: Queue,
-    input: Consumer<SharedRing>,
     assembly: Assembly,
     max_message_bytes: usize,
     max_queued_bytes: usize,
     clock: CycleClock,
-    /// When the first message since the last look was sent, until it is time to look for an answer.
-    sent: Option<Cycles>,
+    pause: Pause,
     /// Found while sending; the next pump reports it.
     broken: Option<LaneError>,
     /// Until the peer has opened it.
@@ -100,16 +96,16 @@ impl ShmLane {
         context: &SetupContext,
         file: Option<NamedFile>,
     ) -> ShmLane {
+        let clock = CycleClock::new();
         let [out, input] = ways.map(|way| SharedRing::new(mapping, way));
         ShmLane {
-            out: Producer::new(out),
+            ends: Ends::new(out, input, context.we_dial),
             queue: Queue::default(),
-            input: Consumer::new(input),
             assembly: Assembly::default(),
             max_message_bytes: context.max_message_bytes,
             max_queued_bytes: context.max_queued_bytes,
-            clock: CycleClock::new(),
-            sent: None,
+            pause: Pause::new(clock.now()),
+            clock,
             broken: None,
             file,
         }
@@ -117,12 +113,50 @@ impl ShmLane {
 
     fn flush(&mut self) {
         while let Some((kind, record)) = self.queue.first() {
-            match self.out.push(kind, &[record]) {
+            match self.ends.push(kind, &[record]) {
                 Ok(true) => self.queue.remove_first(),
                 Ok(false) => break,
                 Err(violation) => return self.break_off(violation),
             }
         }
+    }
+
+    /// The message in the slot. If there is more, the next pump finds it: an answer to this one is not to wait.
+    #[inline]
+    fn take_answer(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError> {
+        self.ends.take(&mut self.assembly).map_err(violated)?;
+        let bytes = self.assembly.bytes();
+        if bytes.is_empty() {
+            return Err(violated("it sent an empty record"));
+        }
+        deliver(bytes);
+        self.assembly.clear();
+        self.broken.clone().map_or(Ok(1), Err)
+    }
+
+    fn take_records(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<usize, LaneError> {
+        let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
+        while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
+            && records < MOST_RECORDS
+            && let before = self.assembly.bytes().len()
+            && let Some(kind) = self.ends.take(&mut self.assembly).map_err(violated)?
+        {
+            let bytes = self.assembly.bytes();
+            if bytes.len() == before {
+                return Err(violated("it sent an empty record"));
+            }
+            if bytes.len() > self.max_message_bytes {
+                return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
+            }
+            records += 1;
+            taken_bytes += bytes.len() - before;
+            if kind == Kind::Last {
+                deliver(bytes);
+                self.assembly.clear();
+                messages += 1;
+            }
+        }
+        self.broken.clone().map_or(Ok(messages), Err)
     }
 
     fn break_off(&mut self, violation: Violation) {
@@ -142,13 +176,12 @@ impl Lane for ShmLane {
         }
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let queued = self.queue.queued_bytes();
-        let max_record = self.out.max_record_bytes();
+        let max_record = self.ends.max_record_bytes();
         if queued == 0 && bytes <= max_record {
-            match self.out.push(Kind::Last, parts) {
+            match self.ends.push(Kind::Last, parts) {
                 Ok(true) => {
-                    // Not from the last of many: who sends without end is to look, too.
-                    if self.sent.is_none() && self.clock.is_cheap() {
-                        self.sent = Some(self.clock.now());
+                    if self.clock.is_cheap() {
+                        self.pause.sent(|| self.clock.now());
                     }
                     return Ok(());
                 }
@@ -174,43 +207,21 @@ impl Lane for ShmLane {
         if self.queue.queued_bytes() > 0 {
             self.flush();
         }
-        if !self.input.has_record() {
-            return self.broken.clone().map_or(Ok(0), Err);
+        match self.ends.find().map_err(violated)? {
+            Found::Nothing => self.broken.clone().map_or(Ok(0), Err),
+            Found::Slot => self.take_answer(deliver),
+            Found::Records => self.take_records(deliver),
         }
-        // To fetch a line takes as long as to handle a message, after which there is often an answer to write.
-        self.out.claim();
-        let (mut messages, mut records, mut taken_bytes) = (0, 0, 0);
-        while (messages == 0 || records < MAX_RECORDS && taken_bytes < MAX_PUMP_BYTES)
-            && records < MOST_RECORDS
-            && let before = self.assembly.bytes().len()
-            && let Some(kind) = self.input.take(&mut self.assembly).map_err(violated)?
-        {
-            let bytes = self.assembly.bytes();
-            if bytes.len() == before {
-                return Err(violated("it sent an empty record"));
-            }
-            if bytes.len() > self.max_message_bytes {
-                return Err(violated(format!("it sent a message of {} bytes", bytes.len())));
-            }
-            records += 1;
-            taken_bytes += bytes.len() - before;
-            if kind == Kind::Last {
-                deliver(bytes);
-                self.assembly.clear();
-                messages += 1;
-            }
-        }
-        self.broken.clone().map_or(Ok(messages), Err)
     }
 
-    #[inline]
-    fn is_early(&mut self) -> bool {
-        let Some(sent) = self.sent else { return false };
-        let is_early = self.clock.now().since(sent) < ANSWER_TICKS;
-        if !is_early {
-            self.sent = None;
+    fn poll(&mut self, deliver: &mut dyn FnMut(&[u8])) -> Result<Polled, LaneError> {
+        if self.pause.is_early(|| self.clock.now()) {
+            return Ok(Polled { messages: 0, rings: self.take_doorbell() });
         }
-        is_early
+        self.disarm();
+        let messages = self.pump(deliver)?;
+        self.pause.looked(messages > 0, || self.clock.now());
+        Ok(Polled { messages, rings: self.take_doorbell() })
     }
 
     fn queued_bytes(&self) -> usize {
@@ -218,30 +229,24 @@ impl Lane for ShmLane {
     }
 
     fn arm(&mut self) -> bool {
-        let has_room = match self.queue.first().map(|(_, record)| record.len()) {
-            None => Ok(false),
-            Some(length) => self.out.arm(length),
-        };
-        let has_room = has_room.unwrap_or_else(|violation| {
+        let length = self.queue.first().map(|(_, record)| record.len());
+        let armed = self.ends.arm(length);
+        armed.unwrap_or_else(|violation| {
             self.break_off(violation);
             true
-        });
-        // Both, whatever the first says: the owner disarms both.
-        self.input.arm() || has_room || self.broken.is_some()
+        }) || self.broken.is_some()
     }
 
     fn disarm(&mut self) {
-        self.input.disarm();
-        self.out.disarm();
+        self.ends.disarm();
     }
 
     fn take_doorbell(&mut self) -> bool {
-        // Not lazily: both forget what they have looked at.
-        self.out.take_wake() | self.input.take_wake()
+        self.ends.take_wake()
     }
 
     fn take_early_doorbell(&mut self) -> bool {
-        self.out.take_early_wake()
+        self.ends.take_early_wake()
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -1,6 +1,7 @@
 //! The shared memory of a pair: a ring for each direction.
 
 use crate::ring::{Control, Memory, WORD_BYTES};
+use crate::turn::{SLOT_WORDS, SlotMemory};
 use rustix::fd::AsFd;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
@@ -8,9 +9,11 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-/// Both controls, and nothing else, are in the first page.
+/// Both controls and the slot, and nothing else, are in the first page.
 const HEAD_BYTES: usize = 4096;
-const _: () = assert!(2 * size_of::<Control>() <= HEAD_BYTES && HEAD_BYTES.is_multiple_of(align_of::<Control>()));
+const SLOT_OFFSET: usize = 1024;
+const _: () = assert!(2 * size_of::<Control>() <= SLOT_OFFSET && HEAD_BYTES.is_multiple_of(align_of::<Control>()));
+const _: () = assert!(SLOT_OFFSET + SLOT_WORDS * WORD_BYTES <= HEAD_BYTES && SLOT_OFFSET.is_multiple_of(128));
 
 /// The size of a file with rings of `ring_bytes`.
 pub(super) fn file_bytes(ring_bytes: usize) -> usize {
@@ -93,6 +96,16 @@ impl Memory for SharedRing {
         unsafe {
             let first = self.mapping.base.byte_add(offset).cast::<AtomicU64>();
             std::slice::from_raw_parts(first.as_ptr(), self.mapping.ring_bytes / WORD_BYTES)
+        }
+    }
+}
+
+impl SlotMemory for SharedRing {
+    fn slot(&self) -> &[AtomicU64] {
+        // SAFETY: within the first page (asserted above) and aligned; the rest as above.
+        unsafe {
+            let first = self.mapping.base.byte_add(SLOT_OFFSET).cast::<AtomicU64>();
+            std::slice::from_raw_parts(first.as_ptr(), SLOT_WORDS)
         }
     }
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::fabric::lane::{Lane, LaneError, LaneFull};
 use crate::ring::{Assembly, Consumer, Control, Heap, Kind, Memory, Producer};
+use crate::turn::{SLOT_WORDS, SlotMemory};
 use mapping::SharedRing;
 use proptest::prelude::*;
 use std::os::unix::fs::PermissionsExt;
@@ -175,18 +176,18 @@ fn a_sleeper_is_rung_for_once() {
 #[test]
 fn a_look_for_an_answer_is_put_off_for_a_moment_only() {
     let (mut near, mut far) = pair();
-    assert!(!near.is_early(), "nothing was sent");
     near.send(&[b"1"]).unwrap();
     far.send(&[b"2"]).unwrap();
     assert!(near.arm());
     near.disarm();
     assert_eq!((pump(&mut *near), pump(&mut *far)), (vec![b"2".to_vec()], vec![b"1".to_vec()]));
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let mut looks = 0;
-    while looks < 3 {
+    let mut heard = 0;
+    while heard < 3 {
         assert!(std::time::Instant::now() < deadline, "it never looks");
         near.send(&[b"more"]).unwrap();
-        looks += usize::from(!near.is_early());
+        far.send(&[b"more"]).unwrap();
+        heard += near.poll(&mut |bytes| assert_eq!(bytes, b"more")).unwrap().messages;
         pump(&mut *far);
     }
 }
@@ -324,6 +325,13 @@ fn a_peer_without_manners_ends_the_lane() {
     let (mut lane, out, _in) = hostile();
     out.words()[0].store(mark((1, 3, 0)), Ordering::Relaxed);
     assert!(violation(&mut *lane).contains("0x0000000000e00000"));
+    // An empty message in the slot, and a mark that is none.
+    let (mut lane, out, _in) = hostile();
+    out.slot()[0].store(1 << 8, Ordering::Relaxed);
+    assert!(violation(&mut *lane).contains("empty record"));
+    let (mut lane, out, _in) = hostile();
+    out.slot()[0].store(2 << 8 | 1, Ordering::Relaxed);
+    assert!(violation(&mut *lane).contains("0x0000000000000201 into the slot"));
     // A position beyond what was written.
     let (mut lane, _out, input) = hostile();
     let rogue = Rogue { control: Arc::new(input), words: Arc::new(Heap::new(RING_BYTES)) };
@@ -344,12 +352,17 @@ proptest! {
 
     #[test]
     fn arbitrary_memory_never_panics(
+        slot in prop::collection::vec((0usize..SLOT_WORDS, prop_oneof![any::<u64>(), (0u64..3, 0u64..4, 0u64..120).prop_map(|(position, number, length)| position << 32 | number << 8 | length)]), 0..20),
         words in prop::collection::vec((0usize..RING_BYTES / 8, prop_oneof![any::<u64>(), (0u64..3, 0u64..4, 0u64..2000).prop_map(mark)]), 1..100),
     ) {
         let (mut lane, out, _in) = hostile();
         out.words()[0].store(mark((1, 1, 8)), Ordering::Relaxed);
+        let mut slot = slot.into_iter();
         for (at, word) in words {
             out.words()[at].store(word, Ordering::Relaxed);
+            if let Some((at, word)) = slot.next() {
+                out.slot()[at].store(word, Ordering::Relaxed);
+            }
             let _ = lane.send(&[b"x"]);
             if lane.pump(&mut |bytes| assert!(bytes.len() <= 20_000)).is_err() {
                 break;
