@@ -322,6 +322,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             if self.legs.takes(leg, number) {
                 self.legs.set_busy(leg, true);
                 if let Err(error) = self.driver.write(leg, bytes.clone(), offset) {
+                    self.legs.set_busy(leg, false);
                     self.leg_failed(leg, error);
                 }
             }

@@ -9,6 +9,7 @@ mod full_disk;
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -181,7 +182,7 @@ impl Run {
         let stage = Stage::new(Box::new(vec![0; self.options.stage_bytes]), opened.scan.chain);
         let driver = SimDriver::new(stage.memory(), Rc::clone(&self.disks));
         let keeper = Port::inline(Keeper::new(specs, geometry, opened.volumes));
-        let legs = Legs::new(opened.out.into_iter().map(|out| (std::path::PathBuf::from("sim"), out)));
+        let legs = Legs::new(opened.out.into_iter().map(|out| (PathBuf::from("sim"), out)));
         let (start, recovered) = start(driver, stage, keeper, legs, geometry, &self.options, opened.scan);
         Ok((Engine::new(start), recovered, given_back))
     }
@@ -556,6 +557,22 @@ fn a_header_that_never_counted_is_no_rival_of_what_was_settled_without_it() {
         assert_eq!(recovered.state.as_deref(), Some(&b"settled"[..]), "copy {lucky} had the segment");
         assert!(!recovered.doubtful && recovered.entries.is_empty(), "{recovered:?}");
     }
+}
+
+#[test]
+fn what_a_failed_copy_still_reads_is_not_used_again() {
+    let mut run = Run::new(1, 2);
+    let (mut log, ..) = run.open().unwrap();
+    log.poll();
+    let ticket = log.append(Record::State(b"promise")).unwrap();
+    log.flush();
+    // The keeper found out, as when there is no room to fill it; its device goes on.
+    log.drop_leg(0, LogError::io("filling", PathBuf::from("sim"), std::io::ErrorKind::NotFound));
+    let mut leg = 0..2;
+    run.disks.borrow_mut().advance(|_| if leg.next() == Some(1) { 5 } else { 0 });
+    log.poll();
+    assert!(log.in_flight, "the group is given up while a device reads it");
+    assert!(log.wait(ticket, Duration::from_secs(5)));
 }
 
 #[test]
