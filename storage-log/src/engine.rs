@@ -155,7 +155,8 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             told: 0,
             headed: 0,
             log_id: start.log_id,
-            epoch: start.last.map_or(0, |header| header.epoch) + 1,
+            // In doubt there may be a header somewhere that is the next one after the last of these, and never counted.
+            epoch: start.last.map_or(0, |header| header.epoch) + if start.doubtful { 2 } else { 1 },
             doubt: start.doubtful,
             appended: 0,
             durable: 0,
@@ -321,6 +322,7 @@ impl<V: Volume, D: Driver<Place = V::Place>> Engine<V, D> {
             if self.legs.takes(leg, number) {
                 self.legs.set_busy(leg, true);
                 if let Err(error) = self.driver.write(leg, bytes.clone(), offset) {
+                    self.legs.set_busy(leg, false);
                     self.leg_failed(leg, error);
                 }
             }

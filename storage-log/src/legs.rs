@@ -106,10 +106,10 @@ impl Legs {
         self.legs.iter().any(|leg| leg.busy)
     }
 
-    /// A copy cannot be used any more. Returns whether it could before.
+    /// A copy cannot be used any more. Returns whether it could before. A group in flight there stays in flight: the device
+    /// may still read it, whoever found out that the copy failed.
     pub fn fail(&mut self, leg: usize, error: LogError, now: Instant) -> bool {
         let leg = &mut self.legs[leg];
-        leg.busy = false;
         let was_in = !matches!(leg.state, State::Out { .. } | State::Reopening);
         if was_in {
             let path = leg.path.display();

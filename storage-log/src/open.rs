@@ -109,20 +109,24 @@ pub(crate) fn open_copies<V: Volume>(specs: &[V::Spec], geometry: Geometry) -> R
         return Err(out.into_iter().flatten().next().expect("each that is not open has an error"));
     }
     let scan = scan(&volumes, &mut |_, _, _| {})?;
-    let complete = (0..specs.len()).filter(|leg| volumes[*leg].is_some() && !has_gaps(&scan, *leg)).count();
-    for leg in 0..specs.len() {
-        if volumes[leg].is_none() {
-            continue;
-        }
-        let gaps: Vec<Gap> = scan.gaps.iter().copied().filter(|gap| gap.leg == leg).collect();
+    let gaps_of = |leg| scan.gaps.iter().copied().filter(move |gap: &Gap| gap.leg == leg);
+    let mut here: Vec<usize> = (0..specs.len()).filter(|leg| volumes[*leg].is_some()).collect();
+    // Those that lack least first: one that lacks more and is left out then may have just that.
+    here.sort_by_key(|leg| gaps_of(*leg).count());
+    let mut complete = 0;
+    for leg in here {
+        let gaps: Vec<Gap> = gaps_of(leg).collect();
         let made = if gaps.len() > FILL_AT_ONCE_BLOCKS && complete > 0 {
             Err(LogError::Incomplete { path: describe(&volumes, leg, gaps[0].number), blocks: gaps.len() })
         } else {
             fill(&mut volumes, &gaps).and_then(|()| settle(volumes[leg].as_mut(), &scan))
         };
-        if let Err(error) = made {
-            volumes[leg] = None;
-            out[leg] = Some(error);
+        match made {
+            Ok(()) => complete += 1,
+            Err(error) => {
+                volumes[leg] = None;
+                out[leg] = Some(error);
+            }
         }
     }
     if volumes.iter().all(Option::is_none) {
@@ -130,10 +134,6 @@ pub(crate) fn open_copies<V: Volume>(specs: &[V::Spec], geometry: Geometry) -> R
     }
     report(&scan, &out);
     Ok(Opened { volumes, out, scan })
-}
-
-fn has_gaps(scan: &Scan, leg: usize) -> bool {
-    scan.gaps.iter().any(|gap| gap.leg == leg)
 }
 
 fn describe<V: Volume>(volumes: &[Option<V>], leg: usize, number: SegmentNumber) -> std::path::PathBuf {

@@ -24,6 +24,9 @@ pub(crate) use raw::RawVolume;
 
 /// Bytes that are read or written at once when time does not matter.
 pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+/// The first blocks of a place tell whose it is: the header, and in case that it is lost or was not written before a crash,
+/// the one behind it, which is written next.
+pub(crate) const TELLING_BLOCKS: u32 = 2;
 
 /// What all places of one log have in common.
 #[derive(Debug, Clone, Copy)]

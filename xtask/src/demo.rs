@@ -78,7 +78,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     let start = Instant::now();
     setup::run(false)?;
-    loud_step("programs", || test::build_programs("release"))?;
+    loud_step("programs", test::build_programs)?;
     println!("== demo");
     let bed = step("three hosts and a client on one switch", || Ok(Testbed::new()?))?;
     let mut report = DemoReport {

@@ -27,24 +27,11 @@ impl Arguments {
     }
 
     fn wants_guests(&self) -> bool {
-        match self.group.as_str() {
-            "services" | "failover" => true,
-            "dataplane" => rig::is_root() && self.wants_some("guest."),
-            _ => false,
-        }
+        rig::is_root() && self.wants_some("guest.")
     }
 
     fn wants_rdma(&self) -> bool {
         !self.smoke && rig::is_root() && self.wants_some("fabric.rdma")
-    }
-
-    /// How the harness and what it starts are compiled. Figures of a smoke run do not matter, but guests must not take for ever.
-    fn profile(&self) -> &'static str {
-        match (self.smoke, self.wants_guests()) {
-            (false, _) => "release",
-            (true, true) => test::E2E_PROFILE,
-            (true, false) => "dev",
-        }
     }
 }
 
@@ -65,14 +52,13 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
     loud_step(format!("perf {}", arguments.group), || run(&mut harness(arguments)))
 }
 
-/// A smoke run of `group` by programs that `cargo xtask test` has built in that directory of target/: that it works, not what it
-/// measures.
+/// A smoke run of `group` by programs that `cargo xtask test` has built: that it works, not what it measures.
 ///
 /// # Errors
 /// As [`perf`].
-pub fn smoke(group: &str, built: &str) -> Result<()> {
+pub fn smoke(group: &str) -> Result<()> {
     fetch(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new() })?;
-    let program = setup::workspace().join("target").join(built).join(PROGRAM);
+    let program = setup::workspace().join("target/debug").join(PROGRAM);
     loud_step(format!("perf {group}"), || run(Command::new(program).args([group, "--smoke"])))
 }
 
@@ -95,10 +81,11 @@ fn fetch(arguments: &Arguments) -> Result<()> {
 
 /// The programs that guests run on or in; the harness itself is built when it is run.
 fn build(arguments: &Arguments) -> Result<()> {
-    if arguments.wants_guests() {
-        loud_step("programs that the guests run on", || test::build_programs(arguments.profile()))?;
+    let group = arguments.group.as_str();
+    if matches!(group, "services" | "failover") || (group == "dataplane" && arguments.wants_guests()) {
+        loud_step("programs that the guests run on", test::build_programs)?;
     }
-    if arguments.group == "fabric" && arguments.wants_rdma() {
+    if group == "fabric" && arguments.wants_rdma() {
         let program = ["build", "--release", "-p", rig::rdma_guest::PROGRAM];
         loud_step("program that measures RDMA in a guest", || {
             run(cargo().current_dir(setup::workspace()).args(program))
@@ -107,16 +94,16 @@ fn build(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The command that measures.
+/// The command that measures. A smoke run need not be optimised: figures do not matter.
 fn harness(arguments: &Arguments) -> Command {
     let Arguments { group, smoke, only } = arguments;
     let smoke = *smoke;
-    let profile = arguments.profile();
     let mut command = cargo();
     command
         .current_dir(setup::workspace())
-        .args(["run", "--quiet", "--profile", profile, "-p", PROGRAM])
-        .args((profile == "dev" || group == "consensus").then_some(PEERS))
+        .args(["run", "--quiet", "-p", PROGRAM])
+        .args((smoke || group == "consensus").then_some(PEERS))
+        .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"))
         .args(only.iter().flat_map(|prefix| ["--only", prefix]));

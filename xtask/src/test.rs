@@ -13,8 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::progress::{Background, cargo, loud_step, output, run};
 use crate::{fuzz, perf, setup, simulate, tidy};
-pub use selection::E2E_PROFILE;
-use selection::{SMALL_TEST, checked, has_dpdk, optimised};
+use selection::{SMALL_TEST, checked, has_dpdk, released};
 
 /// Crates with code that is compiled only where SPDK is installed.
 const SPDK_PARTS: [&str; 8] = ["-p", "spdk-sys", "-p", "storage-log", "-p", "rig", "--features", "rig/spdk"];
@@ -111,7 +110,7 @@ fn fast_tests(nextest: bool, filters: &[String]) -> Result<()> {
 /// checks more.
 fn smoke(groups: &[&str]) -> Result<()> {
     run(checked_cargo(&["build"]).args(["--bin", perf::PROGRAM]).args(SMALL_TEST))?;
-    groups.iter().try_for_each(|group| perf::smoke(group, "debug"))
+    groups.iter().try_for_each(|group| perf::smoke(group))
 }
 
 fn e2e_tests(nextest: bool, filters: &[String], bed: Option<Background>) -> Result<()> {
@@ -128,28 +127,23 @@ fn e2e_tests(nextest: bool, filters: &[String], bed: Option<Background>) -> Resu
         loud_step("measurements against peers work", || smoke(&["log", "consensus"]))?;
     }
     loud_step("programs under test, and the end-to-end tests", || {
-        let build = ["build", "--profile", E2E_PROFILE];
-        run(cargo().args(build).args(["--lib", "--bins"]).args(optimised()?))?;
+        run(cargo().args(["build", "--lib", "--bins"]).args(released()?))?;
         if has_spdk() {
-            run(cargo().args(build).args(SPDK_PARTS).args(["--bin", rig::nvme_guest::PROGRAM]))?;
+            run(cargo().args(["build", "--release"]).args(SPDK_PARTS).args(["--bin", rig::nvme_guest::PROGRAM]))?;
         }
         Ok(())
     })?;
     if filters.is_empty() {
-        loud_step("measurements with guests work", || {
-            ["dataplane", "services", "failover"].iter().try_for_each(|group| perf::smoke(group, E2E_PROFILE))
-        })?;
+        loud_step("measurements with guests work", || smoke(&["dataplane", "services", "failover"]))?;
     }
     loud_step("end-to-end tests", || {
         let mut command = cargo();
         if nextest {
             let config = ["--config-file", "xtask/nextest.toml", "--profile", "e2e", "--run-ignored", "only"];
-            let build = ["--cargo-profile", E2E_PROFILE];
-            run(command.args(["nextest", "run"]).args(config).args(build).args(optimised()?).args(filters))
+            run(command.args(["nextest", "run"]).args(config).args(released()?).args(filters))
         } else {
             one_filter(filters)?;
-            command.args(["test", "--profile", E2E_PROFILE]).args(optimised()?).args(filters);
-            run(command.args(["--", "--ignored", "--test-threads=1"]))
+            run(command.arg("test").args(released()?).args(filters).args(["--", "--ignored", "--test-threads=1"]))
         }
     })?;
     if !has_spdk() {
@@ -174,12 +168,12 @@ fn has_spdk() -> bool {
     rig::nvme_guest::spdk_version().is_some()
 }
 
-/// Builds the daemon, its agent and the rig's clients by a profile: what the demo and the measurements start.
+/// Builds the daemon, its agent and the rig's clients, optimised: what the demo and the measurements start.
 ///
 /// # Errors
 /// What cargo says.
-pub fn build_programs(profile: &str) -> Result<()> {
-    run(cargo().args(["build", "--profile", profile, "--workspace", "--exclude", "xtask"]))
+pub fn build_programs() -> Result<()> {
+    run(cargo().args(["build", "--release", "--workspace", "--exclude", "xtask"]))
 }
 
 fn one_filter(filters: &[String]) -> Result<()> {

@@ -30,7 +30,7 @@ impl Load {
         let mut command = Command::new("taskset");
         command
             .args(["-c", &cpu.to_string()])
-            .arg(rig::program("rig-client")?)
+            .arg(rig::release_program("rig-client")?)
             .args(Job::RedisLoad(parameters).arguments())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -22,7 +22,7 @@ const PROGRAMS: [&str; 2] = ["plover", "libplover_agent.so"];
 /// They are not built.
 pub fn copy_programs(to: &Path) -> Result<()> {
     for name in PROGRAMS {
-        let built = rig::program(name)?;
+        let built = rig::release_program(name)?;
         std::fs::copy(&built, to.join(name)).with_context(|| format!("cannot copy {}", built.display()))?;
     }
     Ok(())

@@ -9,6 +9,7 @@ mod full_disk;
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::block::BLOCK_BYTES;
 use crate::keeper::{Command, Keeper, Port};
 use crate::legs::Legs;
 use crate::open::{open_copies, start};
+use crate::segment::Members;
 use crate::stage::Stage;
 use crate::volume::Geometry;
 use crate::{LogError, MemoryLog, Options, Record, Recovered, Ticket};
@@ -63,16 +65,42 @@ fn apply(op: &Op, model: &mut MemoryLog) {
     model.append(record).expect("memory takes everything");
 }
 
+/// A life of the log: what it held when it was opened, what was appended since, and how much of that was acknowledged.
+#[derive(Debug, Default)]
+struct Life {
+    before: Vec<Op>,
+    ops: Vec<Op>,
+    /// Ops up to here are acknowledged.
+    acknowledged: usize,
+}
+
+impl Life {
+    /// Whether a log that was found is all that was acknowledged, and any part of what was appended behind that.
+    fn may_end_as(&self, recovered: &Recovered) -> bool {
+        let mut model = MemoryLog::new();
+        self.before.iter().for_each(|op| apply(op, &mut model));
+        for done in 0..=self.ops.len() {
+            if done >= self.acknowledged && is_same(&model, recovered) {
+                return true;
+            }
+            if let Some(op) = self.ops.get(done) {
+                apply(op, &mut model);
+            }
+        }
+        false
+    }
+}
+
 struct Run {
     rng: Rng,
     disks: Rc<RefCell<Disks>>,
     legs: usize,
     options: Options,
-    /// What the log held when this life of it began, and what was appended since.
-    before: Vec<Op>,
-    ops: Vec<Op>,
-    /// Ops up to here are acknowledged.
-    acknowledged: usize,
+    life: Life,
+    /// Earlier lives that may show again: since they ended a copy was away at every start, pulled or failed, and no state was
+    /// acknowledged. The log was in doubt then, and nobody is told of what is there before a state is durable (R15). So the
+    /// copy may have more of such a life when it is back, or prove that the other one had too much.
+    unsettled: Vec<Life>,
     /// The op of each ticket that is not acknowledged yet.
     tickets: VecDeque<(Ticket, usize)>,
     next_index: u64,
@@ -87,6 +115,8 @@ struct Run {
     failed_once: bool,
     /// A copy was missing when the log was opened once.
     pulled: bool,
+    /// A copy was missing once while nothing was on the other one, where a log of its own began.
+    began_anew: bool,
     /// Only one copy was complete when the power failed.
     is_alone: bool,
     seen: Seen,
@@ -119,9 +149,8 @@ impl Run {
             disks: Rc::new(RefCell::new(Disks::new(legs))),
             legs,
             options,
-            before: Vec::new(),
-            ops: Vec::new(),
-            acknowledged: 0,
+            life: Life::default(),
+            unsettled: Vec::new(),
             tickets: VecDeque::new(),
             next_index: 1,
             history: HashSet::new(),
@@ -130,6 +159,7 @@ impl Run {
             in_doubt: false,
             failed_once: false,
             pulled: false,
+            began_anew: false,
             is_alone: legs == 1,
             seen: Seen::default(),
         }
@@ -147,28 +177,14 @@ impl Run {
         if opened.scan.gaps.iter().any(|gap| self.disks.borrow().is_whole(gap.leg)) {
             self.seen.healed += 1;
         }
+        self.began_anew |= opened.scan.last.is_none() && !self.disks.borrow().are_all_up();
         let given_back = opened.scan.last.is_some_and(|last| last.first < opened.scan.first);
         let stage = Stage::new(Box::new(vec![0; self.options.stage_bytes]), opened.scan.chain);
         let driver = SimDriver::new(stage.memory(), Rc::clone(&self.disks));
         let keeper = Port::inline(Keeper::new(specs, geometry, opened.volumes));
-        let legs = Legs::new(opened.out.into_iter().map(|out| (std::path::PathBuf::from("sim"), out)));
+        let legs = Legs::new(opened.out.into_iter().map(|out| (PathBuf::from("sim"), out)));
         let (start, recovered) = start(driver, stage, keeper, legs, geometry, &self.options, opened.scan);
         Ok((Engine::new(start), recovered, given_back))
-    }
-
-    /// What the log may hold: the model after each number of ops that is possible.
-    fn matches(&self, recovered: &Recovered, at_least: usize) -> bool {
-        let mut model = MemoryLog::new();
-        self.before.iter().for_each(|op| apply(op, &mut model));
-        for done in 0..=self.ops.len() {
-            if done >= at_least && is_same(&model, recovered) {
-                return true;
-            }
-            if let Some(op) = self.ops.get(done) {
-                apply(op, &mut model);
-            }
-        }
-        false
     }
 
     /// Whether all that was found was appended once.
@@ -250,8 +266,8 @@ impl Run {
                 None
             }
         };
-        self.ops.push(op);
-        self.tickets.extend(ticket.map(|ticket| (ticket, self.ops.len() - 1)));
+        self.life.ops.push(op);
+        self.tickets.extend(ticket.map(|ticket| (ticket, self.life.ops.len() - 1)));
         Ok(())
     }
 
@@ -260,8 +276,8 @@ impl Run {
         while let Some((ticket, op)) = self.tickets.front().copied()
             && ticket <= log.durable()
         {
-            self.acknowledged = op + 1;
-            self.in_doubt &= !matches!(self.ops[op], Op::State(_));
+            self.life.acknowledged = op + 1;
+            self.in_doubt &= !matches!(self.life.ops[op], Op::State(_));
             self.tickets.pop_front();
         }
     }
@@ -272,7 +288,7 @@ impl Run {
             Op::Truncate(through) => Some(*through),
             _ => None,
         };
-        self.ops.iter().filter_map(through).map(|through| through + 1).fold(self.floor, u64::max)
+        self.life.ops.iter().filter_map(through).map(|through| through + 1).fold(self.floor, u64::max)
     }
 
     /// The power fails, and perhaps a byte rots before it is back.
@@ -299,51 +315,46 @@ impl Run {
         self.seen.lives += 1;
     }
 
+    /// Whether all that was acknowledged is there.
+    fn may_be(&self, recovered: &Recovered) -> bool {
+        self.life.may_end_as(recovered)
+            || (self.in_doubt && self.unsettled.iter().any(|life| life.may_end_as(recovered)))
+    }
+
     /// Opens the log after a death and compares it with what it may be.
     fn check(&mut self, seed: u64) -> Option<Log> {
         // Nothing else has what rotted.
         let may_lose = self.is_alone || self.pulled || !self.disks.borrow().are_all_up();
-        let mut opened = self.open();
-        if opened.as_ref().is_err_and(LogError::is_full) {
-            // Each copy lacks a segment that only the other one has, and has no room for it.
-            self.disks.borrow_mut().set_full(false);
-            opened = self.open();
-        }
-        let (log, recovered, given_back) = match opened {
+        let (log, recovered, given_back) = match self.open() {
             Ok(opened) => opened,
             Err(LogError::Damaged { problem, .. }) => {
                 assert!(may_lose && (self.rotten || self.legs > 1), "seed {seed}: damaged without a reason: {problem}");
                 self.seen.damaged += 1;
                 return None;
             }
-            // A blank copy made a log of its own while the other was away: pulled or failed.
-            Err(LogError::Foreign { .. }) if self.pulled || self.failed_once => return None,
+            // A copy that was blank, or emptied to be filled, was alone and in doubt; now the other one is back.
+            Err(LogError::Foreign { .. }) if self.began_anew => return None,
             Err(error) => panic!("seed {seed}: {error}"),
         };
         self.seen.torn += u64::from(recovered.torn_bytes > 0);
         self.seen.doubtful += u64::from(recovered.doubtful);
         self.seen.given_back += u64::from(given_back);
         // A copy that did not even get the first header is taken for one that was exchanged.
-        let newborn = self.legs > 1 && self.before.is_empty() && self.acknowledged == 0;
+        let newborn = self.legs > 1 && self.life.before.is_empty() && self.life.acknowledged == 0;
         let may_doubt = (self.rotten && may_lose)
             || newborn
             || self.in_doubt
             || self.pulled
             || self.failed_once
             || !self.disks.borrow().are_all_up();
-        self.in_doubt = recovered.doubtful;
         assert!(!recovered.doubtful || may_doubt, "seed {seed}: in doubt without a reason");
-        // What a copy that was away has more of was never acknowledged; it counts as long as nobody wrote behind it.
-        let reappears = self.pulled && self.acknowledged == 0;
+        let is_one_away = !self.disks.borrow().are_all_up();
+        assert!(recovered.doubtful || !is_one_away, "seed {seed}: no doubt although a copy is away");
         assert!(
-            if recovered.doubtful || reappears {
-                self.is_from_history(&recovered)
-            } else {
-                self.matches(&recovered, self.acknowledged)
-            },
+            if recovered.doubtful { self.is_from_history(&recovered) } else { self.may_be(&recovered) },
             "seed {seed}: {} ops, {} acknowledged, doubtful {}: found {:?}, entries {:?}",
-            self.ops.len(),
-            self.acknowledged,
+            self.life.ops.len(),
+            self.life.acknowledged,
             recovered.doubtful,
             recovered.state,
             recovered.entries.iter().map(|entry| (entry.index, entry.bytes.len())).collect::<Vec<_>>()
@@ -355,11 +366,19 @@ impl Run {
     /// The model begins with what was found.
     fn restart_model(&mut self, recovered: &Recovered) {
         self.floor = recovered.entries.first().map_or(self.next_index, |first| first.index);
-        self.before.clear();
-        self.before.extend(recovered.state.clone().map(Op::State));
-        self.before.extend(recovered.entries.iter().map(|entry| Op::Entry(entry.index, entry.bytes.clone())));
+        let mut life = Life::default();
+        life.before.extend(recovered.state.clone().map(Op::State));
+        life.before.extend(recovered.entries.iter().map(|entry| Op::Entry(entry.index, entry.bytes.clone())));
         self.next_index = recovered.entries.last().map_or(self.floor, |last| last.index + 1);
-        (self.ops, self.acknowledged) = (Vec::new(), 0);
+        let ended = std::mem::replace(&mut self.life, life);
+        let is_one_away = !self.disks.borrow().are_all_up();
+        if !is_one_away || !self.in_doubt {
+            self.unsettled.clear();
+        }
+        if is_one_away {
+            self.unsettled.push(ended);
+        }
+        self.in_doubt = recovered.doubtful;
         self.tickets.clear();
     }
 
@@ -428,6 +447,132 @@ fn a_place_that_is_made_twice_blocks_nothing() {
         log.flush();
         assert!(log.wait(ticket, Duration::from_secs(5)), "entry {index} is stuck in segment {}", log.last.number);
     }
+}
+
+#[test]
+fn what_one_copy_had_alone_counts_once_it_is_acknowledged() {
+    for is_acknowledged in [false, true] {
+        let mut run = Run::new(1, 2);
+        let (mut log, ..) = run.open().unwrap();
+        // No segment can be begun that says so when a copy fails.
+        run.disks.borrow_mut().set_full(true);
+        let ticket = log.append(Record::State(b"promise")).unwrap();
+        log.flush();
+        assert!(log.wait(ticket, Duration::from_secs(5)));
+        // So what the other one writes is not acknowledged.
+        run.disks.borrow_mut().fail(0);
+        let entry = log.append(Record::Entry { index: 1, view: 1, parts: [b"on one copy", &[]] }).unwrap();
+        log.flush();
+        (0..20).for_each(|_| {
+            run.disks.borrow_mut().advance(|_| 5);
+            log.poll();
+        });
+        assert_eq!(log.durable(), ticket);
+        assert!(log.written >= entry.0, "it is written where it can be");
+        let restart = |run: &mut Run, log: Log| {
+            run.disks.borrow_mut().power_off(|_| 0);
+            drop(log);
+            run.disks.borrow_mut().power_on();
+        };
+        restart(&mut run, log);
+        let (mut log, alone, _) = run.open().unwrap();
+        assert!(alone.doubtful && alone.entries.len() == 1, "{alone:?}");
+        if is_acknowledged {
+            run.disks.borrow_mut().set_full(false);
+            let ticket = log.append(Record::State(b"learner")).unwrap();
+            log.flush();
+            assert!(log.wait(ticket, Duration::from_secs(5)));
+        }
+        restart(&mut run, log);
+        // Now it is gone from the only copy that had it, and the other one is back.
+        run.disks.borrow_mut().flip(1, 1, 2);
+        run.disks.borrow_mut().repair();
+        match run.open() {
+            Ok((_, recovered, _)) => {
+                assert!(!is_acknowledged, "an entry that counted is forgotten: {recovered:?}");
+                assert_eq!((recovered.state.as_deref(), recovered.doubtful), (Some(&b"promise"[..]), false));
+                assert!(recovered.entries.is_empty() && recovered.torn_bytes > 0, "{recovered:?}");
+            }
+            Err(error) => assert!(is_acknowledged && matches!(error, LogError::Damaged { .. }), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_copy_without_room_still_gives_what_the_other_one_lacks() {
+    let mut run = Run::new(1, 2);
+    let (mut log, ..) = run.open().unwrap();
+    for index in 1..=20 {
+        let ticket = log.append(Record::Entry { index, view: 1, parts: [&[7; 3000], &[]] }).unwrap();
+        log.flush();
+        assert!(log.wait(ticket, Duration::from_secs(5)), "entry {index}");
+    }
+    let last = log.last.number;
+    let block = log.stage.segment_blocks_used() - 1;
+    run.disks.borrow_mut().power_off(|_| 0);
+    drop(log);
+    run.disks.borrow_mut().power_on();
+    // As when the power fails while the first copy is being filled: it has the last group, which the second one has not.
+    run.disks.borrow_mut().set_full(true);
+    run.disks.borrow_mut().lose(0, 1);
+    run.disks.borrow_mut().flip(1, last, block);
+    let (log, recovered, _) = run.open().unwrap();
+    assert!(!recovered.doubtful && recovered.entries.len() == 20, "{recovered:?}");
+    assert_eq!(log.legs.members(), Members(2));
+}
+
+#[test]
+fn a_header_that_never_counted_is_no_rival_of_what_was_settled_without_it() {
+    for lucky in 0..2 {
+        let mut run = Run::new(1, 2);
+        let restart = |run: &mut Run, log: Log| {
+            run.disks.borrow_mut().power_off(|_| 1);
+            drop(log);
+            run.disks.borrow_mut().power_on();
+        };
+        let promise = |log: &mut Log, state: &[u8]| {
+            let ticket = log.append(Record::State(state)).unwrap();
+            log.flush();
+            assert!(log.wait(ticket, Duration::from_secs(5)));
+        };
+        let (mut log, ..) = run.open().unwrap();
+        promise(&mut log, b"old");
+        restart(&mut run, log);
+        // The next start begins a segment on one of the copies, and the power fails.
+        let (mut log, ..) = run.open().unwrap();
+        log.poll();
+        log.append(Record::Entry { index: 1, view: 1, parts: [b"on one copy", &[]] }).unwrap();
+        log.flush();
+        let mut leg = 0..2;
+        run.disks.borrow_mut().advance(|_| if leg.next() == Some(lucky) { 5 } else { 0 });
+        restart(&mut run, log);
+        // The other one alone asks its peers, and goes on.
+        run.disks.borrow_mut().fail(lucky);
+        let (mut log, alone, _) = run.open().unwrap();
+        assert!(alone.doubtful && alone.entries.is_empty(), "{alone:?}");
+        promise(&mut log, b"settled");
+        restart(&mut run, log);
+        run.disks.borrow_mut().repair();
+        let (_, recovered, _) = run.open().unwrap();
+        assert_eq!(recovered.state.as_deref(), Some(&b"settled"[..]), "copy {lucky} had the segment");
+        assert!(!recovered.doubtful && recovered.entries.is_empty(), "{recovered:?}");
+    }
+}
+
+#[test]
+fn what_a_failed_copy_still_reads_is_not_used_again() {
+    let mut run = Run::new(1, 2);
+    let (mut log, ..) = run.open().unwrap();
+    log.poll();
+    let ticket = log.append(Record::State(b"promise")).unwrap();
+    log.flush();
+    // The keeper found out, as when there is no room to fill it; its device goes on.
+    log.drop_leg(0, LogError::io("filling", PathBuf::from("sim"), std::io::ErrorKind::NotFound));
+    let mut leg = 0..2;
+    run.disks.borrow_mut().advance(|_| if leg.next() == Some(1) { 5 } else { 0 });
+    log.poll();
+    assert!(log.in_flight, "the group is given up while a device reads it");
+    assert!(log.wait(ticket, Duration::from_secs(5)));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
-use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, lock, open_direct, read_full};
+use super::{Access, CHUNK_BYTES, FilePlace, Geometry, TELLING_BLOCKS, aligned_buffer, lock, open_direct, read_full};
 use crate::LogError;
 use crate::block::BLOCK_BYTES;
 use crate::segment::SegmentNumber;
@@ -56,12 +56,20 @@ impl DirVolume {
         for entry in entries {
             let path = entry.map_err(|error| LogError::io("listing", &self.dir, error))?.path();
             match (named(&path, ".log"), named(&path, ".spare"), named(&path, ".new")) {
-                (Some(number), ..) if access == Access::Rebuild => self.spares.push(self.retire(number)?),
+                (Some(number), ..) if access == Access::Rebuild => {
+                    self.forget(&path)?;
+                    self.spares.push(self.retire(number)?);
+                }
                 (Some(number), ..) => {
                     let file = self.open_file(&path, access)?;
                     self.files.insert(number, Arc::new(file));
                 }
-                (_, Some(_), _) => self.spares.push(path),
+                (_, Some(_), _) => {
+                    if access == Access::Rebuild {
+                        self.forget(&path)?;
+                    }
+                    self.spares.push(path);
+                }
                 // What a crash left while it was made.
                 (.., Some(_)) if access != Access::Inspect => {
                     std::fs::remove_file(&path).map_err(|error| LogError::io("removing", &path, error))?;
@@ -84,6 +92,15 @@ impl DirVolume {
             );
         }
         Ok(file)
+    }
+
+    /// Blanks the blocks that tell whose a file is. The log may have gone on from an older segment without this copy: then the
+    /// file may get the number again that it had, and its header would be valid.
+    fn forget(&mut self, path: &Path) -> Result<(), LogError> {
+        let blank = aligned_buffer(TELLING_BLOCKS as usize * BLOCK_BYTES)?;
+        let file = self.open_file(path, Access::Rebuild)?;
+        let blanked = file.write_all_at(&blank, 0).and_then(|()| file.sync_data());
+        blanked.map_err(|error| LogError::io("blanking", path, error))
     }
 
     fn path(&self, number: SegmentNumber, ending: &str) -> PathBuf {
@@ -213,6 +230,29 @@ fn named(path: &Path, ending: &str) -> Option<SegmentNumber> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_that_is_rebuilt_has_no_old_header_where_its_number_comes_again() {
+        let dir = std::env::temp_dir().join(format!("plover-log-dir-test-{}", std::process::id()));
+        let geometry = Geometry { segment_blocks: 8, max_segments: 8, direct: false };
+        for is_released in [false, true] {
+            let mut volume = DirVolume::open(&dir, geometry, Access::Own).unwrap();
+            volume.prepare(5).unwrap();
+            volume.write(5, 0, &[7; 3 * BLOCK_BYTES]).unwrap();
+            if is_released {
+                volume.release(5).unwrap();
+            }
+            drop(volume);
+            let mut volume = DirVolume::open(&dir, geometry, Access::Rebuild).unwrap();
+            volume.prepare(5).unwrap();
+            let mut blocks = [1; 3 * BLOCK_BYTES];
+            assert_eq!(volume.read(5, 0, &mut blocks).unwrap(), 3);
+            let (telling, rest) = blocks.split_at(TELLING_BLOCKS as usize * BLOCK_BYTES);
+            assert!(telling.iter().all(|&byte| byte == 0), "released {is_released}");
+            assert!(rest.iter().all(|&byte| byte == 7), "the place was not used again");
+        }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn only_own_names_count() {

@@ -9,7 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Access, CHUNK_BYTES, FilePlace, Geometry, aligned_buffer, lock, open_direct, patiently, read_full};
+use super::{
+    Access, CHUNK_BYTES, FilePlace, Geometry, TELLING_BLOCKS, aligned_buffer, lock, open_direct, patiently, read_full,
+};
 use crate::LogError;
 use crate::block::{BLOCK_BYTES, Block, Content, SegmentId, Trailer, array, examine, seal};
 use crate::segment::SegmentNumber;
@@ -18,9 +20,6 @@ const MAGIC: [u8; 8] = *b"PLVRDEV1";
 /// Slots begin here.
 const SLOTS_AT_BYTES: u64 = 1 << 20;
 const SUPERBLOCK_BYTES: usize = 16;
-/// The first blocks of a slot tell whose it is: the header, and in case that it is lost or was not written before a crash,
-/// the one behind it, which is written next.
-const TELLING_BLOCKS: u32 = 2;
 
 /// A device, with calls that block. Offsets and lengths are multiples of the block size.
 pub(crate) trait BlockIo {

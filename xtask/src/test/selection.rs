@@ -17,8 +17,6 @@ use crate::{perf, setup};
 
 /// How an end-to-end test is marked.
 const MARK: &str = "#[ignore = \"e2e: ";
-/// In the workspace's Cargo.toml: as `release`, without link-time optimisation.
-pub const E2E_PROFILE: &str = "e2e";
 /// A test that needs little, for a command that wants a program.
 pub const SMALL_TEST: [&str; 2] = ["--test", "corpus"];
 
@@ -28,13 +26,12 @@ pub fn checked() -> Vec<String> {
     vec!["--workspace".to_owned(), features]
 }
 
-/// The optimised build of the end-to-end tests and of what they start, as users get it (without DPDK) but for what takes long to
-/// compile: see [`E2E_PROFILE`]. xtask needs no such build.
+/// The optimised build of the end-to-end tests and of what they start, as users get it: without DPDK. xtask needs no such build.
 ///
 /// # Errors
 /// When a test is marked where this does not look.
-pub fn optimised() -> Result<Vec<String>> {
-    let words = ["--workspace", "--exclude", "xtask"].map(str::to_owned);
+pub fn released() -> Result<Vec<String>> {
+    let words = ["--release", "--workspace", "--exclude", "xtask"].map(str::to_owned);
     let tests = e2e_targets()?.into_iter().flat_map(|name| ["--test".to_owned(), name]);
     Ok(words.into_iter().chain(tests).collect())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use huge_pages::HugePages;
 use rig::guest::BOOT_LIMIT_SECS;
 use rig::testbed::GUEST_IP;
-use rig::{Cluster, ClusterOptions, Deadline, Guest, PlainMemory, Process, Service, Testbed, program};
+use rig::{Cluster, ClusterOptions, Deadline, Guest, PlainMemory, Process, Service, Testbed, release_program};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -30,7 +30,7 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// Something is not built or set up, or a guest does not come up.
     pub fn boot(bed: &'a Testbed, cpus: [usize; 2]) -> Result<Pair<'a>> {
-        let plover = program("plover")?;
+        let plover = release_program("plover")?;
         let programs = plover.parent().context("a program lies in a directory")?.to_owned();
         let mut options = ClusterOptions::new(Service::Redis, programs);
         options.unreplicated = true;

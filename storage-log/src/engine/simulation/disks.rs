@@ -15,7 +15,7 @@ use crate::LogError;
 use crate::block::{BLOCK_BYTES, Block};
 use crate::engine::Driver;
 use crate::segment::SegmentNumber;
-use crate::volume::{Access, Geometry, Volume};
+use crate::volume::{Access, Geometry, TELLING_BLOCKS, Volume};
 
 #[derive(Debug, Clone)]
 struct SimBlock {
@@ -160,10 +160,15 @@ impl Disks {
         true
     }
 
-    /// Changes a bit of a block of the first disk, or changes it back.
-    pub fn flip(&mut self, segment: SegmentNumber, block: u32) {
-        let blocks = self.disks[0].segments.get_mut(&segment).expect("a segment that is there");
+    /// Changes a bit of a block, or changes it back.
+    pub fn flip(&mut self, leg: usize, segment: SegmentNumber, block: u32) {
+        let blocks = self.disks[leg].segments.get_mut(&segment).expect("a segment that is there");
         blocks[block as usize].durable[9] ^= 1;
+    }
+
+    /// A segment is not there any more, nor its place.
+    pub fn lose(&mut self, leg: usize, segment: SegmentNumber) {
+        self.disks[leg].segments.remove(&segment).expect("a segment that is there");
     }
 
     fn check(&self, leg: usize) -> Result<(), LogError> {
@@ -207,6 +212,8 @@ impl Volume for SimVolume {
             let mut disks = spec.disks.borrow_mut();
             let disk = &mut disks.disks[spec.leg];
             disk.spares.extend(std::mem::take(&mut disk.segments).into_values());
+            let telling = disk.spares.iter_mut().flat_map(|blocks| &mut blocks[..TELLING_BLOCKS as usize]);
+            telling.for_each(|block| *block = SimBlock { durable: Box::new([0; BLOCK_BYTES]), cached: None });
         }
         Ok(volume)
     }

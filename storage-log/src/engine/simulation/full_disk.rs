@@ -166,9 +166,9 @@ fn rot_in_a_block_is_found_although_older_segments_are_gone() {
     drop(log);
     let mut judge = |block| {
         let disks = Rc::clone(&leader.run.disks);
-        disks.borrow_mut().flip(segment, block);
+        disks.borrow_mut().flip(0, segment, block);
         let judged = leader.run.open().map(|(_, recovered, _)| recovered);
-        disks.borrow_mut().flip(segment, block);
+        disks.borrow_mut().flip(0, segment, block);
         judged
     };
     let recovered = judge(last_block).expect("the end is in doubt, the rest is there");
