@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use plover_agent::protocol::{VcpuChange, VcpuCommon, WrittenRange};
 use qemu_vhost_user::qemu::agent::{AgentClient, DEFAULT_PERIOD_US, VcpuClocks};
+use qemu_vhost_user::qemu::device_state;
 use qemu_vhost_user::qemu::fingerprint::{Mismatch, compare};
 use qemu_vhost_user::qemu::preflight::{self, Refusal};
 use qemu_vhost_user::qemu::qmp::{EventKind, Qmp, RunState};
@@ -172,6 +174,80 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
     until("the guest to work", || (cpu_ns(&clocks, sequence).0 > start).then_some(()));
     let kinds: Vec<EventKind> = qmp.take_events().into_iter().map(|event| event.kind).collect();
     assert_eq!(kinds.iter().filter(|kind| **kind == EventKind::Stop).count(), 20, "{kinds:?}");
+}
+
+/// A figure of what TCG says of its translations.
+fn jit(qmp: &mut Qmp, name: &str) -> u64 {
+    let said = qmp.hmp("info jit").expect("info jit");
+    let line = said.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap_or_else(|| panic!("{said}"));
+    line.trim().parse().unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+const FLUSHES: &str = "TB flush count";
+const INVALIDATED: &str = "TB invalidate count";
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn tcg_keeps_its_translations_over_a_load_without_the_vcpus_common_state() {
+    let vm = Vm::new("translations").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    let ram = preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted").ram;
+    qmp.cont().expect("cont");
+    vm.wait_for_console(READY);
+    let file = StateFile::create(vm.directory(), "translations").expect("state file");
+    let mut state = Vec::new();
+    let mut load = |qmp: &mut Qmp, agent: &mut AgentClient, is_whole: bool| {
+        qmp.stop().expect("stop");
+        qmp.save_devices_state(file.path()).expect("save");
+        file.read_into(&mut state).expect("read");
+        let divided = device_state::divide(&state).expect("a vCPU's common state");
+        if !is_whole {
+            file.write(&divided.rest).expect("write");
+        }
+        agent.register_yank().expect("yank");
+        qmp.load_devices_state(file.path()).expect("load");
+        qmp.cont().expect("cont");
+        divided.vcpus
+    };
+    let before = jit(&mut qmp, FLUSHES);
+    load(&mut qmp, &mut agent, true);
+    until("all translations to be forgotten", || (jit(&mut qmp, FLUSHES) > before).then_some(()));
+    let before = jit(&mut qmp, FLUSHES);
+    let vcpus = load(&mut qmp, &mut agent, false);
+    assert_eq!(vcpus.keys().copied().collect::<Vec<_>>(), [0]);
+    let clocks = agent.clocks().expect("clocks");
+    clocks.set_period_us(DEFAULT_PERIOD_US);
+    let (start, sequence) = cpu_ns(&clocks, 0);
+    until("the guest to work", || (cpu_ns(&clocks, sequence).0 > start).then_some(()));
+    assert_eq!(jit(&mut qmp, FLUSHES), before);
+
+    // The vCPU is what it is said to be, and becomes what it is told; QEMU's own saving says so.
+    qmp.stop().expect("stop");
+    let mut vcpu = |qmp: &mut Qmp| {
+        qmp.save_devices_state(file.path()).expect("save");
+        file.read_into(&mut state).expect("read");
+        device_state::divide(&state).expect("a vCPU's common state").vcpus[&0]
+    };
+    let was = vcpu(&mut qmp);
+    let becomes = VcpuCommon { halted: !was.halted, interrupts: was.interrupts ^ 0x10 };
+    let wrong = VcpuChange { index: 0, was: becomes, becomes: was };
+    assert!(agent.change_vcpus(&[wrong]).is_err() && agent.change_vcpus(&[VcpuChange { index: 1, ..wrong }]).is_err());
+    assert_eq!(vcpu(&mut qmp), was);
+    agent.change_vcpus(&[VcpuChange { index: 0, was, becomes }]).expect("changed");
+    assert_eq!(vcpu(&mut qmp), becomes);
+    agent.change_vcpus(&[wrong]).expect("changed back");
+
+    // What was written is translated again, and nothing else is.
+    let whole = &ram.ranges[0].addresses;
+    let before = jit(&mut qmp, INVALIDATED);
+    let outside = WrittenRange { address: whole.end, bytes: 4096 };
+    assert!(agent.tell_written(&[outside]).is_err() && jit(&mut qmp, INVALIDATED) == before);
+    let all = WrittenRange { address: whole.start, bytes: whole.end - whole.start };
+    assert!(agent.tell_written(&[all]).expect("told"));
+    assert!(jit(&mut qmp, INVALIDATED) > before + 1000, "a running kernel has more code than that");
+    qmp.cont().expect("cont");
+    let (start, sequence) = cpu_ns(&clocks, sequence);
+    until("the guest to work again", || (cpu_ns(&clocks, sequence).0 > start).then_some(()));
 }
 
 /// One row per step of a cycle.
