@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
@@ -384,7 +385,9 @@ impl Dpdk {
 }
 
 fn make_pool(id: u16) -> io::Result<Pool> {
-    let name = CString::new(format!("plover_{id}")).expect("no NUL");
+    // Not the port's number: that is free again, and another thread may have got it, while the pool still exists.
+    static NAMES: AtomicU64 = AtomicU64::new(0);
+    let name = CString::new(format!("plover_{}", NAMES.fetch_add(1, Ordering::Relaxed))).expect("no NUL");
     // SAFETY: only the number of a port that is attached.
     let mtu = unsafe { sys::plover_dpdk_mtu(id) };
     let frame_bytes = (VNET_HEADER_BYTES + LINK_HEADER_BYTES + usize::from(mtu)).max(2048);
