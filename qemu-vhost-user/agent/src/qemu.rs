@@ -98,8 +98,8 @@ impl QemuSymbols {
     }
 
     /// Tells QEMU what a device would tell it that wrote there directly: whatever was derived from the old content, as TCG's
-    /// translations of code, is forgotten. The guest stands still. [`Status::Unsupported`] if QEMU does not export what that needs, or if a range is not
-    /// in one block of RAM.
+    /// translations of code, is forgotten. The guest stands still. [`Status::Unsupported`] if QEMU does not export what
+    /// that needs, or if a range is not in one block of RAM.
     pub(crate) fn tell_written(&self, ranges: impl Iterator<Item = WrittenRange>) -> Status {
         let Some(access) = self.direct_access else { return Status::Unsupported };
         for range in ranges {

@@ -75,6 +75,9 @@ pub struct FakeGuest {
     /// RAM and device state when it was stopped last, loaded last, and just before it ran again last.
     pub at_stop: (Vec<u8>, Vec<u8>),
     pub at_load: Option<(Vec<u8>, Vec<u8>)>,
+    /// Pages that it was told of since it stopped, if it was; and how often it was.
+    pub announced: Option<Vec<PageNumber>>,
+    pub announcements: usize,
     pub at_resume: (Vec<u8>, Vec<u8>),
     pub needs_stop: bool,
     /// Harvests are of no use in the background.
@@ -133,6 +136,8 @@ impl FakeGuest {
             refuse: None,
             at_stop: Default::default(),
             at_load: None,
+            announced: None,
+            announcements: 0,
             at_resume: Default::default(),
             needs_stop: false,
             tells_nothing: false,
@@ -187,6 +192,7 @@ impl Guest for FakeGuest {
         self.refused(Refusal::Stop)?;
         self.racer = None;
         self.running = false;
+        self.announced = None;
         self.at_stop = self.state();
         Ok(())
     }
@@ -246,9 +252,25 @@ impl Guest for FakeGuest {
         }
         Ok(self.device.clone())
     }
+    fn announce_written(&mut self, pages: &mut dyn Iterator<Item = PageNumber>) {
+        assert!(!self.running, "written while running");
+        self.announced = Some(pages.collect());
+        self.announcements += 1;
+    }
     fn load_device_state(&mut self, state: &[u8]) -> Result<(), GuestError> {
         assert!(!self.running, "loaded while running");
         self.refused(Refusal::Load)?;
+        if let Some(announced) = self.announced.take() {
+            let (before, now) = (&self.at_stop.0, self.state().0);
+            let pages = before.chunks(PAGE_BYTES).zip(now.chunks(PAGE_BYTES)).enumerate();
+            for (page, _) in pages.filter(|(_, (before, now))| before != now) {
+                let page = PageNumber(page as u32);
+                assert!(
+                    announced.contains(&page) || self.save_writes == Some(page),
+                    "{page:?} was written and not said"
+                );
+            }
+        }
         self.device = state.to_vec();
         self.device[7] ^= u8::from(self.corrupt_load);
         self.at_load = Some(self.state());

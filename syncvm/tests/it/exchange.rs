@@ -17,6 +17,7 @@ fn syncs_make_guests_equal_and_count_what_they_did() {
     let (led, _) = good_sync(&mut leader, &mut follower, 10);
     assert_eq!(led.union_pages, PAGES, "the first covers everything");
     assert_eq!(follower.standing(), Standing::Whole);
+    assert_eq!(follower.guest.announcements, 0, "what was written before it was whole is not known");
     for number in 11..60 {
         let (led, followed) = good_sync(&mut leader, &mut follower, number);
         assert!(led.dirty_local <= 12 && led.dirty_peer <= 12 && led.union_pages <= 24);
@@ -32,6 +33,7 @@ fn syncs_make_guests_equal_and_count_what_they_did() {
         assert!(led.resumed && followed.resumed && !led.verified);
     }
     assert_eq!((leader.observer.acknowledged, follower.observer.applied), (50, 50));
+    assert_eq!((leader.guest.announcements, follower.guest.announcements), (0, 49));
 }
 
 #[test]

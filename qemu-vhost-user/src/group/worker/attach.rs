@@ -412,3 +412,31 @@ impl Guest for QemuGuest {
         &self.ram
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_found_where_qemu_maps_them_and_neighbours_are_one_range() {
+        let piece = |start, pages, file_page| RamRange {
+            addresses: start..start + pages * PAGE_BYTES as u64,
+            file_offset: file_page * PAGE_BYTES as u64,
+        };
+        // Two pieces of a mapping: pages 0 to 3, and 4 to 9 elsewhere.
+        let pieces = [piece(0x10_0000, 4, 0), piece(0x90_0000, 6, 4)];
+        let ranges = |pages: &[u32]| {
+            let ranges = ranges_of(&pieces, &mut pages.iter().map(|page| PageNumber(*page)))?;
+            Some(ranges.iter().map(|range| (range.address, range.bytes)).collect::<Vec<_>>())
+        };
+        assert_eq!(ranges(&[]), Some(vec![]));
+        assert_eq!(ranges(&[1, 2, 5]), Some(vec![(0x10_1000, 0x2000), (0x90_1000, 0x1000)]));
+        assert_eq!(
+            ranges(&[3, 4]),
+            Some(vec![(0x10_3000, 0x1000), (0x90_0000, 0x1000)]),
+            "neighbours in the file only"
+        );
+        assert_eq!(ranges(&[9]), Some(vec![(0x90_5000, 0x1000)]));
+        assert_eq!(ranges(&[9, 10]), None, "behind the end");
+    }
+}
