@@ -17,6 +17,7 @@ use super::delivery::Delivery;
 use super::egress::Egress;
 use super::follow::Follow;
 use super::guest::LocalGuest;
+use super::hush::Hush;
 use super::ingress::{self, Ingress};
 use super::memory::{self, Memory};
 use super::messages::GuestReport;
@@ -103,6 +104,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         arena: memory.arena,
         pages: memory.pages,
         egress: Egress::new(memory.guard, uplink),
+        hush: Hush::default(),
         delivery: Delivery::default(),
         worker,
         guest: LocalGuest::new(vm.policy.idle_threshold_us),
