@@ -448,6 +448,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             known_hashes: self.ctx.known_hashes,
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,
+            traffic: self.ctx.link.traffic,
             total_us: self.watch.total(),
             ..self.report
         }
