@@ -24,7 +24,14 @@ pub(crate) struct Link<C> {
 
 impl<C: Channel> Link<C> {
     pub fn new(channel: C) -> Self {
-        Self { channel, put_back: None, message: Vec::new(), bytes_sent: 0, bytes_received: 0, traffic: Traffic::default() }
+        Self {
+            channel,
+            put_back: None,
+            message: Vec::new(),
+            bytes_sent: 0,
+            bytes_received: 0,
+            traffic: Traffic::default(),
+        }
     }
 
     /// Begins counting for a new exchange.

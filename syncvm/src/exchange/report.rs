@@ -84,7 +84,7 @@ impl Part {
             Kind::Divergent => Self::List,
             Kind::Digests => Self::Digests,
             Kind::Blocks | Kind::Pages => Self::Memory,
-            Kind::Device => Self::Device,
+            Kind::Device | Kind::DeviceDelta => Self::Device,
             _ => Self::Rest,
         }
     }
