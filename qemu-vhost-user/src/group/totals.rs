@@ -104,7 +104,11 @@ impl Totals {
             diverged: self.diverged,
             slot_times: self.slots.summary(),
             phases_us: named(&self.phases_us),
-            traffic_bytes: Part::EVERY.iter().zip(self.traffic).map(|(part, sum)| (part.name().to_owned(), sum)).collect(),
+            traffic_bytes: Part::EVERY
+                .iter()
+                .zip(self.traffic)
+                .map(|(part, sum)| (part.name().to_owned(), sum))
+                .collect(),
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
             stop_us: occurrences(&self.stop_us),
