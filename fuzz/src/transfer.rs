@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use syncvm::hash::HashKind;
 use syncvm::transfer::{
-    Abort, BlockSize, DivergentList, End, Header, Staging, Terms, Verdict, decode_digests, differing_blocks,
+    Abort, BlockSize, DeviceDelta, DivergentList, End, Header, Piece, Staging, Terms, Verdict, decode_digests,
+    device_hash, differing_blocks,
 };
 use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber};
 
@@ -28,12 +29,13 @@ pub(crate) fn run(input: &[u8]) {
     let set = DirtySet::all(PAGES);
     let mut staging = Staging::new(PAGES);
     let mut blocks = None;
+    let mut held = Vec::new();
     let mut rest = input;
     while let Some((&[kind, low, high], tail)) = rest.split_first_chunk::<3>() {
         let length = usize::from(u16::from_le_bytes([low, high])).min(tail.len());
         let (body, tail) = tail.split_at(length);
         rest = tail;
-        match kind % 12 {
+        match kind % 13 {
             0 => drop(Header::decode(body)),
             1 => drop(Terms::decode(body)),
             2 => drop(Abort::decode(body)),
@@ -47,7 +49,8 @@ pub(crate) fn run(input: &[u8]) {
             8 => drop(staging.replacement(body)),
             9 if blocks.is_none() => drop(staging.page_chunk(body, &set)),
             10 => drop(staging.device_chunk(body, 1000)),
-            _ => finish(&mut staging, body),
+            11 => device_delta(&mut staging, &held, body),
+            _ => finish(&mut staging, body, &mut held),
         }
     }
 }
@@ -80,14 +83,28 @@ fn digests(body: &[u8]) {
     }
 }
 
+/// A delta to the device state `held` with the hash of what comes out, because no fuzzer guesses one.
+fn device_delta(staging: &mut Staging, held: &[u8], body: &[u8]) {
+    let mut wire = [&[0; 8], body].concat();
+    if let Ok(state) = DeviceDelta::decode(&wire, 1000).and_then(|delta| delta.apply(held)) {
+        assert!(state.len() <= 1000);
+        wire[..8].copy_from_slice(&device_hash(&state).to_le_bytes());
+        let head = Piece { total_bytes: wire.len() as u64, offset_bytes: 0, bytes: &wire }.head();
+        let _ = staging.device_delta_chunk(&[&head, &wire[..]].concat(), 1000);
+    }
+    let _ = staging.device_delta_chunk(body, 1000);
+}
+
 /// An end message that says what is true as far as it can be guessed, and the rest as in `body`.
-fn finish(staging: &mut Staging, body: &[u8]) {
+fn finish(staging: &mut Staging, body: &[u8], held: &mut Vec<u8>) {
     if let Ok(end) = End::decode(body)
         && staging.check(&end) == Ok(Verdict::Sound)
     {
         let transfer = staging.verified();
         assert_eq!(transfer.pages() as u64, end.pages);
         transfer.apply(ram(), || {});
+        *held = transfer.device_state().to_vec();
+        assert_eq!(staging.keep_device(), device_hash(held));
     }
     let _ = staging.short_hashes();
 }

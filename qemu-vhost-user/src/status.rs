@@ -53,6 +53,10 @@ pub struct SyncTotals {
     pub divergent_pages: u64,
     /// Bytes that crossed the wire.
     pub bytes_sent: u64,
+    /// What they were about: `sets` of dirty pages, `hashes` of pages, the `list` of those that differ, `digests` of their
+    /// blocks, `memory` (blocks, or whole pages), `device` state, and the `rest`.
+    #[serde(default)]
+    pub traffic_bytes: Vec<(String, u64)>,
     /// What full transfers would have cost.
     pub full_transfer_bytes: u64,
     /// Median guest stop.
@@ -382,6 +386,9 @@ impl GroupStatus {
             let phases: Vec<String> =
                 totals.phases_us.iter().map(|(name, us)| format!("{name} {:.2}", mean_ms(*us))).collect();
             let _ = writeln!(text, "  phases    mean ms: {}", phases.join(", "));
+            let parts = totals.traffic_bytes.iter();
+            let parts: Vec<String> = parts.map(|(name, sum)| format!("{name} {}", sum / totals.count)).collect();
+            let _ = writeln!(text, "  traffic   mean bytes: {}", parts.join(", "));
         }
         if let Some(rejoin) = &self.rejoin {
             let percent = 100 * rejoin.done_pages / rejoin.total_pages.max(1);

@@ -22,7 +22,7 @@ pub use error::{ChannelError, GuestError, SyncError};
 pub use follower::{FollowerContext, Standing, follow_syncvm};
 pub use leader::{LeaderContext, lead_syncvm};
 pub use phase::Phase;
-pub use report::{PhaseTimes, SyncReport};
+pub use report::{Part, PhaseTimes, SyncReport, Traffic};
 
 pub(crate) use leader::compare;
 pub(crate) use link::Link;

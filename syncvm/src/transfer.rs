@@ -7,12 +7,14 @@
 
 mod blocks;
 mod buffer;
+mod device;
 mod divergent;
 mod mode;
 mod outgoing;
 mod staging;
 
 pub use blocks::{BlockSize, BlocksChunk, Differences, decode_digests, differing_blocks, digest_page};
+pub use device::{DeviceDelta, device_hash};
 pub use divergent::{DivergentList, HashOfHashes, SHORT_HASH_BYTES, short};
 pub use mode::TransferMode;
 pub use outgoing::{Checksum, Outgoing};
@@ -79,6 +81,8 @@ pub enum Kind {
     AheadSet = 19,
     /// Before the stop: hashes of the next batch of pages of the union so far, as in [`Kind::Hashes`].
     AheadHashes = 20,
+    /// A piece of the [`DeviceDelta`], in place of [`Kind::Device`].
+    DeviceDelta = 21,
 }
 
 impl Kind {
@@ -109,6 +113,7 @@ impl Kind {
             Recheck,
             AheadSet,
             AheadHashes,
+            DeviceDelta,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == code)
@@ -210,6 +215,8 @@ pub struct Terms {
     pub ahead: bool,
     /// What the sender's dirty set is relative to.
     pub basis: Option<Basis>,
+    /// Follower: [`device_hash`] of the device state that it loaded last and still has.
+    pub device: Option<u64>,
 }
 
 /// One piece of something longer than a message.
@@ -275,7 +282,7 @@ impl Piece<'_> {
 
 impl Terms {
     /// Bytes on the wire.
-    pub const BYTES: usize = 8 + 1 + 1 + 1 + 1 + 1 + 8 + 8 + 4;
+    pub const BYTES: usize = 8 + 1 + 1 + 1 + 1 + 1 + 8 + 8 + 4 + 1 + 8;
 
     /// The wire form.
     #[must_use]
@@ -293,6 +300,8 @@ impl Terms {
         out.extend_from_slice(&basis.view.to_le_bytes());
         out.extend_from_slice(&basis.number.to_le_bytes());
         out.extend_from_slice(&basis.round.to_le_bytes());
+        out.push(self.device.is_some().into());
+        out.extend_from_slice(&self.device.unwrap_or(0).to_le_bytes());
         out
     }
 
@@ -316,7 +325,10 @@ impl Terms {
             number: reader.u64("basis number")?,
             round: reader.u32("basis round")?,
         };
-        let terms = Self { ram_pages, hash, verify, transfer, ahead, basis: has_basis.then_some(basis) };
+        let has_device = reader.u8("device state")? != 0;
+        let device = has_device.then_some(reader.u64("hash of the device state")?);
+        let basis = has_basis.then_some(basis);
+        let terms = Self { ram_pages, hash, verify, transfer, ahead, basis, device };
         Ok((terms, Piece::decode(reader.0)?))
     }
 }

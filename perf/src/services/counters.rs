@@ -70,6 +70,9 @@ pub struct Syncs {
     /// Where their time went: name and sum of each phase.
     #[serde(default)]
     pub phases_us: Vec<(String, u64)>,
+    /// What the bytes were about: name and sum of each part.
+    #[serde(default)]
+    pub traffic_bytes: Vec<(String, u64)>,
 }
 
 impl Syncs {
@@ -82,12 +85,9 @@ impl Syncs {
             bytes_sent: self.bytes_sent - before.bytes_sent,
             stop_us: self.stop_us.since(&before.stop_us),
             whole_us: self.whole_us.since(&before.whole_us),
-            phases_us: self.phases_us.iter().map(|(name, us)| (name.clone(), us - before.phase_us(name))).collect(),
+            phases_us: added(&self.phases_us, &before.phases_us),
+            traffic_bytes: added(&self.traffic_bytes, &before.traffic_bytes),
         }
-    }
-
-    fn phase_us(&self, name: &str) -> u64 {
-        self.phases_us.iter().find(|(phase, _)| phase == name).map_or(0, |(_, us)| *us)
     }
 
     /// The mean of each phase, for people.
@@ -99,11 +99,25 @@ impl Syncs {
         phases.join(", ")
     }
 
+    /// The mean bytes of each part of a syncvm's traffic, for people.
+    #[must_use]
+    pub fn traffic(&self) -> String {
+        let parts = self.traffic_bytes.iter();
+        let parts: Vec<String> = parts.map(|(name, sum)| format!("{name} {}", sum / self.count.max(1))).collect();
+        parts.join(", ")
+    }
+
     /// Share of the pages that were equal although written.
     #[must_use]
     pub fn same_rate(&self) -> f64 {
         if self.dirty_pages == 0 { 0.0 } else { 1.0 - self.divergent_pages as f64 / self.dirty_pages as f64 }
     }
+}
+
+/// What was added since `before` to sums that have names.
+fn added(sums: &[(String, u64)], before: &[(String, u64)]) -> Vec<(String, u64)> {
+    let earlier = |name: &str| before.iter().find(|(other, _)| other == name).map_or(0, |(_, sum)| *sum);
+    sums.iter().map(|(name, sum)| (name.clone(), sum - earlier(name))).collect()
 }
 
 /// One look.

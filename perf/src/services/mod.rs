@@ -148,6 +148,7 @@ impl<'a> Run<'a> {
             eprintln!("   {} under {}: {:.0} 1/s, p50 {:.0} us", workload.id, policy.name, speed.per_s, speed.p50_us);
             if cost.syncs.count > 0 {
                 eprintln!("      a syncvm's phases, mean ms: {}", cost.syncs.phases());
+                eprintln!("      a syncvm's traffic, mean bytes: {}", cost.syncs.traffic());
             }
             Ok(cell)
         };

@@ -1,7 +1,7 @@
 //! Sums and distributions over all syncvms of this process, for `plover status` and the demo's table.
 
 use hdrhistogram::Histogram;
-use syncvm::exchange::{PhaseTimes, SyncReport};
+use syncvm::exchange::{Part, PhaseTimes, SyncReport};
 use syncvm::slot::SlotEnd;
 
 use super::slots::SlotTimes;
@@ -39,6 +39,7 @@ pub struct Totals {
     whole_us: Histogram<u64>,
     sums: SyncTotals,
     phases_us: [u64; PHASES.len()],
+    traffic: [u64; Part::EVERY.len()],
     last: Option<SyncStatus>,
     slot_ends: [u64; SLOT_ENDS.len()],
     /// Syncvms that failed.
@@ -58,6 +59,7 @@ impl Totals {
             whole_us: histogram(),
             sums: SyncTotals::default(),
             phases_us: [0; PHASES.len()],
+            traffic: [0; Part::EVERY.len()],
             last: None,
             slot_ends: [0; SLOT_ENDS.len()],
             failed: 0,
@@ -73,6 +75,9 @@ impl Totals {
         self.sums.count += 1;
         for (sum, (_, of)) in self.phases_us.iter_mut().zip(PHASES) {
             *sum += of(&report.phases);
+        }
+        for (sum, part) in self.traffic.iter_mut().zip(Part::EVERY) {
+            *sum += report.traffic.bytes(part);
         }
         self.sums.dirty_pages += report.union_pages as u64;
         self.sums.divergent_pages += report.divergent_pages as u64;
@@ -99,6 +104,11 @@ impl Totals {
             diverged: self.diverged,
             slot_times: self.slots.summary(),
             phases_us: named(&self.phases_us),
+            traffic_bytes: Part::EVERY
+                .iter()
+                .zip(self.traffic)
+                .map(|(part, sum)| (part.name().to_owned(), sum))
+                .collect(),
             stop_ms_p50: self.stop_us.value_at_quantile(0.5) as f64 / 1000.0,
             stop_ms_p99: self.stop_us.value_at_quantile(0.99) as f64 / 1000.0,
             stop_us: occurrences(&self.stop_us),

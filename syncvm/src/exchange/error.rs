@@ -186,7 +186,7 @@ impl SyncError {
     pub fn hash_agreed_falsely(&self) -> bool {
         match self {
             Self::PeerAborted { hash_agreed_falsely, .. } => *hash_agreed_falsely,
-            Self::Transfer(TransferError::FalselyEqual | TransferError::Content) => true,
+            Self::Transfer(TransferError::FalselyEqual | TransferError::Content | TransferError::DeviceDelta) => true,
             Self::NotResumed { cause, .. } => cause.hash_agreed_falsely(),
             _ => false,
         }

@@ -61,6 +61,8 @@ pub struct FollowerContext<G, C, O> {
     /// Saving the device state has been seen to write guest memory.
     saving_writes: bool,
     staging: Staging,
+    /// The hash of the device state that was loaded last, which the staging area keeps.
+    device_held: Option<u64>,
     /// The block size that would have been the cheapest for the last transfer of blocks.
     blocks: BlockSize,
 }
@@ -98,6 +100,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             leader_ahead: true,
             saving_writes: false,
             staging: Staging::new(pages),
+            device_held: None,
             blocks: BlockSize::default(),
         }
     }
@@ -133,6 +136,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             transfer: self.config.transfer,
             ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
+            device: self.device_held,
         }
     }
 
@@ -205,6 +209,9 @@ pub fn follow_syncvm<G: Guest, C: Channel, O: Observer>(
         Err(error) => Err(run.fail(error)),
     };
     let report = result.map(|()| run.finish());
+    if report.is_ok() {
+        ctx.device_held = Some(staging.keep_device());
+    }
     staging.trim();
     ctx.staging = staging;
     report
@@ -503,6 +510,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             known_hashes: self.ctx.known_hashes,
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,
+            traffic: self.ctx.link.traffic,
             total_us: self.watch.total(),
             ..self.report
         }

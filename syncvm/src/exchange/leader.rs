@@ -104,6 +104,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             transfer: self.transfer(),
             ahead: ahead::is_possible(&self.guest),
             basis: self.pairing.basis(),
+            device: None,
         }
     }
 
@@ -173,6 +174,8 @@ struct Run<'a, G, C, O> {
     watch: Stopwatch,
     stopped_at: Option<Instant>,
     ahead: Option<Ahead>,
+    /// The hash of the device state that the follower has from before.
+    device_held: Option<u64>,
 }
 
 /// Makes the follower's guest equal to this one: steps 1–7 of the design. Blocks until the follower
@@ -199,6 +202,7 @@ pub fn lead_syncvm<G: Guest, C: Channel, O: Observer>(
         watch: Stopwatch::start(),
         stopped_at: None,
         ahead: None,
+        device_held: None,
         ctx,
     };
     match run.steps() {
@@ -265,7 +269,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         // The follower knows the rest already.
         let said = pool.written().unwrap_or(ours);
         link.send_set(&self.header, Kind::DirtySet, &terms, said, &self.deadlines)?;
-        let (_, mut union) = link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        let (follower, mut union) = link.recv_set(&self.header, Kind::DirtySet, &terms, &self.deadlines)?;
+        self.device_held = follower.device;
         // The follower says where its set differs from this one: the two guests wrote mostly the same pages.
         union.symmetric_difference_with(said);
         let mut union = ahead::whole_set(&mut self.ahead, said, union);
@@ -448,6 +453,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
             known_hashes: self.ctx.known_hashes,
             bytes_sent: self.ctx.link.bytes_sent,
             bytes_received: self.ctx.link.bytes_received,
+            traffic: self.ctx.link.traffic,
             total_us: self.watch.total(),
             ..self.report
         }

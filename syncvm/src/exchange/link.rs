@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
-use super::{Channel, ChannelError, Deadlines, SyncError};
+use super::{Channel, ChannelError, Deadlines, SyncError, Traffic};
 use crate::dirty::DirtySet;
 use crate::transfer::{Abort, Header, Kind, Piece, Terms, WireError};
 
@@ -19,17 +19,26 @@ pub(crate) struct Link<C> {
     message: Vec<u8>,
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    pub traffic: Traffic,
 }
 
 impl<C: Channel> Link<C> {
     pub fn new(channel: C) -> Self {
-        Self { channel, put_back: None, message: Vec::new(), bytes_sent: 0, bytes_received: 0 }
+        Self {
+            channel,
+            put_back: None,
+            message: Vec::new(),
+            bytes_sent: 0,
+            bytes_received: 0,
+            traffic: Traffic::default(),
+        }
     }
 
     /// Begins counting for a new exchange.
     pub fn reset_counts(&mut self) {
         self.bytes_sent = 0;
         self.bytes_received = 0;
+        self.traffic = Traffic::default();
     }
 
     pub fn replace(&mut self, channel: C) {
@@ -47,6 +56,7 @@ impl<C: Channel> Link<C> {
         self.channel.send(kind as u16, &slices[..=parts.len()], deadline)?;
         let body: usize = parts.iter().map(|part| part.len()).sum();
         self.bytes_sent += (head.len() + body) as u64;
+        self.traffic.add(kind, head.len() + body);
         Ok(())
     }
 
@@ -72,22 +82,24 @@ impl<C: Channel> Link<C> {
 
     /// Waits for any message of the group.
     pub fn recv_any(&mut self, group: u64, deadline: Instant) -> Result<(Kind, Header), SyncError> {
-        let code = match self.put_back.take() {
+        let kept = self.put_back.take();
+        let is_new = kept.is_none();
+        let code = match kept {
             Some((code, message)) => {
                 self.message = message;
                 code
             }
-            None => {
-                let code = self.channel.recv(&mut self.message, deadline)?;
-                self.bytes_received += self.message.len() as u64;
-                code
-            }
+            None => self.channel.recv(&mut self.message, deadline)?,
         };
         let (header, _) = Header::decode(&self.message)?;
         if header.group != group {
             return Err(SyncError::ForeignGroup { ours: group, theirs: header.group });
         }
         let kind = Kind::from_code(code).ok_or(WireError::Value { field: "message kind", value: code.into() })?;
+        if is_new {
+            self.bytes_received += self.message.len() as u64;
+            self.traffic.add(kind, self.message.len());
+        }
         Ok((kind, header))
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::transfer::TransferMode;
+use crate::transfer::{Kind, TransferMode};
 
 /// Duration of each part in µs, in the order in which they happen. A part that a side does not have is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +37,74 @@ pub struct PhaseTimes {
     pub load_us: u64,
     /// The check of invariant I4, if switched on.
     pub verify_us: u64,
+}
+
+/// What messages are about, for [`Traffic`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Which pages are dirty.
+    Sets,
+    /// Hashes of pages.
+    Hashes,
+    /// Which pages differ.
+    List,
+    /// Digests of blocks.
+    Digests,
+    /// Blocks and whole pages.
+    Memory,
+    /// Device state.
+    Device,
+    /// Everything else.
+    Rest,
+}
+
+impl Part {
+    /// Every part, in the order of their numbers.
+    pub const EVERY: [Self; 7] =
+        [Self::Sets, Self::Hashes, Self::List, Self::Digests, Self::Memory, Self::Device, Self::Rest];
+
+    /// For people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sets => "sets",
+            Self::Hashes => "hashes",
+            Self::List => "list",
+            Self::Digests => "digests",
+            Self::Memory => "memory",
+            Self::Device => "device",
+            Self::Rest => "rest",
+        }
+    }
+
+    fn of(kind: Kind) -> Self {
+        match kind {
+            Kind::DirtySet | Kind::AheadSet => Self::Sets,
+            Kind::Hashes | Kind::AheadHashes | Kind::Recheck => Self::Hashes,
+            Kind::Divergent => Self::List,
+            Kind::Digests => Self::Digests,
+            Kind::Blocks | Kind::Pages => Self::Memory,
+            Kind::Device | Kind::DeviceDelta => Self::Device,
+            _ => Self::Rest,
+        }
+    }
+}
+
+/// Bytes that crossed the wire in either direction, headers included, by what they were about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic([u64; Part::EVERY.len()]);
+
+impl Traffic {
+    /// A message of `bytes` crossed.
+    pub(crate) fn add(&mut self, kind: Kind, bytes: usize) {
+        self.0[Part::of(kind) as usize] += bytes as u64;
+    }
+
+    /// Bytes of this part.
+    #[must_use]
+    pub fn bytes(&self, part: Part) -> u64 {
+        self.0[part as usize]
+    }
 }
 
 /// What one syncvm did, from the view of one side.
@@ -78,6 +146,8 @@ pub struct SyncReport {
     pub bytes_sent: u64,
     /// Bytes received from it.
     pub bytes_received: u64,
+    /// What they were about.
+    pub traffic: Traffic,
     /// What sending all of the leader's dirty pages in full plus the device state would have cost.
     pub full_transfer_bytes: u64,
     /// Where the time went.

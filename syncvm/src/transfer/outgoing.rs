@@ -4,7 +4,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::blocks::{BlockSize, encode_blocks};
 use super::buffer::PageBuffer;
-use super::{ENTRY_BYTES, End, FLAG_ZERO, Kind, MAX_BODY_BYTES, Piece};
+use super::{DeviceDelta, ENTRY_BYTES, End, FLAG_ZERO, Kind, MAX_BODY_BYTES, Piece, device_hash};
 use crate::dirty::DirtySet;
 use crate::page::{PAGE_BYTES, PageNumber, is_zero};
 use crate::ram::GuestRam;
@@ -21,6 +21,8 @@ pub struct Outgoing {
     /// How many of those copies were used.
     used_ahead: usize,
     device: Vec<u8>,
+    /// The device state before that.
+    device_before: Vec<u8>,
     body: Vec<u8>,
 }
 
@@ -98,7 +100,7 @@ impl Outgoing {
 
     /// Replaces the device state.
     pub fn set_device(&mut self, state: Vec<u8>) {
-        self.device = state;
+        self.device_before = std::mem::replace(&mut self.device, state);
     }
 
     /// The device state.
@@ -234,6 +236,27 @@ impl Outgoing {
         for piece in Piece::cut(&self.device) {
             checksum.add(Kind::Device, &[&piece.head(), piece.bytes]);
             send(self.pages.len(), Kind::Device, &[&piece.head(), piece.bytes])?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::send_device`], to a follower that says that it has a device state of the hash `held`: only what differs from
+    /// that, if that is the one before this.
+    ///
+    /// # Errors
+    /// Whatever `send` fails with.
+    pub fn send_device_to<E>(
+        &self,
+        held: Option<u64>,
+        checksum: &mut Checksum,
+        mut send: impl FnMut(usize, Kind, &[&[u8]]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let is_held = held.is_some_and(|held| held == device_hash(&self.device_before));
+        let delta = is_held.then(|| DeviceDelta::encode(&self.device_before, &self.device)).flatten();
+        let Some(delta) = delta else { return self.send_device(checksum, send) };
+        for piece in Piece::cut(&delta) {
+            checksum.add(Kind::DeviceDelta, &[&piece.head(), piece.bytes]);
+            send(self.pages.len(), Kind::DeviceDelta, &[&piece.head(), piece.bytes])?;
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use super::blocks::{BlockSize, BlocksChunk, Differences, digest_page};
 use super::buffer::PageBuffer;
 use super::divergent::{DivergentList, HashOfHashes, short};
 use super::outgoing::Checksum;
-use super::{End, Kind, PagesChunk, Piece, WireError};
+use super::{DeviceDelta, End, Kind, PagesChunk, Piece, WireError, device_hash};
 use crate::dirty::DirtySet;
 use crate::hash::{HashKind, PageHashValue};
 use crate::page::{PAGE_BYTES, PageNumber};
@@ -52,6 +52,9 @@ pub enum TransferError {
     /// The pages that the leader takes for equal have other hashes here: a short hash let a difference through.
     #[error("pages that were taken for equal differ; the next syncvm compares whole hashes")]
     FalselyEqual,
+    /// The device state put together from what differs is not the leader's.
+    #[error("the device state put together from a delta is not the leader's; the next syncvm sends it whole")]
+    DeviceDelta,
     /// Blocks for more pages than are waiting for any.
     #[error("the leader sent blocks of {excess} pages too many")]
     TooManyPages {
@@ -107,6 +110,10 @@ pub struct Staging {
     waiting: usize,
     looked_at: usize,
     device: Vec<u8>,
+    /// The last one that was loaded, as far as [`Self::keep_device`] knows: what a delta is relative to.
+    device_held: Vec<u8>,
+    /// Pieces of a delta.
+    delta: Vec<u8>,
     device_complete: bool,
     seen: DirtySet,
     zero_pages: u64,
@@ -124,6 +131,8 @@ impl Staging {
             pages: Vec::new(),
             data: PageBuffer::default(),
             device: Vec::new(),
+            device_held: Vec::new(),
+            delta: Vec::new(),
             device_complete: false,
             waiting: 0,
             looked_at: 0,
@@ -141,6 +150,7 @@ impl Staging {
         self.data.clear();
         (self.waiting, self.looked_at) = (0, 0);
         self.device.clear();
+        self.delta.clear();
         self.device_complete = false;
         self.seen.clear();
         self.zero_pages = 0;
@@ -280,6 +290,31 @@ impl Staging {
         self.device_complete = piece.append_to(&mut self.device, limit_bytes)?;
         self.checksum.add(Kind::Device, &[body]);
         Ok(())
+    }
+
+    /// Takes the body of a [`Kind::DeviceDelta`] message.
+    ///
+    /// # Errors
+    /// When it is not the next piece, the state would exceed `limit_bytes`, or what comes out is not the leader's.
+    pub fn device_delta_chunk(&mut self, body: &[u8], limit_bytes: usize) -> Result<(), TransferError> {
+        let piece = Piece::decode(body)?;
+        self.checksum.add(Kind::DeviceDelta, &[body]);
+        if !piece.append_to(&mut self.delta, limit_bytes)? {
+            return Ok(());
+        }
+        let delta = DeviceDelta::decode(&self.delta, limit_bytes)?;
+        self.device = delta.apply(&self.device_held)?;
+        if device_hash(&self.device) != delta.hash {
+            return Err(TransferError::DeviceDelta);
+        }
+        self.device_complete = true;
+        Ok(())
+    }
+
+    /// The device state was loaded: it is what the next delta is relative to. Returns its hash.
+    pub fn keep_device(&mut self) -> u64 {
+        std::mem::swap(&mut self.device, &mut self.device_held);
+        device_hash(&self.device_held)
     }
 
     /// Checks everything that was collected against the end message.

@@ -200,6 +200,7 @@ fn headers_terms_and_aborts_come_back() {
             transfer,
             ahead: basis.is_none(),
             basis,
+            device: basis.map(|basis| basis.number),
         };
         let mut body = terms.encode();
         assert_eq!(body.len(), Terms::BYTES);
@@ -214,7 +215,7 @@ fn headers_terms_and_aborts_come_back() {
     assert_eq!(Abort::decode(&abort.encode()), Ok(abort));
     for code in 0..40 {
         assert!(Kind::from_code(code).is_none_or(|kind| kind as u16 == code));
-        assert_eq!(Kind::from_code(code).is_some(), (1..=20).contains(&code));
+        assert_eq!(Kind::from_code(code).is_some(), (1..=21).contains(&code));
     }
 }
 
@@ -241,6 +242,7 @@ proptest! {
         let mut staging = Staging::new(PAGES);
         let _ = staging.page_chunk(&bytes, &DirtySet::all(PAGES));
         let _ = staging.device_chunk(&bytes, 1000);
+        let _ = staging.device_delta_chunk(&bytes, 1000);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod background;
 mod common;
 mod delta;
+mod device;
 mod exchange;
 mod rejoin;
 mod traced;

@@ -85,6 +85,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
                 Kind::Device if kind == Kind::Blocks => {
                     staging.device_chunk(body, self.ctx.config.max_device_bytes)?;
                 }
+                Kind::DeviceDelta if kind == Kind::Blocks => {
+                    staging.device_delta_chunk(body, self.ctx.config.max_device_bytes)?;
+                }
                 Kind::End => break End::decode(body)?,
                 got => return Err(SyncError::Unexpected { got, wanted: "a part of the transfer" }),
             }

@@ -90,7 +90,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         };
         self.report.block_bytes = size.bytes();
         self.report.sent_blocks = outgoing.send_blocks(size, &maps, &mut delta.checksum, &mut send)?;
-        outgoing.send_device(&mut delta.checksum, &mut send)?;
+        outgoing.send_device_to(self.device_held, &mut delta.checksum, &mut send)?;
         let end = outgoing.end(&delta.checksum, delta.content.value());
         link.send(header, Kind::End, &[&end.encode()], deadlines.next())
     }
