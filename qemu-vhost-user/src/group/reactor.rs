@@ -173,16 +173,6 @@ impl Turns for Reactor<'_> {
         }
     }
 
-    /// This thread was not run: peers get one more heartbeat's time before they count as silent.
-    fn stalled(&mut self, now: u64) {
-        tracing::debug!(vm = %self.vm.name, "the reactor was not run for a while");
-        for peer in self.peers.ids() {
-            if self.peers.get(peer).connected {
-                self.ordering.step(now, Event::PeerHeard(peer));
-            }
-        }
-    }
-
     fn may_sleep(&mut self) -> bool {
         !self.ordering.fabric().arm()
     }
@@ -298,6 +288,9 @@ impl Reactor<'_> {
                 }
                 Notice::Jumped { .. } => self.invalidate_guest(now, "the log that it needed is gone"),
                 Notice::HandOverFailed { .. } => self.hand_over_failed(),
+                Notice::Absent { for_us } => {
+                    tracing::warn!(vm = %self.vm.name, for_ms = for_us / 1000, "not run for a while; is this host short of CPU?");
+                }
                 Notice::Ineligible { .. } | Notice::Promoted => {}
             }
         }

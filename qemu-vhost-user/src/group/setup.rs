@@ -87,7 +87,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         scheduling::apply(node.scheduling, place.core, idle, "reactor");
         return passthrough::run(parts, stopping);
     }
-    let fabric = PeerFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
+    let fabric = PeerFabric::new(fabric_config(&vm.policy), control, poller.clone(), TOKEN_FABRIC, now)
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
@@ -209,6 +209,13 @@ fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPo
 /// Time between two heartbeats of a leader.
 pub(super) fn heartbeat_interval_us(policy: &Policy) -> u64 {
     policy.failure_timeout_ms * 1000 / 4
+}
+
+/// A connection outlives a silence that the group bears: its end counts as the peer's death.
+fn fabric_config(policy: &Policy) -> FabricConfig {
+    let default = FabricConfig::default();
+    let borne_us = 2 * policy.failure_timeout_ms * 1000;
+    FabricConfig { silence_timeout_us: default.silence_timeout_us.max(borne_us), ..default }
 }
 
 fn consensus_config(vm: &VmConfig, me: ReplicaId, listener: &Listener) -> Config {
