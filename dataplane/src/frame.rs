@@ -65,6 +65,7 @@ impl PushError {
 }
 
 /// Checks that `len` bytes can be a frame.
+#[inline]
 pub(crate) fn check_length(len: usize) -> Result<(), PushError> {
     if (VNET_HEADER_BYTES..=MAX_FRAME_BYTES).contains(&len) { Ok(()) } else { Err(PushError::BadLength { len }) }
 }

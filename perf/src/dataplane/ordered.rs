@@ -20,7 +20,7 @@ use super::member::{ARENA_BYTES, Member, shared};
 
 /// As the daemon's ingress: the largest batch, frames taken in one turn, proposals on their way, committed input that waits.
 const BATCH_BYTES: usize = 256 << 10;
-const BATCH_FRAMES: usize = 256;
+const BATCH_FRAMES: usize = 512;
 const PROPOSALS_IN_FLIGHT: u64 = 4;
 const BACKLOG_BYTES: usize = 8 << 20;
 /// As the daemon's delivery: frames given to the guest in one turn, twice what is taken, so that what waits becomes less.

@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use consensus::{Entry, Event, Index, ReplicaId, View};
 use dataplane::batch;
 
+use super::ingress::RX_BUDGET_FRAMES;
 use super::ordering::Committed;
 use super::reactor::Reactor;
 use super::stalls::Stalls;
@@ -25,7 +26,7 @@ const SYNC_STALL_LIMIT_US: u64 = 20_000;
 const RING_START_LIMIT_US: u64 = 1_000_000;
 
 /// Frames that are delivered in one turn of the reactor: twice what the ingress takes, so that what waits becomes less.
-const DELIVER_BUDGET_FRAMES: usize = 512;
+const DELIVER_BUDGET_FRAMES: usize = 2 * RX_BUDGET_FRAMES;
 
 /// What one turn delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

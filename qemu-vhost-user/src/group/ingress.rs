@@ -23,8 +23,9 @@ const BATCH_BYTES: usize = 256 << 10;
 const PROPOSALS_IN_FLIGHT: u64 = 4;
 /// Committed input that may wait for the guest; then the uplink's own queue fills and drops, as a NIC's does.
 const BACKLOG_BYTES: usize = 8 << 20;
-/// Frames that are taken or thrown away in one turn.
-const RX_BUDGET_FRAMES: usize = 256;
+/// Frames that are taken or thrown away in one turn. Measured with 64 bytes each: what three replicas do once per batch makes 512 of
+/// them pass 14 % faster than 256. With a few more a batch is no longer one record of a lane through memory.
+pub(super) const RX_BUDGET_FRAMES: usize = 512;
 
 /// The filter, and counters.
 pub struct Ingress {
