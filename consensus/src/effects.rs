@@ -21,7 +21,8 @@ pub enum Event {
         /// The last one that is.
         through: PersistId,
     },
-    /// Time has passed; due at [`Replica::next_deadline_us`](crate::Replica::next_deadline_us).
+    /// Time has passed; due at [`Replica::next_deadline_us`](crate::Replica::next_deadline_us), after whatever waits to be
+    /// handed in.
     Tick,
     /// The connection to a peer is up: what it lacks is sent at once.
     PeerConnected(ReplicaId),
@@ -105,6 +106,11 @@ pub enum Notice {
     Ineligible {
         /// The view of the campaign.
         view: View,
+    },
+    /// This replica was not run for longer than the failure timeout: its host is short of CPU, or stood still (R18).
+    Absent {
+        /// For how long it was given no event.
+        for_us: u64,
     },
     /// This replica came back with an empty or doubtful disk, has caught up, and votes again as
     /// soon as the record that says so is durable (R13).

@@ -291,6 +291,57 @@ fn bulk_traffic_keeps_a_leader_alive() {
     assert!(group.at(R1).leading().is_some());
 }
 
+/// Whether `id` has asked for a pre-vote.
+fn suspects(group: &Group, id: ReplicaId) -> bool {
+    group.sent.iter().any(|(from, _, message)| *from == id && matches!(message, Message::PreVote { .. }))
+}
+
+#[test]
+fn a_dead_leader_is_noticed_in_time_and_by_those_who_are_seldom_run_too() {
+    for (apart_us, most_looks) in [(1_000, 125), (30_000, 5), (60_000, 4), (400_000, 4)] {
+        let mut group = Group::with_secondary(|_| {});
+        group.cut[0] = true;
+        group.sent.clear();
+        let looks = (1..=most_looks).find(|_| {
+            group.now_us += apart_us;
+            group.step(R1, Event::Tick);
+            suspects(&group, R1)
+        });
+        let looks = looks.unwrap_or_else(|| panic!("not within {most_looks} looks, {apart_us} us apart"));
+        assert!(looks > 1, "after one look, {apart_us} us after the last");
+    }
+}
+
+#[test]
+fn a_leader_that_was_not_run_gives_nobody_up_and_its_lead_to_nobody() {
+    let mut group = Group::with_secondary(|_| {});
+    group.now_us += 300_000;
+    group.sent.clear();
+    let view = View(4);
+    let asked = Event::Message { from: R1, message: Message::PreVote { view } };
+    group.step(R0, asked);
+    let refused = Message::PreVoteReply { view, granted: false, promised: View(3) };
+    assert!(group.sent.contains(&(R0, R1, refused)), "{:?}", group.sent);
+    assert!(group.at(R0).peer_silent_us(R1, group.now_us) < 100_000);
+    assert!(group.noticed(R0, |notice| matches!(notice, Notice::Absent { for_us } if *for_us >= 300_000)));
+}
+
+#[test]
+fn what_was_granted_before_an_absence_starts_no_campaign() {
+    let mut group = Group::with_secondary(|_| {});
+    group.cut = [true; 3];
+    while !suspects(&group, R1) {
+        group.run(10);
+    }
+    group.now_us += 200_000;
+    group.sent.clear();
+    let granted = Message::PreVoteReply { view: View(4), granted: true, promised: View(3) };
+    group.step(R1, Event::Message { from: R2, message: granted });
+    assert_eq!(group.at(R1).view(), View(3), "the leader may have been heard since");
+    group.run(60);
+    assert!(suspects(&group, R1), "it asks again");
+}
+
 /// A replica with nine entries that was told to begin after 5, which none of them matches; the state it stores.
 fn jumped(old: &[(Index, View, Entry)]) -> (Replica, HardState) {
     let state = HardState { promised: View(6), ..HardState::default() };

@@ -169,9 +169,15 @@ impl Poller {
     pub fn wait(&self, timeout_us: Option<u64>, ready: &mut Vec<Ready>) -> io::Result<()> {
         ready.clear();
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; MAX_EVENTS];
-        let count = match self.wait_raw(timeout_us, &mut events) {
+        let interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
+        let waited = match self.wait_raw(timeout_us, &mut events) {
+            // io_uring interrupts a sleeper to let it finish its own requests, and that has made the ring's eventfd ready.
+            Err(error) if interrupted(&error) => self.wait_raw(Some(0), &mut events),
+            waited => waited,
+        };
+        let count = match waited {
             Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) if interrupted(&error) => 0,
             Err(error) => return Err(error),
         };
         let broken = (libc::EPOLLERR | libc::EPOLLHUP) as u32;

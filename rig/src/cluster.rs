@@ -54,6 +54,8 @@ pub struct ClusterOptions {
     pub daemon_cores: Vec<usize>,
     /// Gives each host a disk of its own of this size for its log, so that it can be filled.
     pub data_disk_mib: Option<u32>,
+    /// Where the hosts keep their durable logs, a directory each; `None`: where everything else of a host is.
+    pub logs: Option<PathBuf>,
     /// More words for the guest's kernel command line.
     pub append: String,
 }
@@ -72,6 +74,7 @@ impl ClusterOptions {
             qemu_cores: vec![Vec::new(); 3],
             daemon_cores: Vec::new(),
             data_disk_mib: None,
+            logs: None,
             append: String::new(),
         }
     }
@@ -137,7 +140,10 @@ impl<'a> Cluster<'a> {
 
     /// Where a host keeps its durable log.
     pub fn data_dir(&self, host: &Host) -> PathBuf {
-        host.directory().join("data")
+        match &self.options.logs {
+            Some(logs) => logs.join(host.name()),
+            None => host.directory().join("data"),
+        }
     }
 
     /// A host's key for the traffic between the hosts.

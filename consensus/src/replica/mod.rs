@@ -5,6 +5,7 @@
 //! over at every view change.
 
 mod acceptor;
+mod attention;
 mod canonical;
 mod commit;
 mod durable;
@@ -250,9 +251,10 @@ impl Replica {
         }
     }
 
-    /// Takes one event and appends what follows from it to `out`. A clock that went back is taken to stand still.
+    /// Takes one event and appends what follows from it to `out`. A clock that went back is taken to stand still, and one
+    /// that jumped ahead past [`next_deadline_us`](Self::next_deadline_us) means that this replica was not run (R18).
     pub fn step(&mut self, now_us: u64, event: Event, out: &mut Effects) {
-        self.now_us = self.now_us.max(now_us);
+        self.advance(now_us, out);
         if self.failed {
             return;
         }
@@ -330,7 +332,7 @@ impl Replica {
     /// # Errors
     /// See [`ProposeError`].
     pub fn propose(&mut self, now_us: u64, entry: Entry, out: &mut Effects) -> Result<Index, ProposeError> {
-        self.now_us = self.now_us.max(now_us);
+        self.advance(now_us, out);
         if self.failed {
             return Err(ProposeError::StorageFailed);
         }
@@ -567,16 +569,5 @@ impl Replica {
     /// The last entry of the log, and the roles as of there.
     pub(crate) fn tail(&self) -> (Viewstamp, Base) {
         (self.log.last(), self.log.tail_roles())
-    }
-
-    /// When [`Event::Tick`] is due next; `u64::MAX` when never.
-    pub fn next_deadline_us(&self) -> u64 {
-        match &self.phase {
-            _ if self.failed => u64::MAX,
-            Phase::Leader(leading) => {
-                leading.handover.map_or(leading.heartbeat_us, |handover| handover.give_up_us.min(leading.heartbeat_us))
-            }
-            _ => self.deadline_us,
-        }
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct Temper {
     full_disk: u64,
     write_error: u64,
     sluggish: u64,
+    /// A replica, or all of them together, get no CPU for a while.
+    starve: u64,
     proposals: u64,
     input_bytes: u64,
 }
@@ -56,6 +58,7 @@ impl Temper {
             full_disk: pick(&[0, 0, 3]),
             write_error: pick(&[0, 0, 3, 10]),
             sluggish: pick(&[0, 5, 15]),
+            starve: pick(&[0, 0, 5, 20]),
             proposals: pick(&[1, 3, 8, 20]),
             input_bytes: pick(&[0, 0, 300]),
         }
@@ -70,7 +73,7 @@ fn anybody(cluster: &mut Cluster) -> ReplicaId {
 pub(super) fn act(cluster: &mut Cluster, temper: &Temper) {
     for _ in 0..cluster.rng.below(temper.proposals + 1) {
         let id = anybody(cluster);
-        if cluster.nodes[id.slot()].leading().is_some() {
+        if cluster.nodes[id.slot()].leading().is_some() && is_run(cluster, id) {
             propose_input(cluster, id, temper.input_bytes);
         }
     }
@@ -95,6 +98,21 @@ pub(super) fn act(cluster: &mut Cluster, temper: &Temper) {
     disturb_network(cluster, temper);
     disturb_disk(cluster, temper);
     disturb_guest(cluster, temper);
+    if cluster.rng.chance(temper.starve) {
+        let (who, for_us) = (cluster.rng.below(4) as usize, absence_us(cluster));
+        for id in (0..REPLICAS).map(ReplicaId).filter(|id| who >= usize::from(REPLICAS) || id.slot() == who) {
+            cluster.starve(id, for_us);
+        }
+    }
+}
+
+/// What takes a busy host's time from a process: several time slices, or a hypervisor's pause.
+pub(super) fn absence_us(cluster: &mut Cluster) -> u64 {
+    50_000 + cluster.rng.below(450_000)
+}
+
+fn is_run(cluster: &Cluster, id: ReplicaId) -> bool {
+    !cluster.nodes[id.slot()].is_absent(cluster.now_us)
 }
 
 fn disturb_network(cluster: &mut Cluster, temper: &Temper) {
@@ -136,6 +154,9 @@ fn disturb_disk(cluster: &mut Cluster, temper: &Temper) {
 
 fn disturb_guest(cluster: &mut Cluster, temper: &Temper) {
     let id = anybody(cluster);
+    if !is_run(cluster, id) {
+        return;
+    }
     if cluster.rng.chance(temper.handover)
         && let Some(to) = cluster.replica(id).and_then(|replica| replica.second())
     {

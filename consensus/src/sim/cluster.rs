@@ -51,6 +51,8 @@ pub(super) struct Node {
     pub(super) consumed: Index,
     /// Its guest consumes next to nothing until this time.
     pub(super) sluggish_until_us: u64,
+    /// Its host gives it no CPU until this time: whatever comes for it waits.
+    pub(super) absent_until_us: u64,
     pub(super) lead: Option<Lead>,
     pub(super) follow: Option<Follow>,
 }
@@ -71,9 +73,20 @@ impl Node {
             inbox: VecDeque::new(),
             consumed: Index(0),
             sluggish_until_us: 0,
+            absent_until_us: 0,
             lead: None,
             follow: None,
         }
+    }
+
+    pub(super) fn is_absent(&self, now_us: u64) -> bool {
+        now_us < self.absent_until_us
+    }
+
+    /// When it takes its next tick.
+    pub(super) fn tick_us(&self) -> Option<u64> {
+        let due_us = self.replica.as_ref()?.next_deadline_us();
+        Some(due_us.max(self.absent_until_us))
     }
 
     pub(super) fn leading(&self) -> Option<View> {
@@ -203,6 +216,7 @@ impl Cluster {
         let result = node.disk.crash(keep);
         (node.replica, node.guest, node.cold_start) = (None, None, false);
         (node.lead, node.follow) = (None, None);
+        node.absent_until_us = 0;
         node.inbox.clear();
         self.check(result);
         self.note(|| format!("{id} dies; {keep} unfinished records reach its disk"));
@@ -420,7 +434,7 @@ impl Cluster {
             Notice::Leading { view } => self.begin_lead(id, view),
             Notice::Following { .. } => node.cold_start = false,
             Notice::LostLead { .. } => node.lead = None,
-            Notice::Promoted | Notice::HandOverFailed { .. } | Notice::Ineligible { .. } => {}
+            Notice::Promoted | Notice::Absent { .. } | Notice::HandOverFailed { .. } | Notice::Ineligible { .. } => {}
         }
     }
 

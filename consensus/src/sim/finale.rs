@@ -1,7 +1,8 @@
 //! The end of a run (I7). All faults cease and everybody is back: if any replica may lead, somebody must, and the
-//! group must become whole. Then one fault comes to stay, and the group must go on.
+//! group must become whole. Replicas that are not run for a while change nothing about who leads (R18). Then one fault comes
+//! to stay, and the group must go on.
 
-use super::chaos::propose_input;
+use super::chaos::{absence_us, propose_input};
 use super::cluster::{Cluster, GENESIS_LEADER, Node, REPLICAS};
 use super::network::Weather;
 use crate::effects::Event;
@@ -15,6 +16,13 @@ const ROUNDS: u64 = 200;
 const FAULT_ROUNDS: u64 = 100;
 /// Inputs that must be committed by then: more than a dead secondary may be behind.
 const FAULT_INPUTS: u64 = 60;
+/// How often replicas are not run for a while, and how long each lasts together with what follows.
+const STARVATIONS: u64 = 2;
+const STARVATION_ROUNDS: u64 = 60;
+/// With a heartbeat's interval before it and what messages take, less than the failure timeout.
+const SHORT_ABSENCE_US: u64 = 70_000;
+/// After a pause of the whole machine, all of its processes run again within this time.
+const WAKES_WITHIN_US: u64 = 20_000;
 
 fn everybody() -> impl Iterator<Item = ReplicaId> {
     (0..REPLICAS).map(ReplicaId)
@@ -107,7 +115,7 @@ fn calm(cluster: &mut Cluster) {
     (cluster.weather, cluster.ambush) = (Weather::fair(), None);
     for node in &mut cluster.nodes {
         (node.disk.full, node.disk.failed) = (false, false);
-        (node.disk.slow_until_us, node.sluggish_until_us) = (0, 0);
+        (node.disk.slow_until_us, node.sluggish_until_us, node.absent_until_us) = (0, 0, 0);
     }
     for id in everybody() {
         if cluster.replica(id).is_none() {
@@ -139,6 +147,51 @@ fn find_leader(cluster: &mut Cluster) -> Result<bool, String> {
         Ok(true)
     } else {
         Err("I7: a cold start was allowed, and nobody leads".to_owned())
+    }
+}
+
+/// Replicas of a group that is whole are not run for a while, again and again: the followers, all at once, or the leader for
+/// less than its peers allow it. Returns whether the group is whole afterwards.
+pub(super) fn play_starvation(cluster: &mut Cluster) -> Result<bool, String> {
+    let Some(chief) = leader(cluster) else { return Ok(false) };
+    let view = cluster.nodes[chief.slot()].leading();
+    for _ in 0..STARVATIONS {
+        starve_some(cluster, chief);
+        for _ in 0..STARVATION_ROUNDS {
+            cluster.run_until(cluster.now_us + ROUND_US);
+            if cluster.violation.is_some() {
+                return Ok(false);
+            }
+            let moved = everybody().find(|id| cluster.replica(*id).map(|replica| replica.view()) != view);
+            if let Some(id) = moved {
+                return Err(format!(
+                    "R18: {id} left the view of {chief}, which lives; replicas were only not run for a while"
+                ));
+            }
+            if !cluster.nodes[chief.slot()].is_absent(cluster.now_us) {
+                propose_input(cluster, chief, 0);
+            }
+        }
+    }
+    // A secondary that was silent for too long is given up, and comes back.
+    play(cluster)
+}
+
+fn starve_some(cluster: &mut Cluster, chief: ReplicaId) {
+    let kind = cluster.rng.below(4);
+    let together_us = absence_us(cluster);
+    for id in everybody() {
+        let own_us = absence_us(cluster);
+        let for_us = match kind {
+            0 => Some(SHORT_ABSENCE_US).filter(|_| id == chief),
+            1 => Some(own_us).filter(|_| id != chief),
+            2 => Some(own_us).filter(|_| id.slot() == (chief.slot() + 1 + (own_us % 2) as usize) % 3),
+            // Whoever is run first again hears nothing yet.
+            _ => Some(together_us + own_us % WAKES_WITHIN_US),
+        };
+        if let Some(for_us) = for_us {
+            cluster.starve(id, for_us);
+        }
     }
 }
 

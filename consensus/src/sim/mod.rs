@@ -196,7 +196,10 @@ pub fn run(options: &Options) -> Result<Summary, Box<Violation>> {
     if cluster.violation.is_none() {
         finale = finale::play(&mut cluster).and_then(|whole| {
             cluster.counts.whole += u64::from(whole);
-            if whole { finale::play_single_fault(&mut cluster) } else { Ok(()) }
+            if whole && finale::play_starvation(&mut cluster)? {
+                return finale::play_single_fault(&mut cluster);
+            }
+            Ok(())
         });
     }
     match (cluster.violation.take(), finale) {

@@ -156,7 +156,7 @@ impl Cluster {
     pub(super) fn run_until(&mut self, until_us: u64) {
         while self.violation.is_none() {
             let next_us = self.queue.peek().map_or(u64::MAX, |Reverse((at_us, ..))| *at_us);
-            let tick = self.nodes.iter().filter_map(|node| Some((node.replica.as_ref()?.next_deadline_us(), node.id)));
+            let tick = self.nodes.iter().filter_map(|node| Some((node.tick_us()?, node.id)));
             let (tick_us, id) = tick.min().unwrap_or((u64::MAX, GENESIS_LEADER));
             if next_us.min(tick_us) > until_us {
                 break;
@@ -166,7 +166,7 @@ impl Cluster {
                 self.step(id, Event::Tick);
             } else if let Some(Reverse((at_us, _, happening))) = self.queue.pop() {
                 self.now_us = self.now_us.max(at_us);
-                self.happen(happening);
+                self.happen_or_wait(happening);
             }
         }
         self.now_us = self.now_us.max(until_us);
@@ -175,6 +175,32 @@ impl Cluster {
     fn lives(&self, node: u8, life: u32) -> bool {
         let node = &self.nodes[usize::from(node)];
         node.life == life && node.replica.is_some()
+    }
+
+    /// What comes to a replica that is not run waits until it is: first what it is told, then its own doing.
+    fn happen_or_wait(&mut self, happening: Happening) {
+        let (slot, own) = match happening {
+            Happening::Deliver { to, .. } => (usize::from(to), 0),
+            Happening::DiskDone { node, .. } => (usize::from(node), 0),
+            Happening::LinkLost { at, .. } | Happening::LinkUp { at, .. } => (usize::from(at), 0),
+            Happening::Transfer { exchange } => (self.exchanges[exchange].to.0.slot(), 0),
+            Happening::Acknowledged { exchange } => (self.exchanges[exchange].from.0.slot(), 0),
+            Happening::Product { node, .. } => (usize::from(node), 1),
+            Happening::TearDown { .. } | Happening::Start { .. } => return self.happen(happening),
+        };
+        let node = &self.nodes[slot];
+        match node.is_absent(self.now_us) {
+            true => self.schedule(node.absent_until_us + own, happening),
+            false => self.happen(happening),
+        }
+    }
+
+    /// The host of `id` gives it no CPU for so long.
+    pub(super) fn starve(&mut self, id: ReplicaId, for_us: u64) {
+        if self.replica(id).is_some() {
+            self.note(|| format!("{id} is not run for {for_us} us"));
+            self.nodes[id.slot()].absent_until_us = self.now_us + for_us;
+        }
     }
 
     fn happen(&mut self, happening: Happening) {

@@ -64,8 +64,8 @@ pub(super) struct Follow {
 pub(super) struct Exchange {
     view: View,
     index: Index,
-    from: (ReplicaId, u32),
-    to: (ReplicaId, u32),
+    pub(super) from: (ReplicaId, u32),
+    pub(super) to: (ReplicaId, u32),
     guest: Guest,
 }
 
@@ -87,6 +87,9 @@ pub(super) fn served_alone(recovered: &Recovered, me: ReplicaId) -> bool {
 impl Cluster {
     /// One turn of the reactor, and the time of the next.
     pub(super) fn product_round(&mut self, id: ReplicaId) {
+        if self.nodes[id.slot()].tick_us().is_some_and(|due_us| due_us <= self.now_us) {
+            self.step(id, Event::Tick);
+        }
         self.consume(id);
         self.plan_lead(id);
         let node = &self.nodes[id.slot()];

@@ -36,7 +36,7 @@ pub struct FabricConfig {
     pub connect_timeout_us: u64,
     /// A peer that said nothing for so long may be replaced by another process with its name.
     pub replace_after_us: u64,
-    /// A connection that said nothing for so long is closed and made anew.
+    /// A connection that said nothing for so long is closed and made anew. Time in which nobody polled does not count.
     pub silence_timeout_us: u64,
     /// Something is sent at least so often; a fraction of `replace_after_us`.
     pub ping_us: u64,
@@ -89,6 +89,8 @@ struct Link {
     /// What the poller watches for on the present socket.
     interest: Interest,
     last_heard_us: Option<u64>,
+    /// How much of the time since then nobody polled.
+    unpolled_us: u64,
     refusal: Option<(Refusal, u64)>,
     trouble: Option<String>,
 }
@@ -100,6 +102,7 @@ struct Common {
     membership: Arc<Membership>,
     poller: Arc<Poller>,
     random: u64,
+    polled_us: u64,
 }
 
 /// The control lane of one group; see the module.
@@ -142,12 +145,13 @@ impl PeerFabric {
                 state: State::Idle { retry_us: if me < replica.id { now_us } else { u64::MAX } },
                 interest: Interest::Read,
                 last_heard_us: None,
+                unpolled_us: 0,
                 refusal: None,
                 trouble: None,
             })
             .collect();
         let random = membership.identity.instance | 1;
-        Ok(PeerFabric { common: Common { config, membership, poller, random }, port, links })
+        Ok(PeerFabric { common: Common { config, membership, poller, random, polled_us: now_us }, port, links })
     }
 
     /// What carries the messages to and from `peer`, by the group's configuration.
@@ -216,7 +220,9 @@ impl Fabric for PeerFabric {
     }
 
     fn poll(&mut self, now_us: u64, sink: &mut dyn FnMut(FabricEvent<'_>)) {
+        let unpolled_us = self.common.unpolled_us(now_us);
         for link in &mut self.links {
+            link.unpolled_us += unpolled_us;
             link.drive(&mut self.common, now_us, sink);
         }
         // After the links: a newcomer is judged by what the old connection has said up to now.
@@ -250,7 +256,8 @@ impl Fabric for PeerFabric {
     }
 
     fn next_deadline_us(&self) -> u64 {
-        self.links.iter().map(|link| link.deadline_us(&self.common.config)).min().unwrap_or(u64::MAX)
+        let look_us = self.common.polled_us.saturating_add(self.common.config.look_us());
+        self.links.iter().map(|link| link.deadline_us(&self.common.config, look_us)).min().unwrap_or(u64::MAX)
     }
 
     fn is_connected(&self, peer: PeerId) -> bool {
@@ -379,7 +386,7 @@ impl Link {
             deadline_us: now_us + common.config.connect_timeout_us,
         };
         let session = Session::new(connection, plan);
-        self.last_heard_us = Some(now_us);
+        self.heard(now_us);
         if session.is_up() {
             self.connected(instance, sink);
         }
@@ -399,8 +406,10 @@ impl Link {
         let peer = self.peer;
         let mut deliver = |bytes: &[u8]| sink(FabricEvent::Message { peer, bytes });
         let mut result = session.pump(now_us, &mut deliver);
-        self.last_heard_us = Some(session.connection.last_heard_us);
-        let silent_us = now_us.saturating_sub(session.connection.last_heard_us);
+        let heard_us = session.connection.last_heard_us;
+        self.heard(heard_us);
+        let State::Up(session) = &mut self.state else { unreachable!("it was just pumped") };
+        let silent_us = now_us.saturating_sub(heard_us.saturating_add(self.unpolled_us));
         if result.is_ok() && silent_us >= common.config.silence_timeout_us {
             result = Err(LostReason::Silent { silent_us });
         }
@@ -434,9 +443,17 @@ impl Link {
         };
         let peer = self.peer;
         let result = session.poll_lane(now_us, &mut |bytes| sink(FabricEvent::Message { peer, bytes }));
-        self.last_heard_us = Some(session.connection.last_heard_us);
+        let heard_us = session.connection.last_heard_us;
+        self.heard(heard_us);
         if let Err(reason) = result {
             self.lose(&reason, common, now_us, sink);
+        }
+    }
+
+    /// The last that was heard was at `at_us`.
+    fn heard(&mut self, at_us: u64) {
+        if self.last_heard_us != Some(at_us) {
+            (self.last_heard_us, self.unpolled_us) = (Some(at_us), 0);
         }
     }
 
@@ -476,7 +493,7 @@ impl Link {
         self.interest = wanted;
     }
 
-    fn deadline_us(&self, config: &FabricConfig) -> u64 {
+    fn deadline_us(&self, config: &FabricConfig, look_us: u64) -> u64 {
         match &self.state {
             State::Idle { retry_us } => *retry_us,
             State::Dialing(attempt) => attempt.deadline_us,
@@ -487,14 +504,29 @@ impl Link {
                     return 0;
                 }
                 let ping_us = connection.last_sent_us + config.ping_us;
-                let silence_us = connection.last_heard_us + config.silence_timeout_us;
-                ping_us.min(silence_us).min(session.setup_deadline_us())
+                let silence_us = connection.last_heard_us + self.unpolled_us + config.silence_timeout_us;
+                ping_us.min(silence_us).min(session.setup_deadline_us()).min(look_us)
             }
         }
     }
 }
 
+impl FabricConfig {
+    /// Links are polled at least this often, if anybody is run to do so.
+    fn look_us(&self) -> u64 {
+        self.silence_timeout_us / 4
+    }
+}
+
 impl Common {
+    /// Notes a poll, and says how much of the time since the last one must not pass for silence: this thread was not run, and
+    /// the peers may have stood still on the same machine.
+    fn unpolled_us(&mut self, now_us: u64) -> u64 {
+        let passed_us = now_us.saturating_sub(self.polled_us);
+        self.polled_us = self.polled_us.max(now_us);
+        passed_us.saturating_sub(self.config.look_us())
+    }
+
     /// `us` give or take a quarter (xorshift64: only there to keep retries from marching in step).
     fn jittered(&mut self, us: u64) -> u64 {
         self.random ^= self.random << 13;

@@ -307,8 +307,24 @@ fn silence_ends_a_connection_and_pings_prevent_it() {
     assert!(a.messages().is_empty(), "a ping is no message");
     // One second passes for one side only, and the other does not run.
     b.poll_ahead(0);
-    b.poll_ahead(1_100_000);
+    (1..=6).for_each(|step| b.poll_ahead(step * 200_000));
     assert!(matches!(b.lost()[..], [LostReason::Silent { silent_us: 1_000_000.. }]), "{:?}", b.lost());
+}
+
+#[test]
+fn a_side_that_was_not_run_does_not_take_that_for_silence_for_ever() {
+    let (_left, _right, mut a, mut b) = pair(&FabricConfig::default());
+    // Both were not run for long, on one machine that stood still.
+    a.poll_ahead(5_000_000);
+    b.poll_ahead(5_000_000);
+    assert!(a.lost().is_empty() && b.lost().is_empty(), "{:?} {:?}", a.lost(), b.lost());
+    assert!(a.fabric.next_deadline_us() <= dataplane::wait::now_us() + 5_250_000, "it looks again in time");
+    // It is seldom run, and the other never again.
+    let polls = (1..=10).find(|poll| {
+        b.poll_ahead(5_000_000 + poll * 400_000);
+        !b.lost().is_empty()
+    });
+    assert!(matches!(polls, Some(3..=4)), "lost after {polls:?} polls: {:?}", b.lost());
 }
 
 /// A lone acceptor and a welcomed connection to it.

@@ -35,12 +35,16 @@ use policy::{Policy, VSMR};
 use report::{Column, LEGEND, Measured};
 use workload::{Suite, Workload};
 
+/// A file system in memory, on every Linux.
+const MEMORY: &str = "/dev/shm";
+
 /// Measures everything that is wanted.
 ///
 /// # Errors
 /// Not root, a guest that does not come up, a load generator that fails, or a wrong answer.
 pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
     let scratch = Scratch::new(&std::env::temp_dir(), "plover-perf-services")?;
+    let logs = Scratch::new(Path::new(MEMORY), "plover-perf-services-logs")?;
     boot::copy_programs(scratch.path())?;
     let suites: &[Suite] = effort.pick(&workload::ALL[..], &workload::SMOKE[..]);
     for suite in suites {
@@ -51,7 +55,8 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         }
         let rows: &Rows = sink;
         let policies = suite.policies.iter().copied().filter(|policy| is_wanted(*policy, &wanted, rows)).collect();
-        let run = Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), effort };
+        let run =
+            Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), logs: logs.path(), effort };
         let measured = run.measure()?;
         for one in &measured {
             println!("{}", one.table());
@@ -87,6 +92,8 @@ struct Run<'a> {
     cpus: [usize; 2],
     /// With the programs, and for the output of load generators.
     directory: &'a Path,
+    /// For the logs of the hosts.
+    logs: &'a Path,
     effort: Effort,
 }
 
@@ -124,7 +131,7 @@ impl<'a> Run<'a> {
     }
 
     fn cells(&self, bed: &Testbed, policy: Policy) -> Result<Vec<Cell>> {
-        let cluster = boot::boot(bed, self.suite.service, policy, self.directory, self.cpus)?;
+        let cluster = boot::boot(bed, self.suite.service, policy, self.directory, self.logs, self.cpus)?;
         let client =
             Client { host: bed.client(), cpu: self.cpus[1], directory: self.directory, address: cluster.address() };
         let seconds = self.effort.pick(3.0, 0.3);

@@ -196,6 +196,8 @@ pub struct NetDevice {
     /// The pair whose turn to transmit it is.
     pub(super) next_transmit: usize,
     pub(super) polling: bool,
+    /// The guest need not kick when it sends.
+    hushed: bool,
     /// A ring is broken, so all stand still.
     pub(super) broken: bool,
     /// The longest frame that [`Self::collect_tx`] passed on since the last flush.
@@ -219,6 +221,7 @@ impl NetDevice {
             pairs_in_use: 0,
             next_transmit: 0,
             polling: false,
+            hushed: false,
             broken: false,
             longest_tx_bytes: 0,
             pending: VecDeque::new(),
@@ -260,9 +263,31 @@ impl NetDevice {
     /// no system call. After a change to false, [`Self::arm`] must be called before the caller waits for kicks.
     pub fn set_polling(&mut self, polling: bool) {
         if std::mem::replace(&mut self.polling, polling) != polling {
-            for ring in self.slots.iter_mut().filter_map(|slot| slot.ring.as_deref_mut()) {
-                ring.set_polling(polling);
+            for index in RingIndex::all() {
+                self.note_polling(index);
             }
+        }
+    }
+
+    /// Whether the caller looks at what the guest sends often enough without being asked to. The guest then does not kick for
+    /// that, and what it is owed for frames that it sent may wait longer. Returns whether that is a change; after one to false,
+    /// [`Self::arm`] must be called.
+    pub fn set_hushed(&mut self, hushed: bool) -> bool {
+        let changed = std::mem::replace(&mut self.hushed, hushed) != hushed;
+        if changed {
+            for pair in 0..MAX_QUEUE_PAIRS {
+                self.note_polling(RingIndex::transmit(pair));
+            }
+        }
+        changed
+    }
+
+    fn note_polling(&mut self, index: RingIndex) {
+        let polling = self.polling || (self.hushed && !index.is_receive());
+        if let Some(ring) = self.slots[usize::from(index.0)].ring.as_deref_mut()
+            && ring.is_polling() != polling
+        {
+            ring.set_polling(polling);
         }
     }
 
@@ -363,14 +388,12 @@ impl NetDevice {
             return;
         };
         slot.ring = Some(ring);
-        if let (Some(ring), true) = (slot.ring.as_deref_mut(), self.polling) {
-            ring.set_polling(true);
-        }
         slot.broken = false;
         slot.enabled = enabled;
         slot.call = call;
         slot.error = error;
         self.features = features;
+        self.note_polling(index);
         self.set_kick(index, kick);
         self.note_running();
     }
@@ -498,6 +521,10 @@ impl NetDevice {
                 });
             }
         } else if let (Some(debt), true) = (&mut slot.debt, slot.heard) {
+            debt.note_received();
+        }
+        if let (Some(debt), true) = (&mut slot.debt, self.hushed) {
+            // Its frames leave later than that.
             debt.note_received();
         }
         slot.debt.is_none_or(|debt| now_us < debt.due_us())

@@ -502,6 +502,12 @@ impl Ring {
         }
     }
 
+    /// What [`Self::set_polling`] was called with.
+    #[inline]
+    pub fn is_polling(&self) -> bool {
+        self.polling
+    }
+
     /// Makes every kick needless that the guest may still believe to be wanted.
     #[cold]
     fn silence(&mut self) {

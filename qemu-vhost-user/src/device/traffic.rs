@@ -242,7 +242,7 @@ impl NetDevice {
                 match end {
                     End::All => return Ok(TxEnd::Turn),
                     End::Refused => return Ok(TxEnd::Refused),
-                    End::Exhausted if self.polling => return Ok(TxEnd::Empty),
+                    End::Exhausted if ring.is_polling() => return Ok(TxEnd::Empty),
                     End::Exhausted if next_or_arm(ring)?.is_none() => return Ok(TxEnd::Empty),
                     End::Exhausted => continue,
                     End::Unusual => {}

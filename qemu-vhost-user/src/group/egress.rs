@@ -128,6 +128,11 @@ impl Egress {
         Collected { frames, more: frames == TX_BUDGET_FRAMES, refused }
     }
 
+    /// Whether frames leave at once.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
     /// Ends the present slot: what is held now belongs to it, what comes later does not.
     pub fn seal(&mut self) -> SlotMark {
         self.guard.seal()

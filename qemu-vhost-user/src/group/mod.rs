@@ -8,6 +8,7 @@ mod delivery;
 mod egress;
 mod follow;
 mod guest;
+mod hush;
 mod ingress;
 mod lead;
 mod memory;

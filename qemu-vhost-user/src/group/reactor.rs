@@ -20,9 +20,10 @@ use dataplane::wait::{Bell, Interest};
 
 use super::GroupError;
 use super::delivery::Delivery;
-use super::egress::Egress;
+use super::egress::{Collected, Egress};
 use super::follow::Follow;
 use super::guest::LocalGuest;
+use super::hush::Hush;
 use super::ingress::Ingress;
 use super::lead::Lead;
 use super::messages::{GuestReport, KIND_CONSENSUS, KIND_REPORT};
@@ -55,6 +56,7 @@ pub struct Reactor<'a> {
     pub(super) device: NetDevice,
     pub(super) ingress: Ingress,
     pub(super) egress: Egress,
+    pub(super) hush: Hush,
     pub(super) arena: Arena,
     pub(super) pages: PageSize,
     pub(super) delivery: Delivery,
@@ -108,6 +110,7 @@ impl Turns for Reactor<'_> {
         let alone = self.alone_proof();
         self.pace.stages.lap(Stage::Decide, reports);
         let collected = self.egress.collect(&mut self.device, now, alone);
+        let missed = self.hush(now, collected);
         self.pace.stages.lap(Stage::Collect, collected.frames);
         if due.device {
             self.take_device_events();
@@ -124,6 +127,7 @@ impl Turns for Reactor<'_> {
         let more = inputs.more
             || messages > 0
             || collected.more
+            || missed
             || delivered.more
             || self.egress.is_releasing()
             // The room that the release has just made is for a frame whose guest was not asked to kick.
@@ -140,6 +144,7 @@ impl Turns for Reactor<'_> {
         next = next.min(self.delivery.next_deadline_us());
         next = next.min(self.ingress.next_deadline_us(now));
         next = next.min(self.device.signal_due_us());
+        next = next.min(self.hush.next_deadline_us());
         if let Some(lead) = &self.lead {
             next = next.min(lead.next_deadline_us(now));
         }
@@ -168,16 +173,6 @@ impl Turns for Reactor<'_> {
         }
     }
 
-    /// This thread was not run: peers get one more heartbeat's time before they count as silent.
-    fn stalled(&mut self, now: u64) {
-        tracing::debug!(vm = %self.vm.name, "the reactor was not run for a while");
-        for peer in self.peers.ids() {
-            if self.peers.get(peer).connected {
-                self.ordering.step(now, Event::PeerHeard(peer));
-            }
-        }
-    }
-
     fn may_sleep(&mut self) -> bool {
         !self.ordering.fabric().arm()
     }
@@ -192,6 +187,14 @@ impl Reactor<'_> {
     pub fn run(&mut self, stopping: &AtomicBool) -> Result<(), GroupError> {
         self.watch_all().map_err(|source| GroupError::System { what: "epoll", source })?;
         drive(self, stopping)
+    }
+
+    /// Decides whether the guest need kick when it sends; returns whether it has sent something before it knew that it must.
+    fn hush(&mut self, now: u64, collected: Collected) -> bool {
+        // A frame that was refused waits for room in the guard, not for a look.
+        let held = !self.egress.is_direct() && !collected.refused;
+        let hushed = self.hush.after_collect(now, collected.frames, held);
+        self.device.set_hushed(hushed) && !hushed && self.device.arm()
     }
 
     /// Puts every descriptor into the poller, once.
@@ -285,6 +288,9 @@ impl Reactor<'_> {
                 }
                 Notice::Jumped { .. } => self.invalidate_guest(now, "the log that it needed is gone"),
                 Notice::HandOverFailed { .. } => self.hand_over_failed(),
+                Notice::Absent { for_us } => {
+                    tracing::warn!(vm = %self.vm.name, for_ms = for_us / 1000, "not run for a while; is this host short of CPU?");
+                }
                 Notice::Ineligible { .. } | Notice::Promoted => {}
             }
         }

@@ -17,6 +17,7 @@ use super::delivery::Delivery;
 use super::egress::Egress;
 use super::follow::Follow;
 use super::guest::LocalGuest;
+use super::hush::Hush;
 use super::ingress::{self, Ingress};
 use super::memory::{self, Memory};
 use super::messages::GuestReport;
@@ -86,7 +87,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         scheduling::apply(node.scheduling, place.core, idle, "reactor");
         return passthrough::run(parts, stopping);
     }
-    let fabric = PeerFabric::new(FabricConfig::default(), control, poller.clone(), TOKEN_FABRIC, now)
+    let fabric = PeerFabric::new(fabric_config(&vm.policy), control, poller.clone(), TOKEN_FABRIC, now)
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
     let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
@@ -103,6 +104,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         arena: memory.arena,
         pages: memory.pages,
         egress: Egress::new(memory.guard, uplink),
+        hush: Hush::default(),
         delivery: Delivery::default(),
         worker,
         guest: LocalGuest::new(vm.policy.idle_threshold_us),
@@ -207,6 +209,13 @@ fn register(listener: &Listener, vm: &VmConfig, me: ReplicaId) -> Result<GroupPo
 /// Time between two heartbeats of a leader.
 pub(super) fn heartbeat_interval_us(policy: &Policy) -> u64 {
     policy.failure_timeout_ms * 1000 / 4
+}
+
+/// A connection outlives a silence that the group bears: its end counts as the peer's death.
+fn fabric_config(policy: &Policy) -> FabricConfig {
+    let default = FabricConfig::default();
+    let borne_us = 2 * policy.failure_timeout_ms * 1000;
+    FabricConfig { silence_timeout_us: default.silence_timeout_us.max(borne_us), ..default }
 }
 
 fn consensus_config(vm: &VmConfig, me: ReplicaId, listener: &Listener) -> Config {

@@ -36,8 +36,6 @@ const _: () = assert!(TOKEN_KICKS + 2 * crate::device::MAX_QUEUE_PAIRS as u64 <=
 const LONGEST_SLEEP_US: u64 = 50_000;
 /// Longest sleep while the uplink can only be polled.
 const POLLED_SLEEP_US: u64 = 20;
-/// A reactor that was kept from running for this long must not judge its peers by what it did not hear meanwhile.
-const OWN_STALL_US: u64 = 20_000;
 
 /// What the poller found ready. Every source is level-triggered or looked at in every turn, so nothing is lost by
 /// leaving it for later.
@@ -137,9 +135,6 @@ pub trait Turns {
     /// Before each look at the descriptors.
     fn before_look(&mut self, _now_us: u64) {}
 
-    /// The thread was not run for a while.
-    fn stalled(&mut self, _now_us: u64) {}
-
     /// Sources without a descriptor are due in every turn.
     fn always_due(&mut self) -> AlwaysDue;
 }
@@ -159,12 +154,8 @@ pub fn drive(driven: &mut impl Turns, stopping: &AtomicBool) -> Result<(), Group
     let always = driven.always_due();
     driven.pace().idler.set_by_descriptor(!always.uplink || always.sockets);
     let mut due = Due::EVERYTHING;
-    let mut planned_us = now_us();
     while !stopping.load(Ordering::Acquire) {
         let now = now_us();
-        if now.saturating_sub(planned_us) > OWN_STALL_US {
-            driven.stalled(now);
-        }
         let found = driven.turn(now, due)?;
         let after = now_us();
         driven.pace().loops.end_loop(after, found.work);
@@ -177,7 +168,6 @@ pub fn drive(driven: &mut impl Turns, stopping: &AtomicBool) -> Result<(), Group
             Rest::Breathe => BREATHER_US,
             Rest::Again | Rest::Look | Rest::Yield | Rest::Arm => 0,
         };
-        planned_us = after + sleep_us;
         driven.before_look(after);
         match rest {
             Rest::Yield => std::thread::yield_now(),

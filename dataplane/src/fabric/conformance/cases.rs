@@ -283,8 +283,7 @@ pub(super) fn silence(bed: &mut dyn Bed) {
     let until_us = now_us() + 1_300_000;
     drive(&mut left, &mut right, |_, _| now_us() > until_us);
     assert!(left.lost.is_empty() && right.lost.is_empty(), "{:?} {:?}", left.lost, right.lost);
-    left.poll_ahead(0);
-    left.poll_ahead(1_100_000);
+    (0..=6).for_each(|step| left.poll_ahead(step * 200_000));
     assert!(matches!(left.lost[..], [LostReason::Silent { silent_us: 1_000_000.. }]), "{:?}", left.lost);
     drive(&mut left, &mut right, |left, right| left.connected.len() == 2 && right.connected.len() == 2);
 }

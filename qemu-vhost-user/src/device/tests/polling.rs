@@ -207,3 +207,30 @@ fn a_frame_that_waits_for_buffers_is_woken_for() {
     bed.device.arm();
     assert!(!bed.rx[0].offer(true));
 }
+
+#[test]
+fn a_hushed_guest_kicks_for_buffers_alone_and_for_frames_when_it_is_asked_again() {
+    for event_idx in [true, false] {
+        let features = Features(Features::offered().0 & !if event_idx { 0 } else { EVENT_IDX });
+        let mut bed = MappedBed::started(features, 1);
+        assert!(bed.device.set_hushed(true));
+        assert!(!bed.device.set_hushed(true), "no change");
+        for _ in 0..70_000 {
+            assert!(!pass_one(&mut bed, event_idx));
+        }
+        assert_eq!(bed.device.inject(&frame(1, 60)), Inject::NoBuffers);
+        assert!(bed.rx[0].offer(event_idx), "a frame waits for buffers");
+        assert_eq!(bed.device.inject(&frame(1, 60)), Inject::Done);
+        // Whether it is polled meanwhile makes no difference afterwards.
+        bed.device.set_polling(true);
+        bed.device.set_polling(false);
+        assert!(!bed.device.arm());
+        assert!(!pass_one(&mut bed, event_idx));
+        bed.tx[0].send(&frame(2, 60), event_idx);
+        assert!(bed.device.set_hushed(false));
+        assert!(bed.device.arm(), "what came before the request is found by it");
+        assert_eq!(bed.device.collect_tx(8, &mut |_| true), 1);
+        assert!(!bed.device.arm());
+        assert!(pass_one(&mut bed, event_idx));
+    }
+}
