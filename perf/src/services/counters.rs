@@ -238,10 +238,14 @@ mod tests {
     fn the_sums_of_a_status_are_read_by_name() {
         let totals = serde_json::json!({
             "count": 3, "failed": 1, "dirty_pages": 40, "divergent_pages": 10, "bytes_sent": 600,
-            "full_transfer_bytes": 7000, "stop_ms_p50": 1.5, "stop_us": [[1500, 3]], "whole_us": [[1800, 3]],
+            "full_transfer_bytes": 7000, "traffic_bytes": [["sets", 60], ["memory", 540]], "stop_ms_p50": 1.5, "stop_us": [[1500, 3]], "whole_us": [[1800, 3]],
         });
         let syncs = Syncs::deserialize(&totals).unwrap();
         assert_eq!((syncs.count, syncs.bytes_sent, syncs.stop_us.quantile_ms(0.5)), (3, 600, 1.5));
+        assert_eq!(
+            (syncs.traffic(), syncs.since(&syncs).traffic()),
+            ("sets 20, memory 180".into(), "sets 0, memory 0".into())
+        );
         assert_eq!((syncs.same_rate(), Syncs::default().same_rate()), (0.75, 0.0));
         assert_eq!(syncs.since(&syncs).whole_us, Distribution::default());
     }

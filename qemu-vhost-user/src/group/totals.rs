@@ -185,6 +185,7 @@ mod tests {
             ..SyncReport::default()
         });
         assert_eq!(totals.sums().phases_us, [("stop".to_owned(), 42), ("ack".to_owned(), 10)]);
+        assert_eq!(totals.sums().traffic_bytes.len(), Part::EVERY.len(), "each part by its name");
         assert_eq!(totals.last().expect("it was followed").phases_us, [("load".to_owned(), 9)]);
     }
 }

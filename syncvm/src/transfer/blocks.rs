@@ -138,10 +138,10 @@ fn fitting(size: BlockSize, maps: &[u64]) -> (usize, usize) {
     (maps.len(), blocks)
 }
 
-/// The bits of the words of a line that are not zero, and those words one after the other.
+/// Puts the words of a line that are not zero into `words`, one after the other, and anything behind them. Returns their bits.
 #[inline]
-fn pack(line: &[u8]) -> (u8, [u8; LINE_BYTES]) {
-    let (mut mask, mut words, mut end) = (0, [0; LINE_BYTES], 0);
+fn pack(line: &[u8], words: &mut [u8; LINE_BYTES]) -> u8 {
+    let (mut mask, mut end) = (0, 0);
     for (at, word) in line.chunks_exact(WORD_BYTES).enumerate() {
         // Without a branch: the next word takes the place of one that is zero.
         words[end..end + WORD_BYTES].copy_from_slice(word);
@@ -149,7 +149,13 @@ fn pack(line: &[u8]) -> (u8, [u8; LINE_BYTES]) {
         mask |= u8::from(kept) << at;
         end += usize::from(kept) * WORD_BYTES;
     }
-    (mask, words)
+    mask
+}
+
+/// The bits of the words of a line that are not zero.
+fn mask_of(line: &[u8]) -> u8 {
+    let words = line.chunks_exact(WORD_BYTES).enumerate();
+    words.fold(0, |mask, (at, word)| mask | u8::from(word != [0; WORD_BYTES]) << at)
 }
 
 /// How many bytes the words of a mask are.
@@ -187,18 +193,20 @@ pub(super) fn encode_blocks<'a>(
         body.extend_from_slice(&map.to_le_bytes()[..size.bitmap_bytes()]);
     }
     let mut mask_at = body.len();
-    body.resize(mask_at + blocks * size.lines(), 0);
-    body.reserve(blocks * size.bytes());
+    let mut end = mask_at + blocks * size.lines();
+    body.resize(end + blocks * size.bytes(), 0);
     for (map, page) in maps[..count].iter().zip(pages) {
         for at in Bits(*map) {
             for line in page[at * size.bytes()..][..size.bytes()].chunks_exact(LINE_BYTES) {
-                let (mask, words) = pack(line);
+                let words = body[end..].first_chunk_mut().expect("there is room for every line as a whole");
+                let mask = pack(line, words);
                 body[mask_at] = mask;
                 mask_at += 1;
-                body.extend_from_slice(&words[..packed_bytes(mask)]);
+                end += packed_bytes(mask);
             }
         }
     }
+    body.truncate(end);
     (count, blocks)
 }
 
@@ -294,7 +302,7 @@ impl Differences {
         for first in Bits(merged(lines, BlockSize::B256)) {
             let wide = new[first * LINE_BYTES..][..BlockSize::B256.bytes()].chunks_exact(LINE_BYTES);
             for (bytes, line) in line_bytes[first..].iter_mut().zip(wide) {
-                *bytes = 1 + packed_bytes(pack(line).0) as u64;
+                *bytes = 1 + packed_bytes(mask_of(line)) as u64;
             }
         }
         for (at, size) in BlockSize::EVERY.into_iter().enumerate() {

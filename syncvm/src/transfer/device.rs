@@ -9,6 +9,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::WireError;
 use crate::wire::{Reader, put_varint};
 
+/// Bytes that are compared at once where little differs.
+const CHUNK_BYTES: usize = 64;
+
 /// Equal bytes between two runs that are cheaper to send than another run.
 const CLOSE_BYTES: usize = 3;
 
@@ -94,9 +97,12 @@ impl<'a> DeviceDelta<'a> {
 
 /// Where `state` is not as `before`, from `at` on.
 fn next_difference(before: &[u8], state: &[u8], at: usize) -> Option<usize> {
-    let old = before.get(at..).unwrap_or_default();
-    let equal = state[at..].iter().zip(old).take_while(|(new, old)| new == old).count();
-    (at + equal < state.len()).then_some(at + equal)
+    let (old, new) = (before.get(at..).unwrap_or_default(), &state[at..]);
+    let chunks = new.chunks_exact(CHUNK_BYTES).zip(old.chunks_exact(CHUNK_BYTES));
+    let skipped = CHUNK_BYTES * chunks.take_while(|(new, old)| new == old).count();
+    let equal = new[skipped..].iter().zip(&old[skipped..]).take_while(|(new, old)| new == old).count();
+    let next = at + skipped + equal;
+    (next < state.len()).then_some(next)
 }
 
 /// The end of the run of differing bytes that begins at `start`, with small gaps in it.
