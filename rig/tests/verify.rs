@@ -225,6 +225,8 @@ fn a_write_that_the_tracker_misses_is_found_and_repaired() {
     let bed = Testbed::new().unwrap();
     let cluster = cluster(&bed, Service::Redis, VERIFY);
     let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
+    // A guest that boots sets devices up, and one whose guest is ahead with that must rejoin.
+    bed.client().wait_for_port(cluster.address(), Deadline::after_secs(BOOT_LIMIT_SECS)).unwrap();
     cluster.ask(&roles.leader, &["sync", VM]).unwrap();
     assert_eq!(total(&cluster, &roles.leader, "diverged"), 0);
 

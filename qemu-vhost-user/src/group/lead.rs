@@ -20,7 +20,7 @@ use super::slots::Slots;
 use super::worker::{Command, Report};
 use crate::config::{Degraded, Policy};
 
-/// A secondary that fails this many syncvms in a row is given up.
+/// A secondary that fails this many syncvms in a row is given up, and at once if it lets a deadline pass.
 const SYNC_FAILURES_LIMIT: u32 = 3;
 /// A newly named secondary may take this long to say that its guest is whole.
 const INTACT_GRACE_US: u64 = 3_000_000;
@@ -437,7 +437,10 @@ impl Reactor<'_> {
             Report::Resumed { number } => self.led_guest_resumed(now, number),
             Report::Acknowledged { number, view } => self.sync_acknowledged(now, number, view),
             Report::Led(report) => self.led(&report),
-            Report::LeadFailed { number, error, diverged } => self.sync_failed(now, number, error, diverged),
+            Report::LeadFailed { number, error, diverged, silent } => {
+                self.totals.diverged += u64::from(diverged);
+                self.sync_failed(now, number, error, silent);
+            }
             Report::RejoinReady { peer, summary } => {
                 tracing::info!(vm = %self.vm.name, peer = %self.peers.name(peer), summary, "joiner is near");
                 if self.rejoin_is(Rejoin::Rounds(peer)) {
@@ -491,9 +494,8 @@ impl Reactor<'_> {
         self.sync_request_done(now, with);
     }
 
-    fn sync_failed(&mut self, now: u64, number: Index, error: String, diverged: bool) {
+    fn sync_failed(&mut self, now: u64, number: Index, error: String, silent: bool) {
         self.totals.failed += 1;
-        self.totals.diverged += u64::from(diverged);
         self.note_error(format!("syncvm {}: {error}", number.0));
         self.delivery.pass_sync(number, self.me);
         let Some(lead) = &mut self.lead else { return };
@@ -506,7 +508,8 @@ impl Reactor<'_> {
         self.guest.stopped_for_hand_over = false;
         lead.sync = LeadSync::Resting;
         lead.slots.failed();
-        lead.failures += 1;
+        // Clients have waited for a whole deadline by then: not for another one.
+        lead.failures += if silent { SYNC_FAILURES_LIMIT } else { 1 };
         if lead.rejoin == Rejoin::Final(with) {
             lead.rejoin = Rejoin::Resting;
             lead.failures = 0;

@@ -181,6 +181,16 @@ impl SyncError {
         }
     }
 
+    /// Whether the peer let a deadline pass.
+    #[must_use]
+    pub fn peer_was_silent(&self) -> bool {
+        match self {
+            Self::Channel(ChannelError::Timeout) => true,
+            Self::NotResumed { cause, .. } => cause.peer_was_silent(),
+            _ => false,
+        }
+    }
+
     /// Whether a short hash or a digest took what differs for equal. It would again, so the next syncvm must not rest on them.
     #[must_use]
     pub fn hash_agreed_falsely(&self) -> bool {

@@ -134,6 +134,8 @@ pub enum Report {
         error: String,
         /// RAM or device state differed after the syncvm (`verify = true`).
         diverged: bool,
+        /// The other side let a deadline pass.
+        silent: bool,
     },
     /// Leader: the joiner is near enough for the last syncvm.
     RejoinReady {

@@ -401,10 +401,12 @@ impl Serve {
             Ok(context) => {
                 context.config.early_resume = early_resume;
                 context.observer.begin(number, view, last);
-                lead_syncvm(context, number.0)
-                    .map_err(|error| (describe(&error), matches!(error, SyncError::Diverged { .. })))
+                lead_syncvm(context, number.0).map_err(|error| {
+                    let diverged = matches!(error, SyncError::Diverged { .. });
+                    (describe(&error), diverged, error.peer_was_silent())
+                })
             }
-            Err(error) => Err((error, false)),
+            Err(error) => Err((error, false, false)),
         };
         match result {
             Ok(report) => {
@@ -414,11 +416,11 @@ impl Serve {
                     self.run_guest();
                 }
             }
-            Err((error, diverged)) => {
+            Err((error, diverged, silent)) => {
                 self.drop_link();
                 // It runs already unless resuming failed or the last syncvm before a hand-over did.
                 self.run_guest();
-                self.port.report(Report::LeadFailed { number, error, diverged });
+                self.port.report(Report::LeadFailed { number, error, diverged, silent });
             }
         }
     }
