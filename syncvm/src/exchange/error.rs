@@ -213,3 +213,17 @@ impl SyncError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_passed_is_told_from_a_channel_that_broke() {
+        let silent = || SyncError::Channel(ChannelError::Timeout);
+        assert!(silent().peer_was_silent());
+        let resume = GuestError::new("cont", "no");
+        assert!(SyncError::NotResumed { cause: Box::new(silent()), resume }.peer_was_silent());
+        assert!(!SyncError::Channel(ChannelError::Closed).peer_was_silent() && !SyncError::Deposed.peer_was_silent());
+    }
+}
