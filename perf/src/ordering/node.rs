@@ -45,7 +45,7 @@ impl Inbox {
 
 /// See the module.
 pub struct Node {
-    me: ReplicaId,
+    pub me: ReplicaId,
     replica: Replica,
     effects: Effects,
     memory: Memory,

@@ -64,15 +64,17 @@ impl Trio {
                 transports: Vec::new(),
             })
             .collect();
+        // All before the first thread: a replica that is dialled before it is known refuses, which ends the run.
         let leader = Node::new(&listeners[0], replicas.clone(), ReplicaId(0))?;
+        let first = Node::new(&listeners[1], replicas.clone(), ReplicaId(1))?;
+        let second = Node::new(&listeners[2], replicas, ReplicaId(2))?;
         let stop = Arc::new(Stop { through: AtomicU64::new(u64::MAX), wakes: [EventFd::new()?, EventFd::new()?] });
         // Made before its threads, so that an error in between ends those that run.
         let mut trio = Trio { leader, truncated: Index(0), stop, followers: Vec::new(), _listeners: listeners };
-        for id in [1, 2] {
-            let node = Node::new(&trio._listeners[usize::from(id)], replicas.clone(), ReplicaId(id))?;
-            node.poller.add(&trio.stop.wakes[usize::from(id) - 1], STOP_TOKEN, Interest::ReadEdge)?;
+        for (node, wake) in [first, second].into_iter().zip(&trio.stop.wakes) {
+            node.poller.add(wake, STOP_TOKEN, Interest::ReadEdge)?;
             let stop = Arc::clone(&trio.stop);
-            let thread = std::thread::Builder::new().name(format!("follower-{id}"));
+            let thread = std::thread::Builder::new().name(format!("follower-{}", node.me));
             trio.followers.push(thread.spawn(move || {
                 if let Some(cpu) = follower_cpu {
                     pin::pin(cpu)?;
