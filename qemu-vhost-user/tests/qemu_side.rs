@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use plover_agent::protocol::{VcpuChange, VcpuCommon, WrittenRange};
-use qemu_vhost_user::qemu::agent::{AgentClient, DEFAULT_PERIOD_US, VcpuClocks};
+use qemu_vhost_user::qemu::agent::{AgentClient, AgentError, DEFAULT_PERIOD_US, VcpuClocks};
 use qemu_vhost_user::qemu::device_state;
 use qemu_vhost_user::qemu::fingerprint::{Mismatch, compare};
 use qemu_vhost_user::qemu::preflight::{self, Refusal};
@@ -174,6 +174,52 @@ fn device_state_is_saved_and_loaded_twenty_times_in_one_process() {
     until("the guest to work", || (cpu_ns(&clocks, sequence).0 > start).then_some(()));
     let kinds: Vec<EventKind> = qmp.take_events().into_iter().map(|event| event.kind).collect();
     assert_eq!(kinds.iter().filter(|kind| **kind == EventKind::Stop).count(), 20, "{kinds:?}");
+}
+
+#[test]
+#[ignore = "e2e: run by cargo xtask test"]
+fn the_agent_stops_saves_loads_and_resumes_as_the_monitor_does() {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let vm = Vm::new("control").start();
+    let (mut qmp, mut agent) = (vm.qmp(), vm.agent());
+    preflight::check(&mut qmp, Some(&mut agent), "a", vm.directory()).expect("accepted");
+    agent.cont(LIMIT).expect("cont");
+    assert_eq!(qmp.query_status().expect("status"), RunState::Running);
+    vm.wait_for_console(READY);
+    let file = StateFile::create(vm.directory(), "control").expect("state file");
+    let (mut by_agent, mut by_monitor) = (Vec::new(), Vec::new());
+    for _ in 0..20 {
+        agent.stop(LIMIT).expect("stop");
+        assert_eq!(qmp.query_status().expect("status"), RunState::Paused);
+        agent.save_devices_state(file.path(), LIMIT).expect("save");
+        file.read_into(&mut by_agent).expect("read");
+        agent.register_yank().expect("yank");
+        agent.load_devices_state(file.path(), LIMIT).expect("load");
+        qmp.save_devices_state(file.path()).expect("save by the monitor");
+        file.read_into(&mut by_monitor).expect("read");
+        assert!(by_agent.len() > 10_000 && by_agent == by_monitor);
+        agent.cont(LIMIT).expect("cont");
+        assert_eq!(qmp.query_status().expect("status"), RunState::Running);
+    }
+    // QEMU's own reason comes along, and QEMU lives on.
+    agent.stop(LIMIT).expect("stop");
+    file.write(b"no device state").expect("write");
+    agent.register_yank().expect("yank");
+    let refused = agent.load_devices_state(file.path(), LIMIT).expect_err("garbage");
+    assert!(matches!(&refused, AgentError::Refused { reason, .. } if reason.contains("failed")), "{refused}");
+    let missing = vm.directory().join("missing/file");
+    let refused = agent.save_devices_state(&missing, LIMIT).expect_err("no such folder");
+    assert!(refused.to_string().contains("No such file"), "{refused}");
+    file.write(&by_agent).expect("write");
+    agent.register_yank().expect("yank");
+    agent.load_devices_state(file.path(), LIMIT).expect("load");
+    agent.cont(LIMIT).expect("cont");
+    assert_eq!(qmp.query_status().expect("status"), RunState::Running);
+    // Both at the same QEMU, in any order.
+    qmp.stop().expect("stop");
+    agent.cont(LIMIT).expect("cont");
+    qmp.stop().expect("stop");
+    assert_eq!(qmp.query_status().expect("status"), RunState::Paused);
 }
 
 /// A figure of what TCG says of its translations.

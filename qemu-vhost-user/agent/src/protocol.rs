@@ -1,12 +1,16 @@
 //! What daemon and agent say to each other: messages over a `SOCK_SEQPACKET` unix socket, so that the kernel keeps message
-//! boundaries and file descriptors travel with the message that they belong to. All have a fixed size but
-//! [`Request::Written`] and [`Request::Vcpus`], which are followed by records.
+//! boundaries and file descriptors travel with the message that they belong to. All have a fixed size, but some requests
+//! are followed by records, and a refusal by its reason.
 //!
 //! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read
-//! ends the connection. All fields are little endian.
+//! ends the connection. Requests carry a tag, so that the late answer of one that was given up is not taken for the next one's. All fields are
+//! little endian.
+
+use std::ffi::{CStr, CString};
+use std::path::Path;
 
 /// Version of this protocol and of the clock page; daemon and agent must agree exactly.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// First four bytes of every message.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"PLVA");
 /// Length of a request without records.
@@ -17,8 +21,12 @@ pub const RECORD_BYTES: usize = 16;
 pub const MAX_RECORDS: usize = 2048;
 /// Length of the longest request.
 pub const MAX_REQUEST_BYTES: usize = REQUEST_BYTES + MAX_RECORDS * RECORD_BYTES;
-/// Length of a response.
+/// Where in a request its tag is.
+const TAG: std::ops::Range<usize> = 12..16;
+/// Length of a response without a reason.
 pub const RESPONSE_BYTES: usize = 32;
+/// The longest reason of a refusal; the rest is cut off.
+pub const MAX_REASON_BYTES: usize = 512;
 /// Environment variable that names the socket the agent listens on; without it the agent does nothing.
 pub const SOCKET_VARIABLE: &str = "PLOVER_AGENT_SOCKET";
 
@@ -37,6 +45,14 @@ pub enum Request {
     Written,
     /// Give these vCPUs of the stopped guest another common state.
     Vcpus,
+    /// Stop the guest, as the monitor's `stop`.
+    Stop,
+    /// Let it run, as `cont`.
+    Cont,
+    /// Write the state of its devices to a file, as `xen-save-devices-state`.
+    Save,
+    /// Read it from a file, as `xen-load-devices-state`.
+    Load,
 }
 
 /// A part of QEMU's address space.
@@ -97,8 +113,18 @@ impl VcpuChange {
 }
 
 impl Request {
-    const ALL: [Request; 6] =
-        [Request::Hello, Request::Userfaultfd, Request::Yank, Request::Clocks, Request::Written, Request::Vcpus];
+    const ALL: [Request; 10] = [
+        Request::Hello,
+        Request::Userfaultfd,
+        Request::Yank,
+        Request::Clocks,
+        Request::Written,
+        Request::Vcpus,
+        Request::Stop,
+        Request::Cont,
+        Request::Save,
+        Request::Load,
+    ];
 
     /// Number of this request on the wire.
     pub const fn code(self) -> u32 {
@@ -109,6 +135,10 @@ impl Request {
             Request::Clocks => 4,
             Request::Written => 5,
             Request::Vcpus => 6,
+            Request::Stop => 7,
+            Request::Cont => 8,
+            Request::Save => 9,
+            Request::Load => 10,
         }
     }
 
@@ -129,6 +159,42 @@ impl Request {
         Self::encode_records(Request::Vcpus, changes.iter().map(|change| change.encode()))
     }
 
+    /// The bytes of [`Request::Save`] or [`Request::Load`] with the path of the file; `None` if it is too long or contains a zero byte.
+    pub fn encode_path(self, path: &Path) -> Option<Vec<u8>> {
+        use std::os::unix::ffi::OsStrExt;
+        let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+        let chunks = path.as_bytes_with_nul().chunks(RECORD_BYTES);
+        Self::encode_records(
+            self,
+            chunks.map(|chunk| {
+                let mut record = [0; RECORD_BYTES];
+                record.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+                record
+            }),
+        )
+    }
+
+    /// The path of a [`Request::Save`] or [`Request::Load`] that was decoded.
+    pub fn path(bytes: &[u8]) -> Option<&CStr> {
+        CStr::from_bytes_until_nul(bytes.get(REQUEST_BYTES..)?).ok()
+    }
+
+    /// Gives a message its tag.
+    pub fn set_tag(message: &mut [u8], tag: u32) {
+        if let Some(place) = message.get_mut(TAG) {
+            place.copy_from_slice(&tag.to_le_bytes());
+        }
+    }
+
+    /// The tag of a message that was decoded.
+    pub fn tag(message: &[u8]) -> u32 {
+        message.get(TAG).and_then(|tag| tag.try_into().ok()).map_or(0, u32::from_le_bytes)
+    }
+
+    fn has_records(self) -> bool {
+        matches!(self, Request::Written | Request::Vcpus | Request::Save | Request::Load)
+    }
+
     fn encode_records(request: Request, records: impl ExactSizeIterator<Item = [u8; RECORD_BYTES]>) -> Option<Vec<u8>> {
         let count = u32::try_from(records.len()).ok().filter(|_| records.len() <= MAX_RECORDS)?;
         let mut writer = FieldWriter::new([0; REQUEST_BYTES]);
@@ -138,7 +204,7 @@ impl Request {
         Some(bytes)
     }
 
-    /// Reads a message; `None` for wrong length, wrong magic, an unknown request or non-zero reserved bytes.
+    /// Reads a message; `None` for wrong length, wrong magic, or an unknown request.
     pub fn decode(bytes: &[u8]) -> Option<Request> {
         let (header, records) = bytes.split_at_checked(REQUEST_BYTES)?;
         let mut fields = Fields::new(header);
@@ -148,9 +214,9 @@ impl Request {
         let code = fields.next()?;
         let count = usize::try_from(fields.next()?).ok()?;
         let request = Self::ALL.into_iter().find(|request| request.code() == code)?;
-        let most = if matches!(request, Request::Written | Request::Vcpus) { MAX_RECORDS } else { 0 };
+        let most = if request.has_records() { MAX_RECORDS } else { 0 };
         let whole = count <= most && records.len() == count.saturating_mul(RECORD_BYTES);
-        (whole && fields.next()? == 0).then_some(request)
+        whole.then_some(request)
     }
 
     /// The ranges of a [`Request::Written`] that was decoded.
@@ -180,10 +246,12 @@ pub enum Status {
     Failed,
     /// This process does not export what the request needs.
     Unsupported,
+    /// QEMU refused; its reason follows.
+    Refused,
 }
 
 impl Status {
-    const ALL: [Status; 4] = [Status::Done, Status::Already, Status::Failed, Status::Unsupported];
+    const ALL: [Status; 5] = [Status::Done, Status::Already, Status::Failed, Status::Unsupported, Status::Refused];
 
     const fn code(self) -> u32 {
         match self {
@@ -191,6 +259,7 @@ impl Status {
             Status::Already => 1,
             Status::Failed => 2,
             Status::Unsupported => 3,
+            Status::Refused => 4,
         }
     }
 }
@@ -210,10 +279,12 @@ pub struct Response {
     pub pid: u32,
     /// Whether this process exports QEMU's `yank_register_instance`.
     pub has_yank: bool,
+    /// The request's tag.
+    pub tag: u32,
 }
 
 impl Response {
-    /// The message's bytes.
+    /// The message's bytes, without a reason.
     pub fn encode(&self) -> [u8; RESPONSE_BYTES] {
         let mut writer = FieldWriter::new([0; RESPONSE_BYTES]);
         writer
@@ -223,22 +294,39 @@ impl Response {
             .put(self.errno)
             .put(self.version)
             .put(self.pid)
-            .put(u32::from(self.has_yank));
+            .put(u32::from(self.has_yank))
+            .put(self.tag);
         writer.bytes
+    }
+
+    /// The message's bytes, with the reason of a [`Status::Refused`].
+    pub fn encode_with(&self, reason: &str) -> Vec<u8> {
+        let reason = reason.as_bytes();
+        [&self.encode(), reason.get(..MAX_REASON_BYTES).unwrap_or(reason)].concat()
+    }
+
+    /// The reason of a refusal that was decoded.
+    pub fn reason(bytes: &[u8]) -> String {
+        String::from_utf8_lossy(bytes.get(RESPONSE_BYTES..).unwrap_or_default()).into_owned()
     }
 
     /// Reads a message; `None` if it is not one. The version is not judged here, so that the reader can name it.
     pub fn decode(bytes: &[u8]) -> Option<Response> {
-        let bytes: &[u8; RESPONSE_BYTES] = bytes.try_into().ok()?;
+        let (bytes, reason) = bytes.split_at_checked(RESPONSE_BYTES)?;
         let mut fields = Fields::new(bytes);
         if fields.next()? != MAGIC {
             return None;
         }
         let request = fields.next()?;
         let status = fields.next()?;
+        let status = Status::ALL.into_iter().find(|known| known.code() == status)?;
+        let longest = if status == Status::Refused { MAX_REASON_BYTES } else { 0 };
+        if reason.len() > longest {
+            return None;
+        }
         Some(Response {
             request: Request::ALL.into_iter().find(|known| known.code() == request)?,
-            status: Status::ALL.into_iter().find(|known| known.code() == status)?,
+            status,
             errno: fields.next()?,
             version: fields.next()?,
             pid: fields.next()?,
@@ -247,6 +335,7 @@ impl Response {
                 1 => true,
                 _ => return None,
             },
+            tag: fields.next()?,
         })
     }
 }
@@ -307,16 +396,24 @@ mod tests {
                     version: PROTOCOL_VERSION,
                     pid: u32::MAX,
                     has_yank: status == Status::Done,
+                    tag: 77,
                 };
                 assert_eq!(Response::decode(&response.encode()), Some(response));
+                let refusal = response.encode_with("because");
+                let expected = (status == Status::Refused).then_some(response);
+                assert_eq!((Response::decode(&refusal), Response::reason(&refusal).as_str()), (expected, "because"));
+                let endless = response.encode_with(&"x".repeat(9_000));
+                assert_eq!((Response::decode(&endless), endless.len()), (expected, RESPONSE_BYTES + MAX_REASON_BYTES));
             }
         }
     }
 
     #[test]
-    fn a_request_with_wrong_magic_length_or_reserved_bytes_is_refused() {
-        let good = Request::Yank.encode();
-        for place in 0..REQUEST_BYTES {
+    fn a_request_with_wrong_magic_or_length_is_refused_and_its_tag_is_free() {
+        let mut good = Request::Yank.encode();
+        Request::set_tag(&mut good, 0x1234_5678);
+        assert_eq!((Request::decode(&good), Request::tag(&good)), (Some(Request::Yank), 0x1234_5678));
+        for place in 0..TAG.start {
             let mut bad = good;
             if let Some(byte) = bad.get_mut(place) {
                 *byte ^= 0x80;
@@ -352,15 +449,30 @@ mod tests {
         assert_eq!(Request::decode(&other), None);
     }
 
+    #[test]
+    fn a_path_survives_the_wire() {
+        for length in [1, 15, 16, 17, 300] {
+            let path = "p".repeat(length);
+            let message = Request::Save.encode_path(Path::new(&path)).unwrap_or_default();
+            assert_eq!(Request::decode(&message), Some(Request::Save));
+            assert_eq!(Request::path(&message).map(CStr::to_bytes), Some(path.as_bytes()));
+        }
+        assert_eq!(Request::Load.encode_path(Path::new("a\0b")), None);
+        assert_eq!(Request::Load.encode_path(Path::new(&"p".repeat(MAX_RECORDS * RECORD_BYTES))), None);
+        assert_eq!(Request::path(&Request::Load.encode()), None, "no path at all");
+    }
+
     proptest! {
         #[test]
         fn arbitrary_bytes_are_refused_or_a_message(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Some(request) = Request::decode(&bytes) {
-                let again = Request::encode_records(request, records(&bytes).collect::<Vec<_>>().into_iter());
+                let mut again = Request::encode_records(request, records(&bytes).collect::<Vec<_>>().into_iter());
+                Request::set_tag(again.as_deref_mut().unwrap_or_default(), Request::tag(&bytes));
                 prop_assert_eq!(again, Some(bytes.clone()));
             }
             if let Some(response) = Response::decode(&bytes) {
-                prop_assert_eq!(Response::decode(&response.encode()), Some(response));
+                let again = response.encode_with(&Response::reason(&bytes));
+                prop_assert_eq!(Response::decode(&again), Some(response));
             }
         }
 
@@ -369,7 +481,8 @@ mod tests {
             let mut bytes = Request::Hello.encode();
             bytes[4..8].copy_from_slice(&code.to_le_bytes());
             bytes[8..].copy_from_slice(&rest.to_le_bytes());
-            let known = (1..=6).contains(&code) && rest == 0;
+            // The tag is free, and no records follow.
+            let known = (1..=10).contains(&code) && rest as u32 == 0;
             prop_assert_eq!(Request::decode(&bytes).is_some(), known);
         }
     }

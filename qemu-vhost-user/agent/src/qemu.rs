@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::control::Control;
 use crate::protocol::{Status, VcpuChange, VcpuCommon, WrittenRange};
 
 /// `YANK_INSTANCE_TYPE_MIGRATION`, the third value of QEMU's qapi/yank.json since 6.0.
@@ -39,9 +40,12 @@ pub(crate) struct QemuSymbols {
     error_free: Option<ErrorFree>,
     direct_access: Option<DirectAccess>,
     vcpus: Option<Vcpus>,
+    /// Of the whole guest.
+    pub(crate) control: Option<Control>,
 }
 
-fn symbol(name: &CStr) -> Option<*mut c_void> {
+/// An address that this process exports.
+pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
     // SAFETY: `name` is a C string, RTLD_DEFAULT needs no handle.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     (!address.is_null()).then_some(address)
@@ -55,7 +59,13 @@ impl QemuSymbols {
         // SAFETY: as above (util/error.c).
         let error_free =
             symbol(c"error_free").map(|address| unsafe { std::mem::transmute::<*mut c_void, ErrorFree>(address) });
-        QemuSymbols { yank_register_instance, error_free, direct_access: DirectAccess::find(), vcpus: Vcpus::find() }
+        QemuSymbols {
+            yank_register_instance,
+            error_free,
+            direct_access: DirectAccess::find(),
+            vcpus: Vcpus::find(),
+            control: Control::find(),
+        }
     }
 
     pub(crate) fn has_yank(&self) -> bool {

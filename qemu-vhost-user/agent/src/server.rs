@@ -5,7 +5,9 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
+use crate::control::Command;
 use crate::protocol::{MAX_REQUEST_BYTES, PROTOCOL_VERSION, Request, Response, Status};
 use crate::qemu::QemuSymbols;
 use crate::sampler::Sampler;
@@ -21,7 +23,7 @@ pub struct Server {
 
 /// A daemon's connection and what lives as long as it.
 struct Session {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     sampler: Option<Sampler>,
 }
 
@@ -54,7 +56,7 @@ impl Server {
                 Err(_) => return,
             };
             if caller && let Ok(socket) = sys::accept(self.listener.as_fd()) {
-                session = Some(Session { socket, sampler: None });
+                session = Some(Session { socket: Arc::new(socket), sampler: None });
                 continue;
             }
             if request && !session.as_mut().is_some_and(|session| self.answer(session, &mut buffer)) {
@@ -72,20 +74,52 @@ impl Server {
             Err(_) => return false,
         };
         let Some(request) = Request::decode(message) else { return false };
+        if self.control(request, message, session) {
+            return true;
+        }
         let (outcome, attached) = self.perform(request, message, session);
         let (status, errno) = match outcome {
             Ok(status) => (status, 0),
             Err(error) => (Status::Failed, error.raw_os_error().unwrap_or(libc::EIO)),
         };
-        let response = Response {
+        let response = Response { errno: errno.unsigned_abs(), ..self.response(request, message, status) };
+        sys::send(session.socket.as_fd(), &response.encode(), attached.as_ref().map(AsFd::as_fd)).is_ok()
+    }
+
+    fn response(&self, request: Request, message: &[u8], status: Status) -> Response {
+        Response {
             request,
             status,
-            errno: errno.unsigned_abs(),
+            errno: 0,
             version: PROTOCOL_VERSION,
             pid: std::process::id(),
             has_yank: self.symbols.has_yank(),
+            tag: Request::tag(message),
+        }
+    }
+
+    /// Has QEMU's main thread carry out a request that is about the whole guest, and answer it as soon as that is done. False if it is no such
+    /// request, or this QEMU cannot.
+    fn control(&self, request: Request, message: &[u8], session: &Session) -> bool {
+        let path = || Request::path(message).map(|path| path.to_owned());
+        let command = match request {
+            Request::Stop => Some(Command::Stop),
+            Request::Cont => Some(Command::Cont),
+            Request::Save => path().map(Command::Save),
+            Request::Load => path().map(Command::Load),
+            _ => None,
         };
-        sys::send(session.socket.as_fd(), &response.encode(), attached.as_ref().map(AsFd::as_fd)).is_ok()
+        let (Some(command), Some(control)) = (command, self.symbols.control) else { return false };
+        let (socket, response) = (Arc::clone(&session.socket), self.response(request, message, Status::Done));
+        control.run(command, move |outcome| {
+            let answer = match outcome {
+                Ok(()) => response.encode().to_vec(),
+                Err(reason) => Response { status: Status::Refused, ..response }.encode_with(&reason),
+            };
+            // A daemon that is gone needs no answer; that its connection is over is seen by the agent's thread.
+            let _ = sys::send(socket.as_fd(), &answer, None);
+        });
+        true
     }
 
     fn perform(
@@ -96,6 +130,7 @@ impl Server {
     ) -> (io::Result<Status>, Option<OwnedFd>) {
         match request {
             Request::Hello => (Ok(Status::Done), None),
+            Request::Stop | Request::Cont | Request::Save | Request::Load => (Ok(Status::Unsupported), None),
             Request::Yank => (Ok(self.symbols.register_migration_yank()), None),
             Request::Written => {
                 if !self.is_registered.replace(true) {

@@ -8,7 +8,9 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use plover_agent::clock_page::{CLOCK_PAGE_BYTES, ClockPage};
-use plover_agent::protocol::{PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status, VcpuChange, WrittenRange};
+use plover_agent::protocol::{
+    MAX_REASON_BYTES, PROTOCOL_VERSION, RESPONSE_BYTES, Request, Response, Status, VcpuChange, WrittenRange,
+};
 use rustix::event::PollFlags;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -42,12 +44,14 @@ pub enum AgentError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("the agent at {} did not answer {request:?} within {} ms", path.display(), REQUEST_TIMEOUT.as_millis())]
+    #[error("the agent at {} did not answer {request:?} within {timeout_ms} ms; QEMU is stuck or frozen", path.display())]
     Timeout {
         /// The agent's socket.
         path: PathBuf,
         /// What was asked.
         request: Request,
+        /// How long it was waited for.
+        timeout_ms: u128,
     },
     /// The agent's library belongs to another version of Plover.
     #[error("the agent at {} speaks version {agent}, this daemon {PROTOCOL_VERSION}; restart QEMU with the libplover_agent.so of this release", path.display())]
@@ -82,6 +86,14 @@ pub enum AgentError {
         /// What was asked.
         request: Request,
     },
+    /// QEMU refused.
+    #[error("QEMU refused {request:?}: {reason}")]
+    Refused {
+        /// What was asked.
+        request: Request,
+        /// QEMU's text.
+        reason: String,
+    },
     /// The clock page could not be mapped.
     #[error("cannot map the agent's clock page: {source}")]
     ClockPage {
@@ -91,6 +103,16 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// The deadline passed; what was asked may still be done later.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, AgentError::Timeout { .. })
+    }
+
+    /// This QEMU cannot do that through the agent.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, AgentError::Unsupported { .. })
+    }
+
     /// The connection is unusable; connect anew.
     pub fn is_disconnected(&self) -> bool {
         use AgentError::{Connect, Garbled, Lost, Timeout};
@@ -121,6 +143,8 @@ pub struct Hello {
 pub struct AgentClient {
     socket: OwnedFd,
     path: PathBuf,
+    /// Of the last request.
+    tag: u32,
 }
 
 impl AgentClient {
@@ -139,7 +163,7 @@ impl AgentClient {
         };
         let socket = super::connect_until(deadline, connect)
             .map_err(|source| AgentError::Connect { path: path.to_owned(), source })?;
-        let mut client = AgentClient { socket, path: path.to_owned() };
+        let mut client = AgentClient { socket, path: path.to_owned(), tag: 0 };
         client.hello()?;
         Ok(client)
     }
@@ -200,6 +224,46 @@ impl AgentClient {
         self.ask_with(request, &message).map(drop)
     }
 
+    /// Stops the guest's CPUs and flushes its devices, as the monitor's `stop`; back when done.
+    ///
+    /// # Errors
+    /// [`AgentError::Unsupported`] if this QEMU does not export what that needs: use the monitor. [`AgentError::Refused`],
+    /// [`AgentError::Timeout`], or a lost connection.
+    pub fn stop(&mut self, timeout: Duration) -> Result<(), AgentError> {
+        self.ask_within(Request::Stop, &Request::Stop.encode(), timeout).map(drop)
+    }
+
+    /// Lets the guest's CPUs run, as `cont`.
+    ///
+    /// # Errors
+    /// As [`Self::stop`].
+    pub fn cont(&mut self, timeout: Duration) -> Result<(), AgentError> {
+        self.ask_within(Request::Cont, &Request::Cont.encode(), timeout).map(drop)
+    }
+
+    /// Writes the state of the stopped guest's devices and CPUs to a file, as
+    /// [`save_devices_state`](crate::qemu::qmp::Qmp::save_devices_state).
+    ///
+    /// # Errors
+    /// As [`Self::stop`].
+    pub fn save_devices_state(&mut self, path: &Path, timeout: Duration) -> Result<(), AgentError> {
+        self.with_file(Request::Save, path, timeout)
+    }
+
+    /// Loads it, as [`load_devices_state`](crate::qemu::qmp::Qmp::load_devices_state), before which the yank instance must have been registered
+    /// ([`Self::register_yank`]).
+    ///
+    /// # Errors
+    /// As [`Self::stop`]. After [`AgentError::Refused`] the devices are in an undefined state.
+    pub fn load_devices_state(&mut self, path: &Path, timeout: Duration) -> Result<(), AgentError> {
+        self.with_file(Request::Load, path, timeout)
+    }
+
+    fn with_file(&mut self, request: Request, path: &Path, timeout: Duration) -> Result<(), AgentError> {
+        let message = request.encode_path(path).ok_or(AgentError::Unsupported { request })?;
+        self.ask_within(request, &message, timeout).map(drop)
+    }
+
     /// The vCPU threads' CPU clocks. They sleep until [`VcpuClocks::set_period_us`]; the agent keeps one set, so a second
     /// call ends the first set's samples, and so does the end of this connection.
     ///
@@ -226,16 +290,35 @@ impl AgentClient {
     }
 
     fn ask_with(&mut self, request: Request, message: &[u8]) -> Result<(Response, Option<OwnedFd>), AgentError> {
-        rustix::net::send(&self.socket, message, SendFlags::NOSIGNAL).map_err(|errno| self.lost(errno.into()))?;
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
-        match super::wait_for(self.socket.as_fd(), PollFlags::IN, deadline) {
-            Ok(true) => {}
-            Ok(false) => {
-                return Err(AgentError::Timeout { path: self.path.clone(), request });
+        self.ask_within(request, message, REQUEST_TIMEOUT)
+    }
+
+    fn ask_within(
+        &mut self,
+        request: Request,
+        message: &[u8],
+        timeout: Duration,
+    ) -> Result<(Response, Option<OwnedFd>), AgentError> {
+        self.tag = self.tag.wrapping_add(1);
+        let mut message = message.to_vec();
+        Request::set_tag(&mut message, self.tag);
+        rustix::net::send(&self.socket, &message, SendFlags::NOSIGNAL).map_err(|errno| self.lost(errno.into()))?;
+        let deadline = Instant::now() + timeout;
+        let (response, descriptor, reason) = loop {
+            match super::wait_for(self.socket.as_fd(), PollFlags::IN, deadline) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let timeout_ms = timeout.as_millis();
+                    return Err(AgentError::Timeout { path: self.path.clone(), request, timeout_ms });
+                }
+                Err(error) => return Err(self.lost(error)),
             }
-            Err(error) => return Err(self.lost(error)),
-        }
-        let (response, descriptor) = self.receive()?;
+            let received = self.receive()?;
+            // Other tags: late answers of requests that ran into their deadlines.
+            if received.0.tag == self.tag || received.0.version != PROTOCOL_VERSION {
+                break received;
+            }
+        };
         if response.version != PROTOCOL_VERSION {
             return Err(AgentError::Version { path: self.path.clone(), agent: response.version });
         }
@@ -246,6 +329,7 @@ impl AgentClient {
             Status::Done | Status::Already => Ok((response, descriptor)),
             Status::Unsupported if request == Request::Yank => Err(AgentError::NoYank),
             Status::Unsupported => Err(AgentError::Unsupported { request }),
+            Status::Refused => Err(AgentError::Refused { request, reason }),
             Status::Failed => {
                 let source = io::Error::from_raw_os_error(i32::try_from(response.errno).unwrap_or(libc::EIO));
                 Err(AgentError::Failed { request, source })
@@ -253,8 +337,8 @@ impl AgentClient {
         }
     }
 
-    fn receive(&self) -> Result<(Response, Option<OwnedFd>), AgentError> {
-        let mut bytes = [0; RESPONSE_BYTES + 1];
+    fn receive(&self) -> Result<(Response, Option<OwnedFd>, String), AgentError> {
+        let mut bytes = [0; RESPONSE_BYTES + MAX_REASON_BYTES + 1];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
@@ -271,8 +355,9 @@ impl AgentClient {
         if received.bytes == 0 {
             return Err(self.lost(io::ErrorKind::UnexpectedEof.into()));
         }
-        match Response::decode(&bytes[..received.bytes.min(bytes.len())]) {
-            Some(response) => Ok((response, descriptor)),
+        let message = &bytes[..received.bytes.min(bytes.len())];
+        match Response::decode(message) {
+            Some(response) => Ok((response, descriptor, Response::reason(message))),
             None => Err(AgentError::Garbled { path: self.path.clone() }),
         }
     }

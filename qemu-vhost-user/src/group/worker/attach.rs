@@ -13,7 +13,7 @@ use syncvm::{DirtySet, GuestRam, PAGE_BYTES, PageNumber};
 
 use crate::config::{TrackerChoice, VmConfig};
 use crate::device::BackendDirty;
-use crate::qemu::agent::{AgentClient, VcpuClocks};
+use crate::qemu::agent::{AgentClient, AgentError, VcpuClocks};
 use crate::qemu::device_state;
 use crate::qemu::fingerprint::Fingerprint;
 use crate::qemu::preflight::{self, Accepted, Refusal};
@@ -82,6 +82,8 @@ pub struct QemuGuest {
     translates: bool,
     /// Its device state since it stopped, if it translates.
     saved: Option<Vec<u8>>,
+    /// This QEMU can only be stopped, saved, loaded and resumed through its monitor.
+    needs_monitor: bool,
     /// It was told of all that was written into its RAM past it since then.
     is_told: bool,
     /// `-no-reboot` or `-action reboot=shutdown`: a reset of ours must not end QEMU.
@@ -167,6 +169,7 @@ impl QemuGuest {
             addresses: ram.ranges,
             translates,
             saved: None,
+            needs_monitor: false,
             is_told: false,
             reboot_is_shutdown,
         };
@@ -190,6 +193,28 @@ impl QemuGuest {
         self.qmp.set_timeout(COMMAND_TIMEOUT);
         self.unanswered = done.as_ref().is_err_and(QmpError::is_timeout);
         done.map_err(|error| GuestError::new(operation, error))
+    }
+
+    /// As [`Self::quickly`], through the agent where that can be done: it is several times as fast as the monitor.
+    fn directly(
+        &mut self,
+        limit: Duration,
+        operation: &'static str,
+        through_agent: impl FnOnce(&mut AgentClient, Duration) -> Result<(), AgentError>,
+        through_monitor: impl FnOnce(&mut Qmp) -> Result<(), QmpError>,
+    ) -> Result<(), GuestError> {
+        if !self.needs_monitor {
+            let done = through_agent(&mut self.agent, if self.hurried { limit } else { COMMAND_TIMEOUT });
+            self.unanswered = done.as_ref().is_err_and(AgentError::is_timeout);
+            if !done.as_ref().is_err_and(AgentError::is_unsupported) {
+                return done.map_err(|error| GuestError::new(operation, error));
+            }
+            tracing::info!(
+                "this QEMU is driven through its monitor, because it does not export what is faster; slots cost more"
+            );
+            self.needs_monitor = true;
+        }
+        self.quickly(limit, operation, through_monitor)
     }
 
     /// Whether QEMU does nothing: it answers neither in the time of a `stop` and half as much again nor then. (Asked twice,
@@ -338,12 +363,12 @@ fn choose_tracker(
 
 impl Guest for QemuGuest {
     fn stop(&mut self) -> Result<(), GuestError> {
-        self.quickly(self.stop_timeout, "stop", Qmp::stop)
+        self.directly(self.stop_timeout, "stop", AgentClient::stop, Qmp::stop)
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
         self.saved = None;
-        self.quickly(self.stop_timeout / 2, "run", Qmp::cont)
+        self.directly(self.stop_timeout / 2, "run", AgentClient::cont, Qmp::cont)
     }
 
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
@@ -363,7 +388,12 @@ impl Guest for QemuGuest {
 
     fn save_device_state(&mut self) -> Result<Vec<u8>, GuestError> {
         let path = self.state_file.path().to_owned();
-        self.quickly(self.stop_timeout, "save its device state", |qmp| qmp.save_devices_state(&path))?;
+        self.directly(
+            self.stop_timeout,
+            "save its device state",
+            |agent, limit| agent.save_devices_state(&path, limit),
+            |qmp| qmp.save_devices_state(&path),
+        )?;
         let mut state = Vec::new();
         self.state_file.read_into(&mut state).map_err(|error| GuestError::new("give its device state", error))?;
         self.saved = self.translates.then(|| state.clone());
@@ -392,7 +422,12 @@ impl Guest for QemuGuest {
         self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
         let path = self.state_file.path().to_owned();
         // Half as much again as for the others: a guest that does not take it is lost.
-        self.quickly(self.stop_timeout * 3 / 2, "load the device state", |qmp| qmp.load_devices_state(&path))
+        self.directly(
+            self.stop_timeout * 3 / 2,
+            "load the device state",
+            |agent, limit| agent.load_devices_state(&path, limit),
+            |qmp| qmp.load_devices_state(&path),
+        )
     }
 
     fn loads_have_leftovers(&self) -> bool {

@@ -116,6 +116,34 @@ fn a_garbled_request_ends_the_connection_only() {
 }
 
 #[test]
+fn a_process_that_exports_nothing_cannot_be_stopped_through_the_agent() {
+    let rig = Rig::new("control");
+    rig.serve();
+    let mut client = rig.connect();
+    let file = rig.directory.join("state");
+    let refused = [
+        client.stop(PATIENCE),
+        client.cont(PATIENCE),
+        client.save_devices_state(&file, PATIENCE),
+        client.load_devices_state(&file, PATIENCE),
+    ];
+    assert!(refused.iter().all(|one| one.as_ref().is_err_and(AgentError::is_unsupported)), "{refused:?}");
+    client.hello().expect("the connection is as before");
+}
+
+#[test]
+fn the_late_answer_of_a_request_that_was_given_up_is_skipped() {
+    let rig = Rig::new("late");
+    rig.serve();
+    let mut client = rig.connect();
+    // As if this client had sent it and stopped waiting.
+    let mut message = Request::Stop.encode();
+    Request::set_tag(&mut message, u32::MAX);
+    rustix::net::send(&client.socket, &message, SendFlags::NOSIGNAL).expect("send");
+    assert_eq!(client.hello().expect("hello").pid, std::process::id());
+}
+
+#[test]
 fn clocks_count_vcpu_threads_only_while_wanted() {
     let rig = Rig::new("clocks");
     rig.serve();
