@@ -193,7 +193,6 @@ fn the_agent_stops_saves_loads_and_resumes_as_the_monitor_does() {
         assert_eq!(qmp.query_status().expect("status"), RunState::Paused);
         agent.save_devices_state(file.path(), LIMIT).expect("save");
         file.read_into(&mut by_agent).expect("read");
-        agent.register_yank().expect("yank");
         agent.load_devices_state(file.path(), LIMIT).expect("load");
         qmp.save_devices_state(file.path()).expect("save by the monitor");
         file.read_into(&mut by_monitor).expect("read");
@@ -204,14 +203,12 @@ fn the_agent_stops_saves_loads_and_resumes_as_the_monitor_does() {
     // QEMU's own reason comes along, and QEMU lives on.
     agent.stop(LIMIT).expect("stop");
     file.write(b"no device state").expect("write");
-    agent.register_yank().expect("yank");
     let refused = agent.load_devices_state(file.path(), LIMIT).expect_err("garbage");
     assert!(matches!(&refused, AgentError::Refused { reason, .. } if reason.contains("failed")), "{refused}");
     let missing = vm.directory().join("missing/file");
     let refused = agent.save_devices_state(&missing, LIMIT).expect_err("no such folder");
     assert!(refused.to_string().contains("No such file"), "{refused}");
     file.write(&by_agent).expect("write");
-    agent.register_yank().expect("yank");
     agent.load_devices_state(file.path(), LIMIT).expect("load");
     agent.cont(LIMIT).expect("cont");
     assert_eq!(qmp.query_status().expect("status"), RunState::Running);

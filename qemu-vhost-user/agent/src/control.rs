@@ -11,7 +11,7 @@
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-use crate::qemu::symbol;
+use crate::qemu::{Yank, symbol};
 
 type BottomHalf = unsafe extern "C" fn(*mut c_void);
 type Schedule = unsafe extern "C" fn(*mut c_void, BottomHalf, *mut c_void, *const c_char);
@@ -33,6 +33,7 @@ pub(crate) struct Control {
     load: Load,
     error_text: ErrorText,
     error_free: ErrorFree,
+    yank: Yank,
 }
 
 /// What is to be done.
@@ -44,7 +45,7 @@ pub(crate) enum Command {
     Cont,
     /// `xen-save-devices-state` to this file, without handing disks over (`live` is false).
     Save(CString),
-    /// `xen-load-devices-state` from this file.
+    /// `xen-load-devices-state` from this file, after the migration yank instance was registered, without which it aborts.
     Load(CString),
 }
 
@@ -62,7 +63,7 @@ struct Job {
 
 impl Control {
     /// None if this process does not export all of it.
-    pub(crate) fn find() -> Option<Control> {
+    pub(crate) fn find(yank: Yank) -> Option<Control> {
         let [schedule, context, stop, cont, save, load, error_text, error_free] = [
             c"aio_bh_schedule_oneshot_full",
             c"iohandler_get_aio_context",
@@ -86,6 +87,7 @@ impl Control {
                 load: std::mem::transmute::<*mut c_void, Load>(load?),
                 error_text: std::mem::transmute::<*mut c_void, ErrorText>(error_text?),
                 error_free: std::mem::transmute::<*mut c_void, ErrorFree>(error_free?),
+                yank,
             })
         }
     }
@@ -111,7 +113,10 @@ impl Control {
                 Command::Stop => (self.stop)(&raw mut error),
                 Command::Cont => (self.cont)(&raw mut error),
                 Command::Save(path) => (self.save)(path.as_ptr(), true, false, &raw mut error),
-                Command::Load(path) => (self.load)(path.as_ptr(), &raw mut error),
+                Command::Load(path) => {
+                    self.yank.register();
+                    (self.load)(path.as_ptr(), &raw mut error);
+                }
             }
         }
         if error.is_null() {
@@ -141,6 +146,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     static STOPS: AtomicU32 = AtomicU32::new(0);
+    static YANKS: AtomicU32 = AtomicU32::new(0);
 
     /// As QEMU's main loop: another thread runs it, a little later.
     unsafe extern "C" fn schedule(_: *mut c_void, run: BottomHalf, job: *mut c_void, _: *const c_char) {
@@ -173,6 +179,9 @@ mod tests {
         // SAFETY: the path outlives this; an error's text is the error itself here.
         unsafe { *error = path.cast_mut().cast() };
     }
+    unsafe extern "C" fn register_yank(_: *const c_void, _: *mut *mut c_void) -> bool {
+        YANKS.fetch_add(1, Ordering::SeqCst) == 0
+    }
     unsafe extern "C" fn error_text(error: *mut c_void) -> *const c_char {
         error.cast()
     }
@@ -180,7 +189,17 @@ mod tests {
 
     #[test]
     fn a_command_runs_in_the_main_thread_and_its_end_is_waited_for() {
-        let control = Control { schedule, context, stop, cont, save, load, error_text, error_free };
+        let control = Control {
+            schedule,
+            context,
+            stop,
+            cont,
+            save,
+            load,
+            error_text,
+            error_free,
+            yank: Yank::for_tests(register_yank),
+        };
         let run = |command: Command| {
             let (sender, outcome) = channel();
             control.run(command, move |outcome| {
@@ -195,11 +214,13 @@ mod tests {
         assert_eq!(STOPS.load(Ordering::SeqCst), 1);
         assert_eq!(run(Command::Save(c"/a/file".into())), Ok(()));
         assert_eq!(run(Command::Cont), Err("no more guest".into()));
+        assert_eq!(YANKS.load(Ordering::SeqCst), 0);
         assert_eq!(run(Command::Load(c"/another".into())), Err("/another".into()));
+        assert_eq!(YANKS.load(Ordering::SeqCst), 1);
     }
 
     #[test]
     fn a_process_that_is_no_qemu_has_no_control() {
-        assert!(Control::find().is_none());
+        assert!(Control::find(Yank::for_tests(register_yank)).is_none());
     }
 }

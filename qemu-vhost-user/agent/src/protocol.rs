@@ -51,7 +51,7 @@ pub enum Request {
     Cont,
     /// Write the state of its devices to a file, as `xen-save-devices-state`.
     Save,
-    /// Read it from a file, as `xen-load-devices-state`.
+    /// Read it from a file, as [`Request::Yank`] and `xen-load-devices-state`.
     Load,
 }
 

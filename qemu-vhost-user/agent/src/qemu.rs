@@ -16,7 +16,7 @@ struct YankInstance {
     name: *const c_char,
 }
 
-type YankRegisterInstance = unsafe extern "C" fn(*const YankInstance, *mut *mut c_void) -> bool;
+type YankRegisterInstance = unsafe extern "C" fn(*const c_void, *mut *mut c_void) -> bool;
 type ErrorFree = unsafe extern "C" fn(*mut c_void);
 type MemoryRegionFromHost = unsafe extern "C" fn(*mut c_void, *mut u64) -> *mut c_void;
 type MemoryRegionRef = unsafe extern "C" fn(*mut c_void);
@@ -36,8 +36,7 @@ struct DirectAccess {
 /// What this process exports.
 #[derive(Clone, Copy)]
 pub(crate) struct QemuSymbols {
-    yank_register_instance: Option<YankRegisterInstance>,
-    error_free: Option<ErrorFree>,
+    yank: Option<Yank>,
     direct_access: Option<DirectAccess>,
     vcpus: Option<Vcpus>,
     /// Of the whole guest.
@@ -53,41 +52,26 @@ pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
 
 impl QemuSymbols {
     pub(crate) fn find() -> QemuSymbols {
-        // SAFETY: a symbol of this name is QEMU's function of this signature (util/yank.c, since 6.0).
-        let yank_register_instance = symbol(c"yank_register_instance")
-            .map(|address| unsafe { std::mem::transmute::<*mut c_void, YankRegisterInstance>(address) });
-        // SAFETY: as above (util/error.c).
-        let error_free =
-            symbol(c"error_free").map(|address| unsafe { std::mem::transmute::<*mut c_void, ErrorFree>(address) });
+        let yank = Yank::find();
         QemuSymbols {
-            yank_register_instance,
-            error_free,
+            yank,
             direct_access: DirectAccess::find(),
             vcpus: Vcpus::find(),
-            control: Control::find(),
+            control: yank.and_then(Control::find),
         }
     }
 
     pub(crate) fn has_yank(&self) -> bool {
-        self.yank_register_instance.is_some()
+        self.yank.is_some()
     }
 
     /// Registers the migration yank instance, which `xen-load-devices-state` unregisters (and aborts without).
     pub(crate) fn register_migration_yank(&self) -> Status {
-        let Some(register) = self.yank_register_instance else {
-            return Status::Unsupported;
-        };
-        let instance = YankInstance { kind: YANK_INSTANCE_TYPE_MIGRATION, name: std::ptr::null() };
-        let mut error: *mut c_void = std::ptr::null_mut();
-        // SAFETY: QEMU reads the instance (it copies it) and writes an Error it allocated; it takes its own lock, so any
-        // thread may call this.
-        let registered = unsafe { register(&raw const instance, &raw mut error) };
-        if let (false, Some(free)) = (error.is_null(), self.error_free) {
-            // SAFETY: `error` came from QEMU and is freed once.
-            unsafe { free(error) };
+        match self.yank {
+            None => Status::Unsupported,
+            Some(yank) if yank.register() => Status::Done,
+            Some(_) => Status::Already,
         }
-        // It fails for one reason only: the instance is there already.
-        if registered { Status::Done } else { Status::Already }
     }
 
     /// Gives vCPUs of the stopped guest another common state, as a load would do that then forgets all translations.
@@ -118,6 +102,44 @@ impl QemuSymbols {
             }
         }
         Status::Done
+    }
+}
+
+/// QEMU's register of who can be interrupted.
+#[derive(Clone, Copy)]
+pub(crate) struct Yank {
+    register: YankRegisterInstance,
+    error_free: Option<ErrorFree>,
+}
+
+impl Yank {
+    fn find() -> Option<Yank> {
+        // SAFETY: symbols of these names are QEMU's functions of these signatures (util/yank.c, since 6.0; util/error.c).
+        unsafe {
+            Some(Yank {
+                register: std::mem::transmute::<*mut c_void, YankRegisterInstance>(symbol(c"yank_register_instance")?),
+                error_free: symbol(c"error_free").map(|free| std::mem::transmute::<*mut c_void, ErrorFree>(free)),
+            })
+        }
+    }
+
+    /// Registers the migration instance. False if it is registered already, which is as good.
+    pub(crate) fn register(&self) -> bool {
+        let instance = YankInstance { kind: YANK_INSTANCE_TYPE_MIGRATION, name: std::ptr::null() };
+        let mut error: *mut c_void = std::ptr::null_mut();
+        // SAFETY: QEMU reads the instance (it copies it) and writes an Error it allocated; it takes its own lock, so any
+        // thread may call this.
+        let registered = unsafe { (self.register)((&raw const instance).cast(), &raw mut error) };
+        if let (false, Some(free)) = (error.is_null(), self.error_free) {
+            // SAFETY: `error` came from QEMU and is freed once.
+            unsafe { free(error) };
+        }
+        registered
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_tests(register: YankRegisterInstance) -> Yank {
+        Yank { register, error_free: None }
     }
 }
 

@@ -105,8 +105,11 @@ impl Handler {
         let ring = ring_index("SET_VRING_ENABLE", index)?;
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.enabled = enabled;
-        if setup.running {
-            self.link.call(Command::SetEnabled { index: ring, enabled })?;
+        match setup.running {
+            // A ring that is disabled must be at rest when QEMU hears that it is.
+            true if !enabled => _ = self.link.call(Command::SetEnabled { index: ring, enabled })?,
+            true => self.link.tell(Command::SetEnabled { index: ring, enabled })?,
+            false => {}
         }
         Ok(())
     }
@@ -144,7 +147,7 @@ impl Handler {
             enabled,
         };
         setup.running = true;
-        self.link.call(Command::StartRing { index: ring, start })?;
+        self.link.tell(Command::StartRing { index: ring, start })?;
         Ok(())
     }
 
@@ -206,7 +209,7 @@ impl Handler {
         };
         let specs = table.iter().zip(files).map(spec).collect();
         self.ram = Some(Arc::new(GuestRam::build(specs, &self.dirty)?));
-        self.link.call(Command::MemoryReady(self.dirty.ram_identity()))?;
+        self.link.tell(Command::MemoryReady(self.dirty.ram_identity()))?;
         RingIndex::all().try_for_each(|ring| self.start_if_ready(ring))
     }
 
@@ -236,7 +239,7 @@ impl Handler {
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.kick = Some(kick);
         if setup.running {
-            self.link.call(Command::SetKick { index: ring, kick: copy })?;
+            self.link.tell(Command::SetKick { index: ring, kick: copy })?;
         }
         self.start_if_ready(ring)
     }
@@ -248,7 +251,7 @@ impl Handler {
         let setup = &mut self.rings[usize::from(ring.0)];
         setup.call = call;
         if setup.running {
-            self.link.call(Command::SetCall { index: ring, call: copy })?;
+            self.link.tell(Command::SetCall { index: ring, call: copy })?;
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! The line between a device's session thread and the reactor that owns its rings.
 //!
-//! The session sends one command at a time and waits for the answer, because the protocol wants it so: a ring must not be
-//! touched any more when GET_VRING_BASE is answered. The reactor only ever looks (`try_recv`) and answers into a slot that is
+//! The session waits for the answer where the protocol wants it so: a ring must not be touched any more when GET_VRING_BASE is
+//! answered. What lets a ring run is only told: QEMU sets up all rings with its guest standing still, and a wait would be two changes of
+//! thread each. Commands are carried out in the order in which they were given. The reactor only ever looks (`try_recv`) and answers into a slot that is
 //! always free, so it cannot be blocked by a session; a session that waits in vain gives up after [`ANSWER_DEADLINE`].
 
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use super::ring::Ring;
 
 /// How long a session waits for the reactor. A reactor that takes longer is stuck, and QEMU must not be stuck with it.
 pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// Room for the commands of a session that gave up plus those of the next one.
-const QUEUE_COMMANDS: usize = 16;
+/// Room for what is told while all rings are set up, and for the commands of a session that gave up before.
+const QUEUE_COMMANDS: usize = 128;
 /// How often a waiting session looks whether it has been told to end.
 const STOP_CHECK: Duration = Duration::from_millis(20);
 
@@ -85,7 +86,8 @@ pub(crate) enum Answer {
 
 struct Request {
     command: Command,
-    answer: SyncSender<Answer>,
+    /// Absent if nobody waits.
+    answer: Option<SyncSender<Answer>>,
 }
 
 /// The bell at the reactor's door: an eventfd for one that sleeps, a flag for one that looks all the time.
@@ -140,15 +142,25 @@ impl SessionEnd {
         LinkError::Stuck { waited_ms: self.deadline.as_millis() }
     }
 
-    /// Has the reactor carry out a command, and waits until it has.
-    pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
-        let (sender, receiver) = sync_channel(1);
-        match self.requests.send(Request { command, answer: sender }) {
+    /// Has the reactor carry out a command some time soon.
+    pub fn tell(&self, command: Command) -> Result<(), LinkError> {
+        self.send(Request { command, answer: None })
+    }
+
+    fn send(&self, request: Request) -> Result<(), LinkError> {
+        match self.requests.send(request) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(self.stuck()),
             Err(TrySendError::Disconnected(_)) => return Err(LinkError::Gone),
         }
         self.bell.ring();
+        Ok(())
+    }
+
+    /// Has the reactor carry out a command, and waits until it has.
+    pub fn call(&self, command: Command) -> Result<Answer, LinkError> {
+        let (sender, receiver) = sync_channel(1);
+        self.send(Request { command, answer: Some(sender) })?;
         let deadline = Instant::now() + self.deadline;
         loop {
             match receiver.recv_timeout(STOP_CHECK) {
@@ -199,11 +211,13 @@ impl ReactorEnd {
 }
 
 /// The place for the answer to one command.
-pub(crate) struct Responder(SyncSender<Answer>);
+pub(crate) struct Responder(Option<SyncSender<Answer>>);
 
 impl Responder {
     /// Answers. Never blocks: the slot holds one answer and takes one. A session that gave up gets nothing.
     pub fn answer(self, answer: Answer) {
-        let _ = self.0.try_send(answer);
+        if let Some(waiting) = self.0 {
+            let _ = waiting.try_send(answer);
+        }
     }
 }

@@ -250,8 +250,7 @@ impl AgentClient {
         self.with_file(Request::Save, path, timeout)
     }
 
-    /// Loads it, as [`load_devices_state`](crate::qemu::qmp::Qmp::load_devices_state), before which the yank instance must have been registered
-    /// ([`Self::register_yank`]).
+    /// Loads it, as [`Self::register_yank`] and [`load_devices_state`](crate::qemu::qmp::Qmp::load_devices_state).
     ///
     /// # Errors
     /// As [`Self::stop`]. After [`AgentError::Refused`] the devices are in an undefined state.

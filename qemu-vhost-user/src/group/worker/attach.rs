@@ -419,7 +419,9 @@ impl Guest for QemuGuest {
         let failed = |error: String| GuestError::new("load the device state", error);
         let rest = self.load_vcpus(state);
         self.state_file.write(rest.as_deref().unwrap_or(state)).map_err(|error| failed(error.to_string()))?;
-        self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
+        if self.needs_monitor {
+            self.agent.register_yank().map_err(|error| failed(error.to_string()))?;
+        }
         let path = self.state_file.path().to_owned();
         // Half as much again as for the others: a guest that does not take it is lost.
         self.directly(
