@@ -1,4 +1,4 @@
-//! `perf GROUP [--smoke] [--only PREFIX]`: measures, prints a table and appends to `target/perf/results.ndjson`. Started by
+//! `perf GROUP [--smoke] [--only PREFIX] [--passes N]`: measures, prints a table and appends to `target/perf/results.ndjson`. Started by
 //! `cargo xtask perf`, which builds it as it should be built.
 
 use std::cell::RefCell;
@@ -22,6 +22,9 @@ struct Arguments {
     /// Only rows whose id begins so; may be given several times
     #[arg(long, value_name = "PREFIX")]
     only: Vec<String>,
+    /// Of the group services: how often the guest is booted under each policy [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    passes: Option<u16>,
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         kept.borrow_mut().push(row);
         Ok(())
     });
+    rows.passes = arguments.passes.map(usize::from);
     let outcome = group.run(effort, &mut rows);
     let rows = measured.take();
     // Also after a failure: what was measured before it is good.

@@ -13,13 +13,15 @@ type Take = dyn FnMut(Row) -> Result<()>;
 /// measures a row, and [`wants_some`](Self::wants_some) before it prepares for several.
 pub struct Rows {
     only: Vec<String>,
+    /// How often a group that measures in passes does it; as it thinks best if absent.
+    pub passes: Option<usize>,
     take: Box<Take>,
 }
 
 impl Rows {
     /// `only`: how the ids of the wanted rows begin; empty if all are wanted. Each row goes to `take`.
     pub fn new(only: Vec<String>, take: impl FnMut(Row) -> Result<()> + 'static) -> Rows {
-        Rows { only, take: Box::new(take) }
+        Rows { only, passes: None, take: Box::new(take) }
     }
 
     /// Whether the row `id` is to be measured.

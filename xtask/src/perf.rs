@@ -18,6 +18,9 @@ pub struct Arguments {
     /// Only rows whose id begins so, as `vhost.io`; may be given several times
     #[arg(long, value_name = "PREFIX")]
     only: Vec<String>,
+    /// Of the group services: how often the guest is booted under each policy [default: 3]
+    #[arg(long, value_name = "N")]
+    passes: Option<u16>,
 }
 
 impl Arguments {
@@ -57,7 +60,7 @@ pub fn perf(arguments: &Arguments) -> Result<()> {
 /// # Errors
 /// As [`perf`].
 pub fn smoke(group: &str) -> Result<()> {
-    fetch(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new() })?;
+    fetch(&Arguments { group: group.to_owned(), smoke: true, only: Vec::new(), passes: None })?;
     let program = setup::workspace().join("target/debug").join(PROGRAM);
     loud_step(format!("perf {group}"), || run(Command::new(program).args([group, "--smoke"])))
 }
@@ -96,7 +99,7 @@ fn build(arguments: &Arguments) -> Result<()> {
 
 /// The command that measures. A smoke run need not be optimised: figures do not matter.
 fn harness(arguments: &Arguments) -> Command {
-    let Arguments { group, smoke, only } = arguments;
+    let Arguments { group, smoke, only, passes } = arguments;
     let smoke = *smoke;
     let mut command = cargo();
     command
@@ -106,6 +109,7 @@ fn harness(arguments: &Arguments) -> Command {
         .args((!smoke).then_some("--release"))
         .args(["--", group])
         .args(smoke.then_some("--smoke"))
-        .args(only.iter().flat_map(|prefix| ["--only", prefix]));
+        .args(only.iter().flat_map(|prefix| ["--only", prefix]))
+        .args(passes.map(|passes| format!("--passes={passes}")));
     command
 }

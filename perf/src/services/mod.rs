@@ -55,8 +55,16 @@ pub fn run(effort: Effort, sink: Sink<'_>) -> Result<()> {
         }
         let rows: &Rows = sink;
         let policies = suite.policies.iter().copied().filter(|policy| is_wanted(*policy, &wanted, rows)).collect();
-        let run =
-            Run { suite, policies, wanted, cpus: two_cpus()?, directory: scratch.path(), logs: logs.path(), effort };
+        let run = Run {
+            suite,
+            policies,
+            wanted,
+            cpus: two_cpus()?,
+            directory: scratch.path(),
+            logs: logs.path(),
+            effort,
+            passes: rows.passes.unwrap_or(effort.pick(3, 1)),
+        };
         let measured = run.measure()?;
         for one in &measured {
             println!("{}", one.table());
@@ -95,6 +103,7 @@ struct Run<'a> {
     /// For the logs of the hosts.
     logs: &'a Path,
     effort: Effort,
+    passes: usize,
 }
 
 impl<'a> Run<'a> {
@@ -103,7 +112,7 @@ impl<'a> Run<'a> {
         let empty =
             |workload: &&'a Workload| Measured { workload, columns: self.policies.iter().map(column).collect() };
         let mut measured: Vec<Measured<'a>> = self.wanted.iter().map(empty).collect();
-        for pass in 0..self.effort.pick(3, 1) {
+        for pass in 0..self.passes {
             let mut order: Vec<usize> = (0..self.policies.len()).collect();
             if pass % 2 == 1 {
                 order.reverse();

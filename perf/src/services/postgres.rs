@@ -49,7 +49,9 @@ impl Load {
         remove_logs(client)?;
         let (sessions, seconds) = (self.sessions.to_string(), milliseconds.div_ceil(1000).to_string());
         let builtin = format!("--builtin={}", self.script);
-        let arguments = ["--no-vacuum", "-c", &sessions, "-j", "1", "-T", &seconds, "--log", "--log-prefix", prefix];
+        // A thread each: one alone would connect one after the other, for seconds where answers are held for 100 ms.
+        let arguments =
+            ["--no-vacuum", "-c", &sessions, "-j", &sessions, "-T", &seconds, "--log", "--log-prefix", prefix];
         let arguments = [&arguments[..], &[&builtin]].concat();
         let text = client.output(pgbench(client, &arguments)?)?;
         ensure!(!text.contains("aborted") && failed(&text) == Some(0), "transactions failed; pgbench said: {text}");

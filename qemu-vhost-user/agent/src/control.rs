@@ -1,12 +1,14 @@
-//! Stopping, saving, loading and resuming the guest with the functions that QEMU's monitor calls for that, and where it calls them.
+//! Stopping, saving, loading and resuming the guest with the functions that QEMU's monitor calls for that, and where it
+//! calls them.
 //!
-//! Both guests of a group stand still while this is done, and the monitor is slow: it reads a command byte by byte, with six system calls for
-//! each. Here a command is one message. It runs as the monitor's commands do (`qmp_dispatch` in qapi/qmp-dispatch.c): in a bottom half of the
-//! I/O handlers' context, that is in QEMU's main thread with its lock held, and never amid another command or a drain. So it is as safe as
-//! they are.
+//! Both guests of a group stand still while this is done, and the monitor is slow: it reads a command byte by byte,
+//! with six system calls for each. Here a command is one message. It runs as the monitor's commands do (`qmp_dispatch`
+//! in qapi/qmp-dispatch.c): in a bottom half of the I/O handlers' context, that is in QEMU's main thread with its lock
+//! held, and never amid another command or a drain. So it is as safe as they are.
 //!
-//! One command at a time, because QEMU runs bottom halves that wait together in any order: the agent's thread takes the next message when the
-//! last command is done. A main loop that is stuck keeps the agent waiting, as it does the monitor.
+//! One command at a time, because QEMU runs bottom halves that wait together in any order: the agent's thread takes the
+//! next message when the last command is done. A main loop that is stuck keeps the agent waiting, as it does the
+//! monitor.
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -96,8 +98,8 @@ impl Control {
     pub(crate) fn run(&self, command: Command, done: impl FnOnce(Outcome) + Send + 'static) {
         let (sender, finished) = sync_channel(1);
         let job = Box::new(Job { control: *self, command, done: Box::new(done), _finished: sender });
-        // SAFETY: QEMU makes that context before its monitors, of which the daemon needs one before it comes here, and takes bottom halves
-        // from any thread. It calls `run_job` once with the job, which then owns it.
+        // SAFETY: QEMU makes that context before its monitors, of which the daemon needs one before it comes here, and
+        // takes bottom halves from any thread. It calls `run_job` once with the job, which then owns it.
         unsafe { (self.schedule)((self.context)(), run_job, Box::into_raw(job).cast(), c"plover".as_ptr()) };
         // An error is what is waited for: the job is gone.
         let _ = finished.recv();
@@ -106,8 +108,8 @@ impl Control {
     /// In QEMU's main thread, under its lock.
     fn carry_out(&self, command: &Command) -> Outcome {
         let mut error: *mut c_void = std::ptr::null_mut();
-        // SAFETY: called where QEMU's monitor calls them; paths are C strings that live across the call, and QEMU writes an Error that
-        // it allocated, or nothing.
+        // SAFETY: called where QEMU's monitor calls them; paths are C strings that live across the call, and QEMU
+        // writes an Error that it allocated, or nothing.
         unsafe {
             match command {
                 Command::Stop => (self.stop)(&raw mut error),
@@ -122,7 +124,8 @@ impl Control {
         if error.is_null() {
             return Ok(());
         }
-        // SAFETY: `error` is QEMU's, its text is a C string that lives as long as it, and it is freed once, after the text was copied.
+        // SAFETY: `error` is QEMU's, its text is a C string that lives as long as it, and it is freed once, after the
+        // text was copied.
         unsafe {
             let text = CStr::from_ptr((self.error_text)(error)).to_string_lossy().into_owned();
             (self.error_free)(error);

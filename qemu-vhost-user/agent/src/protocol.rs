@@ -2,9 +2,9 @@
 //! boundaries and file descriptors travel with the message that they belong to. All have a fixed size, but some requests
 //! are followed by records, and a refusal by its reason.
 //!
-//! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read
-//! ends the connection. Requests carry a tag, so that the late answer of one that was given up is not taken for the next one's. All fields are
-//! little endian.
+//! The daemon asks, the agent answers each request with exactly one [`Response`]; a request that cannot be read ends
+//! the connection. Requests carry a tag, so that the late answer of one that was given up is not taken for the next
+//! one's. All fields are little endian.
 
 use std::ffi::{CStr, CString};
 use std::path::Path;
@@ -159,7 +159,8 @@ impl Request {
         Self::encode_records(Request::Vcpus, changes.iter().map(|change| change.encode()))
     }
 
-    /// The bytes of [`Request::Save`] or [`Request::Load`] with the path of the file; `None` if it is too long or contains a zero byte.
+    /// The bytes of [`Request::Save`] or [`Request::Load`] with the path of the file; `None` if it is too long or
+    /// contains a zero byte.
     pub fn encode_path(self, path: &Path) -> Option<Vec<u8>> {
         use std::os::unix::ffi::OsStrExt;
         let path = CString::new(path.as_os_str().as_bytes()).ok()?;

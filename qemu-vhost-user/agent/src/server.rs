@@ -98,8 +98,8 @@ impl Server {
         }
     }
 
-    /// Has QEMU's main thread carry out a request that is about the whole guest, and answer it as soon as that is done. False if it is no such
-    /// request, or this QEMU cannot.
+    /// Has QEMU's main thread carry out a request that is about the whole guest, and answer it as soon as that is done.
+    /// False if it is no such request, or this QEMU cannot.
     fn control(&self, request: Request, message: &[u8], session: &Session) -> bool {
         let path = || Request::path(message).map(|path| path.to_owned());
         let command = match request {

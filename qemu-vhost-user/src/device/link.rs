@@ -1,9 +1,10 @@
 //! The line between a device's session thread and the reactor that owns its rings.
 //!
-//! The session waits for the answer where the protocol wants it so: a ring must not be touched any more when GET_VRING_BASE is
-//! answered. What lets a ring run is only told: QEMU sets up all rings with its guest standing still, and a wait would be two changes of
-//! thread each. Commands are carried out in the order in which they were given. The reactor only ever looks (`try_recv`) and answers into a slot that is
-//! always free, so it cannot be blocked by a session; a session that waits in vain gives up after [`ANSWER_DEADLINE`].
+//! The session waits for the answer where the protocol wants it so: a ring must not be touched any more when
+//! GET_VRING_BASE is answered. What lets a ring run is only told: QEMU sets up all rings with its guest standing still,
+//! and a wait would be two changes of thread each. Commands are carried out in the order in which they were given. The
+//! reactor only ever looks (`try_recv`) and answers into a slot that is always free, so it cannot be blocked by a
+//! session; a session that waits in vain gives up after [`ANSWER_DEADLINE`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

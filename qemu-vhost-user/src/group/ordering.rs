@@ -9,6 +9,7 @@ use consensus::{
     ReplicaId, View,
 };
 use dataplane::fabric::{Fabric, PeerFabric, PeerId, Transport};
+use dataplane::wait::now_us;
 use storage_log::{LegSpec, LogError, LogStore, Options, Record};
 
 use super::GroupError;
@@ -52,13 +53,7 @@ impl Ordering {
     ///
     /// # Errors
     /// When the log cannot be opened or does not hold what we wrote.
-    pub fn open(
-        legs: &[LegSpec],
-        options: Options,
-        config: Config,
-        fabric: PeerFabric,
-        now_us: u64,
-    ) -> Result<Self, GroupError> {
+    pub fn open(legs: &[LegSpec], options: Options, config: Config, fabric: PeerFabric) -> Result<Self, GroupError> {
         let (mut log, stored) = storage_log::open(legs, options)?;
         let corrupt = |error: consensus::WireError| GroupError::ForeignLog {
             dir: legs[0].path().to_owned(),
@@ -77,7 +72,8 @@ impl Ordering {
         // In doubt, nobody knows how far the guest that still runs has come.
         let served_alone = !recovered.doubtful && served_alone(&recovered, config.me);
         let recovered_last = recovered.entries.last().map_or(recovered.base.index, |(index, ..)| *index);
-        let replica = Replica::new(config, recovered, now_us);
+        // Not before: reading a long log takes a while.
+        let replica = Replica::new(config, recovered, now_us());
         Ok(Self {
             replica,
             effects: Effects::default(),

@@ -67,19 +67,19 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
 
     let poller = Arc::new(Poller::new().map_err(system("epoll"))?);
     let GroupPort { control, bulk } = register(listener, vm, me)?;
-    let now = now_us();
     let (device, _session) = open_device(node, vm, socket)?;
     let worker = worker::start(worker_setup(node, vm, me, bulk, device.dirty())).map_err(system("guest worker"))?;
     let idle = choose_idle(node, vm, place);
+    let uplink = open_uplink(node, vm)?;
     if vm.mode == Mode::Unreplicated {
         let parts = Parts {
             node,
             vm,
             device,
-            uplink: open_uplink(node, vm)?,
+            uplink,
             filter: ingress::filter_of(&vm.uplink),
             worker,
-            pace: Pace::new(idle, poller, now),
+            pace: Pace::new(idle, poller, now_us()),
             requests,
             wake,
             memory: memory::map(node, place, passthrough::BURST_BYTES)?,
@@ -87,12 +87,12 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         scheduling::apply(node.scheduling, place.core, idle, "reactor");
         return passthrough::run(parts, stopping);
     }
-    let fabric = PeerFabric::new(fabric_config(&vm.policy), control, poller.clone(), TOKEN_FABRIC, now)
+    // What takes a while comes first: time passes for fabric and consensus once they are there.
+    let memory = Memory::new(node, &vm.policy, place)?;
+    let fabric = PeerFabric::new(fabric_config(&vm.policy), control, poller.clone(), TOKEN_FABRIC, now_us())
         .map_err(system("fabric"))?;
     let legs = node.log_legs(&vm.name);
-    let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric, now)?;
-    let uplink = open_uplink(node, vm)?;
-    let memory = Memory::new(node, &vm.policy, place)?;
+    let ordering = Ordering::open(&legs, node.log_options(), consensus_config(vm, me, listener), fabric)?;
     scheduling::apply(node.scheduling, place.core, idle, "reactor");
     let mut reactor = Reactor {
         node,
@@ -113,7 +113,7 @@ pub fn run(setup: GroupSetup<'_>) -> Result<(), GroupError> {
         follow: Follow::default(),
         totals: Totals::new(),
         last_error: None,
-        pace: Pace::new(idle, poller, now),
+        pace: Pace::new(idle, poller, now_us()),
         requests,
         wake,
         next_progress_us: 0,
