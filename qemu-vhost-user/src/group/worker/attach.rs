@@ -195,7 +195,7 @@ impl QemuGuest {
         done.map_err(|error| GuestError::new(operation, error))
     }
 
-    /// As [`Self::quickly`], through the agent where that can be done: it is several times as fast as the monitor.
+    /// As [`Self::quickly`], through the agent where that can be done: the monitor reads a command byte by byte.
     fn directly(
         &mut self,
         limit: Duration,
