@@ -45,6 +45,7 @@ impl Inbox {
 
 /// See the module.
 pub struct Node {
+    /// Which replica it is.
     pub me: ReplicaId,
     replica: Replica,
     effects: Effects,

@@ -77,8 +77,8 @@ impl Control {
             c"error_free",
         ]
         .map(symbol);
-        // SAFETY: symbols of these names are QEMU's functions of these signatures: the first since 6.2, which introduced its
-        // name (include/block/aio.h), the commands as qapi/misc.json and qapi/migration.json say, since 2.6.
+        // SAFETY: symbols of these names are QEMU's functions of these signatures (include/block/aio.h, qapi/error.h,
+        // qapi/misc.json and qapi/migration.json) since 6.2. No older QEMU has the first, and without it none is used.
         unsafe {
             Some(Control {
                 schedule: std::mem::transmute::<*mut c_void, Schedule>(schedule?),

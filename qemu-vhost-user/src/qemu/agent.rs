@@ -115,8 +115,8 @@ impl AgentError {
 
     /// The connection is unusable; connect anew.
     pub fn is_disconnected(&self) -> bool {
-        use AgentError::{Connect, Garbled, Lost, Timeout};
-        matches!(self, Connect { .. } | Lost { .. } | Timeout { .. } | Garbled { .. })
+        use AgentError::{Connect, Garbled, Lost};
+        matches!(self, Connect { .. } | Lost { .. } | Garbled { .. })
     }
 }
 

@@ -181,6 +181,11 @@ impl QemuGuest {
         self.hurried = hurried;
     }
 
+    /// `limit` holds in a hurry only.
+    fn limited(&self, limit: Duration) -> Duration {
+        if self.hurried { limit } else { COMMAND_TIMEOUT }
+    }
+
     /// Runs a command within the limit that holds in a hurry, and notes whether it was answered.
     fn quickly<T>(
         &mut self,
@@ -188,7 +193,7 @@ impl QemuGuest {
         operation: &'static str,
         command: impl FnOnce(&mut Qmp) -> Result<T, QmpError>,
     ) -> Result<T, GuestError> {
-        self.qmp.set_timeout(if self.hurried { limit } else { COMMAND_TIMEOUT });
+        self.qmp.set_timeout(self.limited(limit));
         let done = command(&mut self.qmp);
         self.qmp.set_timeout(COMMAND_TIMEOUT);
         self.unanswered = done.as_ref().is_err_and(QmpError::is_timeout);
@@ -204,7 +209,8 @@ impl QemuGuest {
         through_monitor: impl FnOnce(&mut Qmp) -> Result<(), QmpError>,
     ) -> Result<(), GuestError> {
         if !self.needs_monitor {
-            let done = through_agent(&mut self.agent, if self.hurried { limit } else { COMMAND_TIMEOUT });
+            let limited = self.limited(limit);
+            let done = through_agent(&mut self.agent, limited);
             self.unanswered = done.as_ref().is_err_and(AgentError::is_timeout);
             if !done.as_ref().is_err_and(AgentError::is_unsupported) {
                 return done.map_err(|error| GuestError::new(operation, error));
