@@ -169,6 +169,8 @@ pub(super) struct Slot {
     pub enabled: bool,
     pub kick: Option<Arc<OwnedFd>>,
     call: Option<OwnedFd>,
+    /// The guest was interrupted since the ring was started.
+    called: bool,
     error: Option<OwnedFd>,
     /// An interrupt that waits; of transmit rings only.
     debt: Option<Debt>,
@@ -366,11 +368,7 @@ impl NetDevice {
             }
             Command::StartRing { index, start } => self.start_ring(index, start),
             Command::StopRing { index } => return self.stop_ring(index),
-            Command::SetCall { index, call } => {
-                if let Some(slot) = self.slots.get_mut(usize::from(index.0)) {
-                    slot.call = call;
-                }
-            }
+            Command::SetCall { index, call } => self.set_call(index, call),
             Command::SetKick { index, kick } => self.set_kick(index, kick),
             Command::SetEnabled { index, enabled } => {
                 if let Some(slot) = self.slots.get_mut(usize::from(index.0)) {
@@ -391,6 +389,7 @@ impl NetDevice {
         slot.broken = false;
         slot.enabled = enabled;
         slot.call = call;
+        slot.called = false;
         slot.error = error;
         self.features = features;
         self.note_polling(index);
@@ -412,6 +411,18 @@ impl NetDevice {
             slot.kick = Some(Arc::clone(&kick));
             self.pending.push_back(DeviceEvent::WatchKick { ring, kick });
         }
+    }
+
+    /// Replaces the other end of a ring's interrupts. QEMU masks one by sending another descriptor, and looks at the old
+    /// one once: what that was given after the look would be lost, so the new one is given it too.
+    fn set_call(&mut self, ring: RingIndex, call: Option<OwnedFd>) {
+        let Some(slot) = self.slots.get_mut(usize::from(ring.0)) else {
+            return;
+        };
+        if let Some(call) = call.as_ref().filter(|_| slot.called) {
+            signal(call);
+        }
+        slot.call = call;
     }
 
     fn stop_ring(&mut self, index: RingIndex) -> Answer {
@@ -545,6 +556,7 @@ impl NetDevice {
             && ring.wants_signal()
         {
             signal(call);
+            slot.called = true;
             self.counters.signals += 1;
         }
     }
