@@ -74,7 +74,7 @@ pub struct SyncTotals {
     /// not is `early_resume`'s) are what the guest stands still for.
     #[serde(default)]
     pub phases_us: Vec<(String, u64)>,
-    /// Why slots ended, and how often: idle, oldest-frame, guard-pressure, max-length.
+    /// Why slots ended, and how often: idle, oldest-frame, pause, guard-pressure, max-length, interval.
     pub slot_ends: std::collections::BTreeMap<String, u64>,
     /// Where the time of slots goes, part after part (leader): `run` (resume to proposal), `order` (proposal to
     /// commit), `stop` (to the stop of the guest), `sync` (to the acknowledgement), `release` (until all frames have

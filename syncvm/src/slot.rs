@@ -1,7 +1,8 @@
 //! `SlotPolicy`: where does a slot end? (PLOVER §4.3)
 //!
 //! A slot ends when the guest is idle, and, so that a busy guest cannot postpone it for ever, when the guard
-//! fills up, when the oldest held frame gets too old, or at the slot's maximum length. Pure: one snapshot
+//! fills up, when the guest has stopped sending, when the oldest held frame gets too old, or at the slot's maximum
+//! length. Pure: one snapshot
 //! in, one decision out, no memory of its own. Fixed intervals as in Remus were rejected by the
 //! paper: an idle guest with a closed TCP window wastes the rest of the interval. They are here all the same
 //! ([`SlotConfig::interval_us`]), so that what that rejection gains can be measured.
@@ -26,12 +27,15 @@ pub struct SlotConfig {
 
 impl Default for SlotConfig {
     fn default() -> Self {
-        Self { guard_pressure_fraction: 0.75, max_hold_us: 50_000, max_slot_us: 100_000, interval_us: None }
+        Self { guard_pressure_fraction: 0.75, max_hold_us: 200_000, max_slot_us: 200_000, interval_us: None }
     }
 }
 
 /// The end of an idle guest's slot waits for one part in so many of what a syncvm usually takes.
 const LINGER_SHARE: u64 = 16;
+/// A guest that computes and has sent nothing for so many times what a syncvm usually takes will not send more soon: what is held
+/// leaves, and the guest stands still for a small part of its time only. While more comes it is worth waiting for.
+const PAUSE_COSTS: u64 = 8;
 /// How many syncvms are remembered.
 const RECENT_COSTS: usize = 64;
 /// How many of so many may have cost more than what is predicted.
@@ -90,6 +94,8 @@ pub struct SlotSnapshot {
     pub guard_capacity_bytes: usize,
     /// Age of the oldest held frame in µs; `None` if nothing is held.
     pub oldest_frame_age_us: Option<u64>,
+    /// Time since the guest last sent a frame that is held, in µs; `None` if nothing is held.
+    pub newest_frame_age_us: Option<u64>,
     /// Time since the slot began (the last resume), in µs.
     pub since_resume_us: u64,
     /// Time since the slot has had something to release or to reconcile, in µs; 0 if it has not.
@@ -119,6 +125,8 @@ pub enum SlotEnd {
     GuardPressure,
     /// The oldest held frame would become too old.
     OldestFrame,
+    /// The guest computes, but has not sent anything for a while.
+    Pause,
     /// The slot reached its maximum length.
     MaxLength,
     /// The slot has its fixed length.
@@ -131,6 +139,7 @@ impl fmt::Display for SlotEnd {
             Self::Idle => "idle",
             Self::GuardPressure => "guard-pressure",
             Self::OldestFrame => "oldest-frame",
+            Self::Pause => "pause",
             Self::MaxLength => "max-length",
             Self::Interval => "interval",
         })
@@ -167,6 +176,10 @@ impl SlotPolicy {
         if now.oldest_frame_age_us.is_some_and(|age| age.saturating_add(lead_us) >= self.config.max_hold_us) {
             return Some(SlotEnd::OldestFrame);
         }
+        let pause_us = now.usual_cost_us.saturating_mul(PAUSE_COSTS);
+        if pause_us > 0 && now.newest_frame_age_us.is_some_and(|age| age >= pause_us) {
+            return Some(SlotEnd::Pause);
+        }
         let idle = now.activity == Activity::Idle && now.pending_inputs == 0;
         let untouched = now.oldest_frame_age_us.is_none() && now.consumed_inputs == 0;
         if idle && untouched {
@@ -196,6 +209,7 @@ mod tests {
         guard_bytes: 0,
         guard_capacity_bytes: 1000,
         oldest_frame_age_us: None,
+        newest_frame_age_us: None,
         since_resume_us: 10,
         active_us: 0,
         idle_max_slot_us: 1_000_000,
@@ -240,17 +254,36 @@ mod tests {
     #[test]
     fn a_busy_guest_cannot_postpone_the_end() {
         let busy = SlotSnapshot { activity: Activity::Busy, pending_inputs: 9, ..QUIET };
-        assert_eq!(decide(SlotSnapshot { active_us: 100_000, ..busy }), Some(SlotEnd::MaxLength));
-        let aged = SlotSnapshot { oldest_frame_age_us: Some(45_000), guard_bytes: 1, ..busy };
-        assert_eq!(decide(aged), Some(SlotEnd::OldestFrame), "45 ms + 5 ms of syncvm");
-        let younger = SlotSnapshot { oldest_frame_age_us: Some(44_999), ..aged };
+        assert_eq!(decide(SlotSnapshot { active_us: 200_000, ..busy }), Some(SlotEnd::MaxLength));
+        let aged = SlotSnapshot { oldest_frame_age_us: Some(195_000), guard_bytes: 1, ..busy };
+        assert_eq!(decide(aged), Some(SlotEnd::OldestFrame), "195 ms + 5 ms of syncvm");
+        let younger = SlotSnapshot { oldest_frame_age_us: Some(194_999), ..aged };
         assert_eq!(decide(younger), None);
         let costly = SlotSnapshot { sync_cost_us: 1_000_000, ..younger };
         assert_eq!(decide(costly), Some(SlotEnd::OldestFrame));
-        let fresh = SlotSnapshot { oldest_frame_age_us: Some(9_999), ..costly };
+        let fresh = SlotSnapshot { oldest_frame_age_us: Some(39_999), ..costly };
         assert_eq!(decide(fresh), None, "a fifth of the bound is always left");
         let full = SlotSnapshot { guard_bytes: 750, oldest_frame_age_us: Some(0), ..busy };
         assert_eq!(decide(full), Some(SlotEnd::GuardPressure));
+    }
+
+    #[test]
+    fn what_a_busy_guest_has_sent_leaves_when_no_more_comes() {
+        let busy = SlotSnapshot { activity: Activity::Busy, guard_bytes: 60, ..QUIET };
+        let silent = |for_us| SlotSnapshot {
+            oldest_frame_age_us: Some(for_us + 1_000),
+            newest_frame_age_us: Some(for_us),
+            ..busy
+        };
+        assert_eq!(decide(silent(31_999)), None, "eight syncvms of 4 ms");
+        assert_eq!(decide(silent(32_000)), Some(SlotEnd::Pause));
+        let sends = SlotSnapshot { oldest_frame_age_us: Some(150_000), newest_frame_age_us: Some(0), ..busy };
+        assert_eq!(decide(sends), None);
+        assert_eq!(
+            decide(SlotSnapshot { usual_cost_us: 0, ..silent(90_000) }),
+            None,
+            "nobody knows yet what one costs"
+        );
     }
 
     #[test]

@@ -30,9 +30,10 @@ pub fn copy_programs(to: &Path) -> Result<()> {
 
 /// Boots the guest on the first host, with a secondary on the second and a witness on the third if the policy wants them.
 ///
-/// The leader's guest has the first CPU; the secondary's, all daemons and the client share the second. The witness has
-/// no guest, so that no other host can become secondary. Their logs are in memory, in `logs`: hosts have a disk each, which a machine
-/// that plays three of them has not.
+/// The leader's guest has the first CPU; the secondary's, all reactors and the client share the second. What the daemons do beside
+/// that is mostly done while the guests stand still, so it may take place on either. The witness has no guest, so that no
+/// other host can become secondary. Their logs are in memory, in `logs`: hosts have a disk each, which a machine that plays
+/// three of them has not.
 ///
 /// # Errors
 /// It does not come up, with what each host says.
@@ -47,12 +48,12 @@ pub fn boot<'a>(
     let mut options = ClusterOptions::new(service, programs.to_owned());
     options.unreplicated = policy.unreplicated;
     options.policy = policy.lines.to_owned();
-    options.node = String::new();
     let fresh = std::fs::remove_dir_all(logs).and_then(|()| std::fs::create_dir(logs));
     fresh.with_context(|| format!("cannot empty {}", logs.display()))?;
     options.logs = Some(logs.to_owned());
     options.qemu_cores = vec![vec![cpus[0]], vec![cpus[1]], Vec::new()];
-    options.daemon_cores = vec![cpus[1]];
+    options.daemon_cores = cpus.to_vec();
+    options.node = format!("reactor_cores = [{}]\n", cpus[1]);
     let cluster = Cluster::new(bed, options)?;
     let hosts = bed.hosts();
     let (members, guests) = if policy.unreplicated { (1, 1) } else { (3, 2) };

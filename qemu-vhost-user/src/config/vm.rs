@@ -196,7 +196,7 @@ impl Default for Policy {
             delta: true,
             failure_timeout_ms: 100,
             idle_threshold_us: 100,
-            max_hold_ms: 100,
+            max_hold_ms: 200,
             max_slot_ms: 200,
             max_idle_wait_ms: 2,
             sync_timeout_ms: 2000,

@@ -35,6 +35,8 @@ pub struct Egress {
     direct: bool,
     releasing: Option<Releasing>,
     held_us: Histogram<u64>,
+    /// When the guest last sent something that was held.
+    newest_us: u64,
 }
 
 /// The guard as the place where the guest's frames go: copied once, from the ring into it.
@@ -104,6 +106,7 @@ impl Egress {
             direct: false,
             releasing: None,
             held_us: histogram(),
+            newest_us: 0,
         }
     }
 
@@ -123,9 +126,17 @@ impl Egress {
             let mut hold = Hold { guard, now_us, refused: false };
             let frames = device.collect(TX_BUDGET_FRAMES, &mut hold);
             refused = hold.refused;
+            if frames > 0 {
+                self.newest_us = now_us;
+            }
             frames
         };
         Collected { frames, more: frames == TX_BUDGET_FRAMES, refused }
+    }
+
+    /// When the newest frame that is held was sent, or one that was discarded after it.
+    pub fn newest_held_us(&self) -> Option<u64> {
+        (self.guard.frames() > 0).then_some(self.newest_us)
     }
 
     /// Whether frames leave at once.

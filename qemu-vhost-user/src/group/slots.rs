@@ -227,6 +227,7 @@ impl Reactor<'_> {
             guard_bytes: guard.bytes(),
             guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
             oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
+            newest_frame_age_us: self.egress.newest_held_us().map(|since| now.saturating_sub(since)),
             since_resume_us: now.saturating_sub(slots.since_us),
             active_us,
             idle_max_slot_us: slots.idle_slot_us,

@@ -8,8 +8,14 @@ use super::slots::SlotTimes;
 use crate::status::{SyncStatus, SyncTotals};
 
 /// Every reason, in the order of its number.
-const SLOT_ENDS: [SlotEnd; 5] =
-    [SlotEnd::Idle, SlotEnd::GuardPressure, SlotEnd::OldestFrame, SlotEnd::MaxLength, SlotEnd::Interval];
+const SLOT_ENDS: [SlotEnd; 6] = [
+    SlotEnd::Idle,
+    SlotEnd::GuardPressure,
+    SlotEnd::OldestFrame,
+    SlotEnd::Pause,
+    SlotEnd::MaxLength,
+    SlotEnd::Interval,
+];
 
 /// A phase and where a report has it.
 type Phase = (&'static str, fn(&PhaseTimes) -> u64);
