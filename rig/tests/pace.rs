@@ -20,10 +20,10 @@ fn with_redis(policy: &str, test: impl FnOnce(&Cluster, &Roles)) {
 
 fn with_guest(service: Service, policy: &str, test: impl FnOnce(&Cluster, &Roles)) {
     let serving = |cluster: &Cluster| {
-        let roles = wait_whole(cluster, Deadline::after_secs(90)).unwrap();
         let (client, boot) = (cluster.bed().client(), Deadline::after_secs(BOOT_LIMIT_SECS));
         client.wait_for_port(cluster.address(), boot).unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
-        test(cluster, &roles);
+        // Not before: a guest that boots may need another secondary, while its device is enabled on one side only.
+        test(cluster, &wait_whole(cluster, Deadline::after_secs(90)).unwrap());
     };
     on_cluster(service, |options| options.policy = policy.to_owned(), serving).unwrap();
 }
@@ -122,32 +122,45 @@ fn an_idle_guest_costs_next_to_nothing() {
     });
 }
 
-const STARVED: Duration = Duration::from_secs(8);
-/// So little that a syncvm takes the secondary several periods of the quota, and that the leader must wait.
-const QUOTA_PERCENT: u32 = 4;
+const STARVED: Duration = Duration::from_secs(6);
+/// Percent of a CPU. With less, a syncvm takes the secondary several periods of the quota. How little makes the leader wait depends
+/// on how fast the machine is: the first that does ends the test.
+const QUOTAS: [u32; 4] = [8, 6, 4, 3];
+/// So many pauses are no accident.
+const PAUSES: u64 = 10;
 /// Where the hard limits would stop the leader; with pauses it slows down before.
 const LONGEST_GAP_MS: f64 = 2_000.0;
+
+/// Loads the guest while the secondary's QEMU has a quota; returns how often the leader paused for it.
+fn starve(cluster: &Cluster, roles: &Roles, quota_percent: u32) -> u64 {
+    let before = status(cluster, &roles.leader);
+    let qemu = roles.secondary.process(QEMU).expect("it was started");
+    let starved = qemu.with_cpu_quota(quota_percent).unwrap();
+    let mut after = Value::Null;
+    // Reading everything back would take long with the quota on.
+    let report = load_for(cluster, STARVED, 64, 16, || {
+        after = status(cluster, &roles.leader);
+        starved.undo().unwrap();
+    });
+    let grown = |count: fn(&Value) -> &Value| {
+        let [before, after] = [&before, &after].map(|status| count(status).as_u64().expect("it is shown"));
+        after - before
+    };
+    assert_eq!((&after["view"], &after["protected"]), (&before["view"], &true.into()), "{after}");
+    assert_eq!(after["secondary"], *roles.secondary.name(), "{after}");
+    assert!(grown(|status| &status["totals"]["failed"]) <= 1, "{after}");
+    let pauses = grown(|status| &status["input_pauses"]);
+    println!("{quota_percent} %: {:.0} 1/s, longest gap {:.0} ms, {pauses} pauses", report.ops_per_s, report.gap_ms);
+    assert!(report.gap_ms < LONGEST_GAP_MS, "it slowed down by standing still for {} ms", report.gap_ms);
+    pauses
+}
 
 #[test]
 #[ignore = "e2e: run by cargo xtask test"]
 fn a_secondary_with_a_small_cpu_quota_is_kept_and_the_leader_slows_down() {
     with_redis("", |cluster, roles| {
-        let before = status(cluster, &roles.leader);
-        let qemu = roles.secondary.process(QEMU).expect("it was started");
-        let starved = qemu.with_cpu_quota(QUOTA_PERCENT).unwrap();
-        let mut after = Value::Null;
-        // Reading everything back would take long with the quota on.
-        let report = load_for(cluster, STARVED, 64, 16, || {
-            after = status(cluster, &roles.leader);
-            starved.undo().unwrap();
-        });
-        assert_eq!((&after["view"], &after["protected"]), (&before["view"], &true.into()), "{after}");
-        assert_eq!(after["secondary"], *roles.secondary.name(), "{after}");
-        assert!(after["totals"]["failed"].as_u64().expect("it is shown") <= 1, "{after}");
-        let pauses = |status: &Value| status["input_pauses"].as_u64().expect("it is shown");
-        println!("{:.0} operations/s, longest gap {:.0} ms", report.ops_per_s, report.gap_ms);
-        assert!(pauses(&after) >= pauses(&before) + 10, "{} pauses: it never slowed down", pauses(&after));
-        assert!(report.gap_ms < LONGEST_GAP_MS, "it slowed down by standing still for {} ms", report.gap_ms);
+        let slowed = QUOTAS.into_iter().any(|quota_percent| starve(cluster, roles, quota_percent) >= PAUSES);
+        assert!(slowed, "it never slowed down");
     });
 }
 
