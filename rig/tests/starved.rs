@@ -65,9 +65,10 @@ fn pause_often(hosts: &[&Host], pauses_ms: &[u64]) {
 /// stays; `at_end` sees what it says then.
 fn with_paused(who: fn(&Roles) -> Vec<&Host>, pauses_ms: &[u64], at_end: impl FnOnce(&Roles, &Value)) {
     let test = |cluster: &Cluster| {
-        let roles = wait_whole(cluster, Deadline::after_secs(90)).unwrap();
         let (client, boot) = (cluster.bed().client(), Deadline::after_secs(BOOT_LIMIT_SECS));
         client.wait_for_port(cluster.address(), boot).unwrap_or_else(|error| panic!("{}", cluster.explain(error)));
+        // Not before: a guest that boots may need another secondary.
+        let roles = wait_whole(cluster, Deadline::after_secs(90)).unwrap();
         let before = cluster.status(&roles.leader).expect("it answers");
         under_load(cluster, || pause_often(&who(&roles), pauses_ms));
         let after = cluster.status(&roles.leader).expect("it answers");

@@ -224,9 +224,9 @@ fn change_behind_the_trackers_back(host: &Host) {
 fn a_write_that_the_tracker_misses_is_found_and_repaired() {
     let bed = Testbed::new().unwrap();
     let cluster = cluster(&bed, Service::Redis, VERIFY);
-    let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
     // A guest that boots sets devices up, and one whose guest is ahead with that must rejoin.
     bed.client().wait_for_port(cluster.address(), Deadline::after_secs(BOOT_LIMIT_SECS)).unwrap();
+    let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
     cluster.ask(&roles.leader, &["sync", VM]).unwrap();
     assert_eq!(total(&cluster, &roles.leader, "diverged"), 0);
 
@@ -261,6 +261,7 @@ fn wait_synced(cluster: &Cluster, leader: &Host) {
 fn without_a_tracker_the_same_change_is_simply_repaired() {
     let bed = Testbed::new().unwrap();
     let cluster = cluster(&bed, Service::Redis, &format!("{VERIFY}tracker = \"full\"\n"));
+    bed.client().wait_for_port(cluster.address(), Deadline::after_secs(BOOT_LIMIT_SECS)).unwrap();
     let roles = wait_whole(&cluster, Deadline::after_secs(90)).unwrap();
     change_behind_the_trackers_back(&roles.secondary);
     let before = total(&cluster, &roles.leader, "verified");
