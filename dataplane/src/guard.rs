@@ -95,6 +95,12 @@ impl Guard {
         Ok(&mut self.ring[at + HEADER_BYTES..at + HEADER_BYTES + len])
     }
 
+    /// What was written to the memory that [`room`](Self::room) gave last; empty if it is committed or none was given.
+    pub fn offered(&self) -> &[u8] {
+        let at = if self.gap_before(record_bytes(self.offered)) > 0 { 0 } else { self.tail };
+        if self.offered == 0 { &[] } else { &self.ring[at + HEADER_BYTES..at + HEADER_BYTES + self.offered] }
+    }
+
     /// Holds the frame that was written to the memory that [`room`](Self::room) gave last, as one that arrived at `now_us`, in
     /// the present slot.
     ///

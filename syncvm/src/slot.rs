@@ -33,9 +33,11 @@ impl Default for SlotConfig {
 
 /// The end of an idle guest's slot waits for one part in so many of what a syncvm usually takes.
 const LINGER_SHARE: u64 = 16;
-/// A guest that computes and has sent nothing for so many times what a syncvm usually takes will not send more soon: what is held
-/// leaves, and the guest stands still for a small part of its time only. While more comes it is worth waiting for.
-const PAUSE_COSTS: u64 = 8;
+/// A guest that computes and has answered nothing for so many times what a syncvm usually takes will not answer soon: what is
+/// held leaves, and the guest stands still for a small part of its time only. While more comes it is worth waiting for.
+const PAUSE_COSTS: u64 = 12;
+/// The same while less than half of those that were answered have asked again.
+const FEW_LINGER_SHARE: u64 = 2;
 /// How many syncvms are remembered.
 const RECENT_COSTS: usize = 64;
 /// How many of so many may have cost more than what is predicted.
@@ -94,16 +96,21 @@ pub struct SlotSnapshot {
     pub guard_capacity_bytes: usize,
     /// Age of the oldest held frame in µs; `None` if nothing is held.
     pub oldest_frame_age_us: Option<u64>,
-    /// Time since the guest last sent a frame that is held, in µs; `None` if nothing is held.
-    pub newest_frame_age_us: Option<u64>,
+    /// Time since the guest last sent something in this slot that somebody may wait for (no bare acknowledgement), in µs; `None` if
+    /// nothing.
+    pub newest_answer_age_us: Option<u64>,
     /// Time since the slot began (the last resume), in µs.
     pub since_resume_us: u64,
     /// Time since the slot has had something to release or to reconcile, in µs; 0 if it has not.
     pub active_us: u64,
     /// Longest slot of a guest that is idle, holds nothing and consumed nothing, in µs.
     pub idle_max_slot_us: u64,
-    /// Inputs that the guest consumed in this slot.
+    /// Frames that the guest consumed in this slot.
     pub consumed_inputs: u64,
+    /// Frames of this slot that somebody may wait for.
+    pub answers: u64,
+    /// Frames of the slot before that somebody may have waited for.
+    pub answers_before: u64,
     /// Inputs that are proposed or committed but not yet in the guest.
     pub pending_inputs: u64,
     /// Time since the guest last got an input, in µs.
@@ -176,8 +183,10 @@ impl SlotPolicy {
         if now.oldest_frame_age_us.is_some_and(|age| age.saturating_add(lead_us) >= self.config.max_hold_us) {
             return Some(SlotEnd::OldestFrame);
         }
+        // A server that answers many at a time pauses before it answers most of them: that is worth waiting for.
+        let most = now.answers >= now.answers_before / 2;
         let pause_us = now.usual_cost_us.saturating_mul(PAUSE_COSTS);
-        if pause_us > 0 && now.newest_frame_age_us.is_some_and(|age| age >= pause_us) {
+        if pause_us > 0 && most && now.newest_answer_age_us.is_some_and(|age| age >= pause_us) {
             return Some(SlotEnd::Pause);
         }
         let idle = now.activity == Activity::Idle && now.pending_inputs == 0;
@@ -193,10 +202,12 @@ impl SlotPolicy {
 
     /// An idle guest may get its next input at once: clients that were answered together ask again one after the
     /// other. A slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end
-    /// waits for a small part of what it costs; but only in a slot that is shorter than a syncvm, or steady traffic
+    /// waits for a part of what it costs, a larger one while most are still to come; but only in a slot that is shorter than a syncvm, or steady traffic
     /// would put it off again and again.
     fn lingers(&self, now: &SlotSnapshot) -> bool {
-        now.quiet_us < now.usual_cost_us / LINGER_SHARE && now.active_us < now.usual_cost_us
+        let few = now.consumed_inputs < now.answers_before / 2;
+        let share = if few { FEW_LINGER_SHARE } else { LINGER_SHARE };
+        now.quiet_us < now.usual_cost_us / share && now.active_us < now.usual_cost_us
     }
 }
 
@@ -209,11 +220,13 @@ mod tests {
         guard_bytes: 0,
         guard_capacity_bytes: 1000,
         oldest_frame_age_us: None,
-        newest_frame_age_us: None,
+        newest_answer_age_us: None,
         since_resume_us: 10,
         active_us: 0,
         idle_max_slot_us: 1_000_000,
         consumed_inputs: 0,
+        answers: 0,
+        answers_before: 0,
         pending_inputs: 0,
         quiet_us: 1_000,
         usual_cost_us: 4_000,
@@ -244,6 +257,10 @@ mod tests {
         let just_asked = SlotSnapshot { quiet_us: 249, ..held };
         assert_eq!(decide(just_asked), None, "a sixteenth of 4 ms for the next to ask");
         assert_eq!(decide(SlotSnapshot { quiet_us: 250, ..held }), Some(SlotEnd::Idle));
+        let few = SlotSnapshot { answers_before: 4, consumed_inputs: 1, quiet_us: 1_999, ..held };
+        assert_eq!(decide(few), None, "most of those who were answered are still to ask");
+        assert_eq!(decide(SlotSnapshot { consumed_inputs: 2, ..few }), Some(SlotEnd::Idle));
+        assert_eq!(decide(SlotSnapshot { quiet_us: 2_000, ..few }), Some(SlotEnd::Idle));
         let long = SlotSnapshot { active_us: 4_000, ..just_asked };
         assert_eq!(decide(long), Some(SlotEnd::Idle), "steady traffic puts no slot off for ever");
         for activity in [Activity::Busy, Activity::Unknown] {
@@ -272,13 +289,16 @@ mod tests {
         let busy = SlotSnapshot { activity: Activity::Busy, guard_bytes: 60, ..QUIET };
         let silent = |for_us| SlotSnapshot {
             oldest_frame_age_us: Some(for_us + 1_000),
-            newest_frame_age_us: Some(for_us),
+            newest_answer_age_us: Some(for_us),
             ..busy
         };
-        assert_eq!(decide(silent(31_999)), None, "eight syncvms of 4 ms");
-        assert_eq!(decide(silent(32_000)), Some(SlotEnd::Pause));
-        let sends = SlotSnapshot { oldest_frame_age_us: Some(150_000), newest_frame_age_us: Some(0), ..busy };
+        assert_eq!(decide(silent(47_999)), None, "twelve syncvms of 4 ms");
+        assert_eq!(decide(silent(48_000)), Some(SlotEnd::Pause));
+        let sends = SlotSnapshot { oldest_frame_age_us: Some(150_000), newest_answer_age_us: Some(0), ..busy };
         assert_eq!(decide(sends), None);
+        let few = SlotSnapshot { answers: 3, answers_before: 8, ..silent(90_000) };
+        assert_eq!(decide(few), None, "most of those who ask are not answered yet");
+        assert_eq!(decide(SlotSnapshot { answers: 4, ..few }), Some(SlotEnd::Pause));
         assert_eq!(
             decide(SlotSnapshot { usual_cost_us: 0, ..silent(90_000) }),
             None,

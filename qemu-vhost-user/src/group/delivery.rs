@@ -62,8 +62,8 @@ pub struct Delivery {
     retry_us: u64,
     /// When the last frame reached the guest.
     pub last_injected_us: u64,
-    /// Whether the guest got anything since its last syncvm.
-    pub consumed_since_sync: bool,
+    /// Frames that the guest got since its last syncvm.
+    pub consumed_since_sync: u64,
     /// Frames dropped for want of buffers, of a driver, or for being malformed.
     pub frames_dropped: u64,
 }
@@ -255,7 +255,7 @@ impl Reactor<'_> {
             if dealt_with > 0 {
                 self.note_taken(rest.clone().take(dealt_with));
                 self.delivery.last_injected_us = now;
-                self.delivery.consumed_since_sync = true;
+                self.delivery.consumed_since_sync += dealt_with as u64;
             }
             let queue = rest.clone().nth(dealt_with).map_or(0, |frame| self.device.receive_pair(frame));
             let blocked = match outcome {

@@ -4,6 +4,7 @@
 //! consensus allows it now ([`Replica::may_release`], R17): that its slot was acknowledged, or that nobody else may lead.
 
 use consensus::{Release, Replica, View};
+use dataplane::frame::is_bare_ack;
 use dataplane::guard::{Guard, SlotMark};
 use dataplane::uplink::Uplink;
 use hdrhistogram::Histogram;
@@ -35,7 +36,17 @@ pub struct Egress {
     direct: bool,
     releasing: Option<Releasing>,
     held_us: Histogram<u64>,
-    /// When the guest last sent something that was held.
+    answers: Answers,
+}
+
+/// What the guest has sent and somebody may wait for: every frame but bare acknowledgements.
+#[derive(Debug, Clone, Copy, Default)]
+struct Answers {
+    /// Held in the present slot.
+    held: u64,
+    /// Held in the slot before.
+    before: u64,
+    /// When the last one came.
     newest_us: u64,
 }
 
@@ -44,6 +55,7 @@ struct Hold<'a> {
     guard: &'a mut Guard,
     now_us: u64,
     refused: bool,
+    answers: u64,
 }
 
 impl FrameSink for Hold<'_> {
@@ -56,6 +68,7 @@ impl FrameSink for Hold<'_> {
 
     #[inline]
     fn commit(&mut self) -> bool {
+        self.answers += u64::from(!is_bare_ack(self.guard.offered()));
         self.guard.commit(self.now_us);
         true
     }
@@ -106,7 +119,7 @@ impl Egress {
             direct: false,
             releasing: None,
             held_us: histogram(),
-            newest_us: 0,
+            answers: Answers::default(),
         }
     }
 
@@ -123,20 +136,31 @@ impl Egress {
                 true
             })
         } else {
-            let mut hold = Hold { guard, now_us, refused: false };
+            let mut hold = Hold { guard, now_us, refused: false, answers: 0 };
             let frames = device.collect(TX_BUDGET_FRAMES, &mut hold);
             refused = hold.refused;
-            if frames > 0 {
-                self.newest_us = now_us;
+            if hold.answers > 0 {
+                self.answers.held += hold.answers;
+                self.answers.newest_us = now_us;
             }
             frames
         };
         Collected { frames, more: frames == TX_BUDGET_FRAMES, refused }
     }
 
-    /// When the newest frame that is held was sent, or one that was discarded after it.
-    pub fn newest_held_us(&self) -> Option<u64> {
-        (self.guard.frames() > 0).then_some(self.newest_us)
+    /// When the guest last sent something in this slot that somebody may wait for.
+    pub fn newest_answer_us(&self) -> Option<u64> {
+        (self.answers.held > 0).then_some(self.answers.newest_us)
+    }
+
+    /// How many frames that somebody may wait for this slot has.
+    pub fn answers(&self) -> u64 {
+        self.answers.held
+    }
+
+    /// How many the slot before had.
+    pub fn answers_before(&self) -> u64 {
+        self.answers.before
     }
 
     /// Whether frames leave at once.
@@ -146,6 +170,7 @@ impl Egress {
 
     /// Ends the present slot: what is held now belongs to it, what comes later does not.
     pub fn seal(&mut self) -> SlotMark {
+        self.answers = Answers { before: self.answers.held, held: 0, ..self.answers };
         self.guard.seal()
     }
 

@@ -209,7 +209,7 @@ impl Reactor<'_> {
         let slots = &mut lead.slots;
         slots.released(now, &mut self.totals.slots);
         let guard = self.egress.guard();
-        let something = guard.frames() > 0 || self.delivery.consumed_since_sync;
+        let something = guard.frames() > 0 || self.delivery.consumed_since_sync > 0;
         let active_us = match something {
             true => now.saturating_sub(*slots.active_since_us.get_or_insert(now)),
             false => 0,
@@ -227,11 +227,13 @@ impl Reactor<'_> {
             guard_bytes: guard.bytes(),
             guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
             oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
-            newest_frame_age_us: self.egress.newest_held_us().map(|since| now.saturating_sub(since)),
+            newest_answer_age_us: self.egress.newest_answer_us().map(|since| now.saturating_sub(since)),
             since_resume_us: now.saturating_sub(slots.since_us),
             active_us,
             idle_max_slot_us: slots.idle_slot_us,
-            consumed_inputs: u64::from(self.delivery.consumed_since_sync),
+            consumed_inputs: self.delivery.consumed_since_sync,
+            answers: self.egress.answers(),
+            answers_before: self.egress.answers_before(),
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
             quiet_us: now.saturating_sub(self.delivery.last_injected_us),
             usual_cost_us: slots.costs.usual_us(),
