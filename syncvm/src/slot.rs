@@ -36,7 +36,7 @@ const LINGER_SHARE: u64 = 16;
 /// A guest that computes and has answered nothing for so many times what a syncvm usually takes will not answer soon: what is
 /// held leaves, and the guest stands still for a small part of its time only. While more comes it is worth waiting for.
 const PAUSE_COSTS: u64 = 12;
-/// The same while less than half of those that were answered have asked again.
+/// The same while the guest has got less than half of what it got in the slot before.
 const FEW_LINGER_SHARE: u64 = 2;
 /// How many syncvms are remembered.
 const RECENT_COSTS: usize = 64;
@@ -107,6 +107,8 @@ pub struct SlotSnapshot {
     pub idle_max_slot_us: u64,
     /// Frames that the guest consumed in this slot.
     pub consumed_inputs: u64,
+    /// Frames that it consumed in the slot before.
+    pub consumed_before: u64,
     /// Frames of this slot that somebody may wait for.
     pub answers: u64,
     /// Frames of the slot before that somebody may have waited for.
@@ -202,10 +204,10 @@ impl SlotPolicy {
 
     /// An idle guest may get its next input at once: clients that were answered together ask again one after the
     /// other. A slot that ends between two of them makes the later ones wait for a whole syncvm more, so the end
-    /// waits for a part of what it costs, a larger one while most are still to come; but only in a slot that is shorter than a syncvm, or steady traffic
-    /// would put it off again and again.
+    /// waits for a part of what it costs, a large one while most are still to come; but only in a slot that is
+    /// shorter than a syncvm, or steady traffic would put it off again and again.
     fn lingers(&self, now: &SlotSnapshot) -> bool {
-        let few = now.consumed_inputs < now.answers_before / 2;
+        let few = now.consumed_inputs < now.consumed_before / 2;
         let share = if few { FEW_LINGER_SHARE } else { LINGER_SHARE };
         now.quiet_us < now.usual_cost_us / share && now.active_us < now.usual_cost_us
     }
@@ -225,6 +227,7 @@ mod tests {
         active_us: 0,
         idle_max_slot_us: 1_000_000,
         consumed_inputs: 0,
+        consumed_before: 0,
         answers: 0,
         answers_before: 0,
         pending_inputs: 0,
@@ -257,7 +260,7 @@ mod tests {
         let just_asked = SlotSnapshot { quiet_us: 249, ..held };
         assert_eq!(decide(just_asked), None, "a sixteenth of 4 ms for the next to ask");
         assert_eq!(decide(SlotSnapshot { quiet_us: 250, ..held }), Some(SlotEnd::Idle));
-        let few = SlotSnapshot { answers_before: 4, consumed_inputs: 1, quiet_us: 1_999, ..held };
+        let few = SlotSnapshot { consumed_before: 4, consumed_inputs: 1, quiet_us: 1_999, ..held };
         assert_eq!(decide(few), None, "most of those who were answered are still to ask");
         assert_eq!(decide(SlotSnapshot { consumed_inputs: 2, ..few }), Some(SlotEnd::Idle));
         assert_eq!(decide(SlotSnapshot { quiet_us: 2_000, ..few }), Some(SlotEnd::Idle));

@@ -64,6 +64,8 @@ pub struct Delivery {
     pub last_injected_us: u64,
     /// Frames that the guest got since its last syncvm.
     pub consumed_since_sync: u64,
+    /// Frames that it got between that syncvm and the one before.
+    pub consumed_before: u64,
     /// Frames dropped for want of buffers, of a driver, or for being malformed.
     pub frames_dropped: u64,
 }
@@ -129,6 +131,11 @@ impl Delivery {
         if let Some(left_bytes) = self.kept_left_bytes.take() {
             self.left_bytes = Some(left_bytes);
         }
+    }
+
+    /// The guest stands still for a syncvm: what it gets from now on belongs to the next slot.
+    pub fn end_slot(&mut self) {
+        self.consumed_before = std::mem::take(&mut self.consumed_since_sync);
     }
 
     /// When a stalled delivery should be looked at again.

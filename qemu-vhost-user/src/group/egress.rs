@@ -223,7 +223,7 @@ impl Egress {
             self.direct = true;
             return;
         }
-        let mark = self.guard.seal();
+        let mark = self.seal();
         self.release(mark, view, Release::Alone, proof);
     }
 

@@ -151,7 +151,7 @@ impl Reactor<'_> {
                 self.worker.standing.sealed.store(number.0, Ordering::Release);
                 self.delivery.pass_sync(number, self.me);
                 self.delivery.forget_kept();
-                self.delivery.consumed_since_sync = 0;
+                self.delivery.end_slot();
                 if abandoned {
                     self.invalidate_guest(now, "the group went on without it");
                 } else {

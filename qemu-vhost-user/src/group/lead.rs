@@ -427,7 +427,7 @@ impl Reactor<'_> {
             lead.slots.stopped(now);
             // From this state on a joiner may come to lead.
             self.egress.set_held();
-            self.delivery.consumed_since_sync = 0;
+            self.delivery.end_slot();
         }
     }
 

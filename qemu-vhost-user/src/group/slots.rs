@@ -232,6 +232,7 @@ impl Reactor<'_> {
             active_us,
             idle_max_slot_us: slots.idle_slot_us,
             consumed_inputs: self.delivery.consumed_since_sync,
+            consumed_before: self.delivery.consumed_before,
             answers: self.egress.answers(),
             answers_before: self.egress.answers_before(),
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
