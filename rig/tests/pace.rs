@@ -76,7 +76,9 @@ fn frames_of_a_guest_that_is_never_idle_are_held_no_longer_than_asked() {
             assert!(held["count"].as_u64().unwrap() > 1_000, "{held}");
             assert!(held["p99_ms"].as_f64().unwrap() <= BOUND_MS as f64, "{held}");
             let ends = &status["totals"]["slot_ends"];
-            assert!(ends["oldest-frame"].as_u64().unwrap() > 20, "the bound ended slots: {ends}");
+            // Redis answers many at a time: a slot may end in the pause after that.
+            let ended = ["oldest-frame", "pause"].map(|why| ends[why].as_u64().unwrap());
+            assert!(ended.iter().sum::<u64>() > 20, "the bound ended slots: {ends}");
             // Held as long as that is allowed, too: a bound is no licence for needless syncvms.
             assert!(held["p99_ms"].as_f64().unwrap() >= BOUND_MS as f64 / 2.0, "{held}");
         },
