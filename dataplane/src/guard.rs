@@ -91,13 +91,13 @@ impl Guard {
             return Err(PushError::Full);
         }
         self.offered = len;
-        let at = if self.gap_before(need) > 0 { 0 } else { self.tail };
+        let at = self.place_of(need);
         Ok(&mut self.ring[at + HEADER_BYTES..at + HEADER_BYTES + len])
     }
 
     /// What was written to the memory that [`room`](Self::room) gave last; empty if it is committed or none was given.
     pub fn offered(&self) -> &[u8] {
-        let at = if self.gap_before(record_bytes(self.offered)) > 0 { 0 } else { self.tail };
+        let at = self.place_of(record_bytes(self.offered));
         if self.offered == 0 { &[] } else { &self.ring[at + HEADER_BYTES..at + HEADER_BYTES + self.offered] }
     }
 
@@ -137,6 +137,11 @@ impl Guard {
     pub fn push(&mut self, now_us: u64, frame: &[u8]) -> Result<FrameNumber, PushError> {
         self.room(frame.len())?.copy_from_slice(frame);
         Ok(self.commit(now_us))
+    }
+
+    /// Where a record of `need` bytes goes.
+    fn place_of(&self, need: usize) -> usize {
+        if self.gap_before(need) > 0 { 0 } else { self.tail }
     }
 
     /// Bytes that stay unused before a record of `need` bytes, because it does not fit before the ring's end.
@@ -322,8 +327,11 @@ mod tests {
                 match op {
                     Op::Push(len) => {
                         let frame: Vec<u8> = (0..len).map(|b| (b ^ step) as u8).collect();
-                        match guard.push(now, &frame) {
+                        let room = guard.room(len).map(|room| room.copy_from_slice(&frame));
+                        prop_assert_eq!(guard.offered(), if room.is_ok() { &frame[..] } else { &[] });
+                        match room.map(|()| guard.commit(now)) {
                             Ok(number) => {
+                                prop_assert!(guard.offered().is_empty());
                                 let slot = marks.last().map_or(1, |m| m.0 + 1);
                                 prop_assert_eq!(number, FrameNumber { slot, position });
                                 position += 1;

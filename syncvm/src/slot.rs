@@ -1,7 +1,7 @@
 //! `SlotPolicy`: where does a slot end? (PLOVER §4.3)
 //!
 //! A slot ends when the guest is idle, and, so that a busy guest cannot postpone it for ever, when the guard
-//! fills up, when the guest has stopped sending, when the oldest held frame gets too old, or at the slot's maximum
+//! fills up, when the guest has stopped answering, when the oldest held frame gets too old, or at the slot's maximum
 //! length. Pure: one snapshot
 //! in, one decision out, no memory of its own. Fixed intervals as in Remus were rejected by the
 //! paper: an idle guest with a closed TCP window wastes the rest of the interval. They are here all the same
@@ -134,7 +134,7 @@ pub enum SlotEnd {
     GuardPressure,
     /// The oldest held frame would become too old.
     OldestFrame,
-    /// The guest computes, but has not sent anything for a while.
+    /// The guest computes, but has answered nothing for a while.
     Pause,
     /// The slot reached its maximum length.
     MaxLength,

@@ -338,6 +338,15 @@ mod tests {
         Committed { index: Index(index), view: View(1), entry: Entry::Input(Payload::from(vec![0; 10])) }
     }
 
+    #[test]
+    fn what_a_slot_consumed_is_known_in_the_next_and_not_longer() {
+        let mut delivery = Delivery { consumed_since_sync: 7, ..Delivery::default() };
+        delivery.end_slot();
+        assert_eq!((delivery.consumed_since_sync, delivery.consumed_before), (0, 7));
+        delivery.end_slot();
+        assert_eq!(delivery.consumed_before, 0);
+    }
+
     fn order(delivery: &Delivery) -> Vec<u64> {
         delivery.queue.iter().map(|committed| committed.index.0).collect()
     }

@@ -50,6 +50,23 @@ struct Answers {
     newest_us: u64,
 }
 
+impl Answers {
+    fn note(&mut self, now_us: u64, answers: u64) {
+        if answers > 0 {
+            self.held += answers;
+            self.newest_us = now_us;
+        }
+    }
+
+    fn end_slot(&mut self) {
+        self.before = std::mem::take(&mut self.held);
+    }
+
+    fn newest_us(&self) -> Option<u64> {
+        (self.held > 0).then_some(self.newest_us)
+    }
+}
+
 /// The guard as the place where the guest's frames go: copied once, from the ring into it.
 struct Hold<'a> {
     guard: &'a mut Guard,
@@ -139,10 +156,7 @@ impl Egress {
             let mut hold = Hold { guard, now_us, refused: false, answers: 0 };
             let frames = device.collect(TX_BUDGET_FRAMES, &mut hold);
             refused = hold.refused;
-            if hold.answers > 0 {
-                self.answers.held += hold.answers;
-                self.answers.newest_us = now_us;
-            }
+            self.answers.note(now_us, hold.answers);
             frames
         };
         Collected { frames, more: frames == TX_BUDGET_FRAMES, refused }
@@ -150,7 +164,7 @@ impl Egress {
 
     /// When the guest last sent something in this slot that somebody may wait for.
     pub fn newest_answer_us(&self) -> Option<u64> {
-        (self.answers.held > 0).then_some(self.answers.newest_us)
+        self.answers.newest_us()
     }
 
     /// How many frames that somebody may wait for this slot has.
@@ -170,7 +184,7 @@ impl Egress {
 
     /// Ends the present slot: what is held now belongs to it, what comes later does not.
     pub fn seal(&mut self) -> SlotMark {
-        self.answers = Answers { before: self.answers.held, held: 0, ..self.answers };
+        self.answers.end_slot();
         self.guard.seal()
     }
 
@@ -280,5 +294,25 @@ impl Egress {
     pub fn counts(&mut self) -> (u64, u64) {
         let drops = self.port.uplink.drops();
         (self.port.handed.saturating_sub(drops.outbound()), drops.outbound() + drops.missed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_counted_by_slot_and_acknowledgements_are_not_news() {
+        let mut answers = Answers::default();
+        answers.note(5, 0);
+        assert_eq!(answers.newest_us(), None);
+        answers.note(6, 3);
+        answers.note(7, 1);
+        answers.note(8, 0);
+        assert_eq!((answers.held, answers.newest_us()), (4, Some(7)));
+        answers.end_slot();
+        assert_eq!((answers.held, answers.before, answers.newest_us()), (0, 4, None), "a slot of its own");
+        answers.end_slot();
+        assert_eq!(answers.before, 0);
     }
 }
