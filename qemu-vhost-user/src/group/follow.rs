@@ -10,8 +10,8 @@ use syncvm::idle::Activity;
 use super::reactor::Reactor;
 use super::worker::{Command, Report};
 
-/// How often the vCPUs' clock is looked at while a guest is expected to become idle.
-pub const IDLE_POLL_US: u64 = 250;
+/// How often the vCPUs' clock is looked at while the leader waits for a guest to become idle. That wait is short.
+const FOLLOW_POLL_US: u64 = 100;
 
 /// The syncvm that this replica follows, if any.
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ impl Follow {
     /// When the next look is due.
     pub fn next_deadline_us(&self, now_us: u64) -> u64 {
         match self {
-            Follow::Waiting { deadline_us, .. } => (*deadline_us).min(now_us + IDLE_POLL_US),
+            Follow::Waiting { deadline_us, .. } => (*deadline_us).min(now_us + FOLLOW_POLL_US),
             _ => u64::MAX,
         }
     }
@@ -86,7 +86,7 @@ impl Reactor<'_> {
         let waits = self.guest.intact && self.vm.policy.interval_us().is_none();
         let idle_wait_us = if waits { self.vm.policy.max_idle_wait_ms * 1000 } else { 0 };
         if idle_wait_us > 0 {
-            self.guest.watch_idle(IDLE_POLL_US);
+            self.guest.watch_idle(FOLLOW_POLL_US);
         }
         self.follow = Follow::Waiting { number, view, deadline_us: now + idle_wait_us };
         true
@@ -95,13 +95,14 @@ impl Reactor<'_> {
     /// Starts the exchange once the guest is idle or has had its time.
     pub(super) fn plan_follow(&mut self, now: u64) {
         let Follow::Waiting { number, view, deadline_us } = self.follow else { return };
-        if now < deadline_us && self.guest.activity(now, self.delivery.last_injected_us) != Activity::Idle {
+        let idle = self.guest.activity(now, self.delivery.last_injected_us) == Activity::Idle;
+        if now < deadline_us && !idle {
             return;
         }
         self.guest.unwatch_idle();
         let leader = self.ordering.replica().leader();
         self.follow = Follow::Running { number, mark: None, staged: false, abandoned: false, leader };
-        self.worker.send(Command::Follow { number, view });
+        self.worker.send(Command::Follow { number, view, idle });
     }
 
     /// A later syncvm with this replica is committed: the leader has given up the one before it.

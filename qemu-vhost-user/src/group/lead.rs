@@ -407,9 +407,9 @@ impl Reactor<'_> {
                 lead.sync = LeadSync::Running { number, with, mark: None, resumed_us: None };
                 lead.slots.stopping(now);
                 let last = lead.hand_over.is_some();
-                let view = lead.view;
+                let (view, idle) = (lead.view, lead.slots.ends_idle());
                 self.guest.stopped_for_hand_over = last;
-                self.worker.send(Command::Lead { number, view, peer: with, last });
+                self.worker.send(Command::Lead { number, view, peer: with, last, idle });
                 true
             }
             LeadSync::Running { number: present, resumed_us, .. } => present == number && resumed_us.is_none(),

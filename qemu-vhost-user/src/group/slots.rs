@@ -9,9 +9,8 @@ use consensus::{Entry, ReplicaId};
 use hdrhistogram::Histogram;
 use syncvm::exchange::SyncReport;
 use syncvm::idle::Activity;
-use syncvm::slot::{SlotConfig, SlotPolicy, SlotSnapshot, SyncCosts};
+use syncvm::slot::{SlotConfig, SlotEnd, SlotPolicy, SlotSnapshot, SyncCosts};
 
-use super::follow::IDLE_POLL_US;
 use super::lead::LeadSync;
 use super::reactor::Reactor;
 use crate::config::Policy;
@@ -27,6 +26,10 @@ const FEW_PAGES: usize = 1024;
 /// Making an idle guest equal takes at most one part in so many of its time.
 const IDLE_SHARE: u64 = 32;
 
+/// How often the vCPUs' clock is looked at while the guest is expected to become idle.
+const IDLE_POLL_US: u64 = 250;
+/// It is expected to so soon after an answer to the last of those who ask.
+const ANSWERED_US: u64 = 2_000;
 /// While the guest may become idle it is looked at again after one part in so many of the time that the slot has
 /// lasted, so that what is lost by late looks stays a small part ...
 const LOOK_SHARE: u64 = 16;
@@ -60,6 +63,8 @@ struct Marks {
     ends_slot: bool,
     /// That slot had something to release or to reconcile.
     was_active: bool,
+    /// It ended because its guest was idle.
+    ends_idle: bool,
 }
 
 /// The slots of one leader.
@@ -132,6 +137,11 @@ impl Slots {
         self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, was_active, ..Marks::default() };
     }
 
+    /// Whether the present syncvm was proposed because the guest was idle.
+    pub fn ends_idle(&self) -> bool {
+        self.marks.ends_idle
+    }
+
     /// The proposal is committed, and the worker told to stop the guest.
     pub fn stopping(&mut self, now_us: u64) {
         self.marks.committed_us = now_us;
@@ -170,16 +180,21 @@ impl Slots {
         };
     }
 
-    /// `active_us`: how long the slot has had something to release or to reconcile.
-    fn look_again(&mut self, now_us: u64, active_us: Option<u64>) {
+    /// `interval_us`: when to look again at a slot that has something to release or to reconcile.
+    fn look_again(&mut self, now_us: u64, interval_us: Option<u64>) {
         self.next_look_us = match self.fixed_us {
             Some(fixed_us) => self.since_us + fixed_us.saturating_sub(self.stop_costs.predicted_us().min(fixed_us / 2)),
-            None => match active_us {
-                Some(active_us) => now_us + look_interval_us(active_us),
+            None => match interval_us {
+                Some(interval_us) => now_us + interval_us,
                 None => self.since_us + self.idle_slot_us,
             },
         };
     }
+}
+
+/// Whether the guest may become idle any moment: it has answered most of those whom it answered in the slot before, the last just now.
+fn expects_idle(answers: u64, answers_before: u64, newest_answer_age_us: Option<u64>) -> bool {
+    answers >= answers_before.saturating_mul(3) / 4 && newest_answer_age_us.is_some_and(|age| age < ANSWERED_US)
 }
 
 /// In powers of two, because the agent has to be woken whenever it changes.
@@ -214,11 +229,17 @@ impl Reactor<'_> {
             true => now.saturating_sub(*slots.active_since_us.get_or_insert(now)),
             false => 0,
         };
+        let newest_answer_age_us = self.egress.newest_answer_us().map(|since| now.saturating_sub(since));
+        let (answers, answers_before) = (self.egress.answers(), self.egress.answers_before());
+        let interval_us = match expects_idle(answers, answers_before, newest_answer_age_us) {
+            true => IDLE_POLL_US,
+            false => look_interval_us(active_us),
+        };
         let activity = match (slots.fixed_us, something) {
             (Some(_), _) => Activity::Unknown,
             (None, false) => Activity::Idle,
             (None, true) => {
-                self.guest.watch_idle(look_interval_us(active_us));
+                self.guest.watch_idle(interval_us);
                 self.guest.activity(now, self.delivery.last_injected_us)
             }
         };
@@ -227,14 +248,14 @@ impl Reactor<'_> {
             guard_bytes: guard.bytes(),
             guard_capacity_bytes: guard.bytes() + guard.free_bytes(),
             oldest_frame_age_us: guard.oldest_us().map(|since| now.saturating_sub(since)),
-            newest_answer_age_us: self.egress.newest_answer_us().map(|since| now.saturating_sub(since)),
+            newest_answer_age_us,
             since_resume_us: now.saturating_sub(slots.since_us),
             active_us,
             idle_max_slot_us: slots.idle_slot_us,
             consumed_inputs: self.delivery.consumed_since_sync,
             consumed_before: self.delivery.consumed_before,
-            answers: self.egress.answers(),
-            answers_before: self.egress.answers_before(),
+            answers,
+            answers_before,
             pending_inputs: u64::from(!self.delivery.is_empty() || self.ingress.in_flight(commit)),
             quiet_us: now.saturating_sub(self.delivery.last_injected_us),
             usual_cost_us: slots.costs.usual_us(),
@@ -246,12 +267,14 @@ impl Reactor<'_> {
         let relieves = something || now.saturating_sub(slots.since_us) >= FULL_REST_US;
         let forced = lead.forced_sync || lead.hand_over.is_some() || (full && relieves);
         let end = slots.policy.decide(&state);
-        slots.look_again(now, something.then_some(active_us));
+        slots.look_again(now, something.then_some(interval_us));
         if (forced || end.is_some())
             && self.propose_sync(now, second)
             && let Some(end) = end
         {
             self.totals.slot_ended(end);
+            let lead = self.lead.as_mut().expect("it has just proposed");
+            lead.slots.marks.ends_idle = end == SlotEnd::Idle;
         }
     }
 
@@ -346,6 +369,18 @@ mod tests {
         assert_eq!(compare(5, 0, Some(0)), IDLE_SLOT_US, "it was not idle");
         assert_eq!(compare(FEW_PAGES + 1, 100_000, None), 100_000 * IDLE_SHARE);
         assert_eq!(compare(FEW_PAGES + 1, 20_000_000, None), LONGEST_IDLE_SLOT_US, "one long syncvm is no rule");
+    }
+
+    #[test]
+    fn the_end_of_a_long_slot_is_looked_for_where_it_is_expected() {
+        assert!(expects_idle(48, 64, Some(ANSWERED_US - 1)));
+        assert!(!expects_idle(47, 64, Some(0)), "most have had no answer yet");
+        assert!(!expects_idle(64, 64, Some(ANSWERED_US)), "it computes on");
+        assert!(!expects_idle(0, 0, None), "it has answered nobody");
+        let mut slots = Slots::new(&Policy::default(), 0);
+        slots.marks.ends_idle = true;
+        slots.proposed(5, true);
+        assert!(!slots.ends_idle(), "that was the syncvm before");
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct FollowerContext<G, C, O> {
     pub config: ExchangeConfig,
     /// The present view.
     pub view: u64,
+    /// The guest is idle as the next syncvm begins: then it does not matter how long it stands still, only how soon all is over.
+    pub idle: bool,
     pub(crate) standing: Standing,
     pub(crate) pairing: Pairing,
     pub(crate) pool: SlotHasher,
@@ -90,6 +92,7 @@ impl<G: Guest, C: Channel, O: Observer> FollowerContext<G, C, O> {
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
+            idle: false,
             pool: SlotHasher::new(parts.pool),
             link: Link::new(parts.channel),
             standing,
@@ -352,7 +355,8 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Before the stop, if the leader will probably want that: as much of steps 2 to 4 as can be done while the guest runs.
     fn compare_ahead(&mut self) -> Result<(), SyncError> {
         let FollowerContext { guest, config, usual_pages, pairing, leader_ahead, .. } = &*self.ctx;
-        let possible = *leader_ahead && ahead::is_possible(guest);
+        // Where this guest is idle the leader's probably is, too.
+        let possible = *leader_ahead && !self.ctx.idle && ahead::is_possible(guest);
         if !possible || !ahead::is_wanted(config, config.transfer, *usual_pages, pairing.pages()) {
             return Ok(());
         }

@@ -30,6 +30,8 @@ pub struct LeaderContext<G, C, O> {
     pub config: ExchangeConfig,
     /// The present view.
     pub view: u64,
+    /// The guest is idle as the next syncvm begins: then it does not matter how long it stands still, only how soon all is over.
+    pub idle: bool,
     pub(crate) pairing: Pairing,
     pub(crate) pool: SlotHasher,
     pub(crate) link: Link<C>,
@@ -61,6 +63,7 @@ impl<G: Guest, C: Channel, O: Observer> LeaderContext<G, C, O> {
             observer: parts.observer,
             config: parts.config,
             view: parts.view,
+            idle: false,
             pool: SlotHasher::new(parts.pool),
             link: Link::new(parts.channel),
             pairing,
@@ -219,14 +222,14 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let mut found = self.find(&union)?;
         self.copy(&found, device);
         let early = self.ctx.config.early_resume && !self.ctx.config.verify;
-        if early {
-            if !self.ctx.observer.may_run() {
-                return Err(SyncError::Deposed);
-            }
-            self.resume()?;
-            self.point(Phase::LeaderResumed);
+        if early && !self.ctx.idle {
+            self.resume_early()?;
         }
         self.send_transfer(&mut found)?;
+        if early && self.ctx.idle {
+            // While the follower takes it in: the acknowledgement comes no later for it.
+            self.resume_early()?;
+        }
         self.await_ack(&mut found)?;
         if self.ctx.config.verify {
             verify::lead(self.ctx, &self.header, &self.deadlines)?;
@@ -238,6 +241,15 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         if !early && self.ctx.observer.may_run() {
             self.resume()?;
         }
+        Ok(())
+    }
+
+    fn resume_early(&mut self) -> Result<(), SyncError> {
+        if !self.ctx.observer.may_run() {
+            return Err(SyncError::Deposed);
+        }
+        self.resume()?;
+        self.point(Phase::LeaderResumed);
         Ok(())
     }
 
@@ -342,7 +354,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Before the stop: as much of steps 2 to 5 as can be done while the guest runs.
     fn compare_ahead(&mut self) -> Result<(), SyncError> {
         let LeaderContext { config, usual_pages, pairing, .. } = &*self.ctx;
-        let wanted = ahead::is_wanted(config, self.report.transfer, *usual_pages, pairing.pages());
+        let wanted = !self.ctx.idle && ahead::is_wanted(config, self.report.transfer, *usual_pages, pairing.pages());
         let terms = self.ctx.terms();
         if !wanted || !terms.ahead {
             return Ok(());

@@ -97,6 +97,13 @@ fn sides_of_another_mind_agree_all_the_same() {
         let (led, followed) = good_sync(&mut leader, &mut follower, number + 2);
         assert_eq!((led.known_hashes, followed.known_hashes, led.copied_ahead), (0, 0, 0));
     }
+    // The two guests need not become idle together.
+    for (number, (leader_idle, follower_idle)) in (30..).zip([(true, false), (false, true), (true, true)]) {
+        (leader.idle, follower.idle) = (leader_idle, follower_idle);
+        let (led, followed) = good_sync(&mut leader, &mut follower, number);
+        let known = if leader_idle { 0 } else { led.compared_pages };
+        assert_eq!((led.known_hashes, followed.known_hashes), (known, known), "{leader_idle} {follower_idle}");
+    }
 }
 
 #[test]
@@ -122,7 +129,8 @@ fn a_syncvm_that_failed_leaves_no_hash_behind() {
 #[test]
 fn nothing_is_hashed_ahead_unless_it_is_switched_on_possible_and_of_use() {
     type Change = fn(&mut Leader);
-    let changes: [(&str, Change); 5] = [
+    let changes: [(&str, Change); 6] = [
+        ("idle", |leader| leader.idle = true),
         ("off", |leader| leader.config.background_hashing = false),
         ("stop", |leader| leader.guest.needs_stop = true),
         ("everything", |leader| leader.guest.tells_nothing = true),

@@ -41,12 +41,12 @@ fn a_channel_that_breaks_at_any_message_in_any_way_does_no_harm() {
     // The eighth or ninth fault strikes after the last message of a small syncvm. An acknowledgement that arrives is
     // one, whatever its sender was told; and one that does not, or an end message whose sender saw an error, leaves a
     // follower that applied without the leader knowing.
-    assert_eq!(break_everywhere(TransferMode::Pages, false, 8), (2 * (7 + 7 + 6), 2 * 3));
-    assert_eq!(break_everywhere(TransferMode::Delta, false, 10), (2 * (9 + 9 + 8), 2 * 3));
-    assert_eq!(break_everywhere(TransferMode::All, false, 7), (2 * (6 + 6 + 5), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::Pages, false, 8), (3 * (7 + 7 + 6), 3 * 3));
+    assert_eq!(break_everywhere(TransferMode::Delta, false, 10), (3 * (9 + 9 + 8), 3 * 3));
+    assert_eq!(break_everywhere(TransferMode::All, false, 7), (3 * (6 + 6 + 5), 3 * 3));
     // Two sets and the hashes before the stop, and no hashes there.
-    assert_eq!(break_everywhere(TransferMode::Pages, true, 10), (2 * (9 + 9 + 8), 2 * 3));
-    assert_eq!(break_everywhere(TransferMode::Delta, true, 12), (2 * (11 + 11 + 10), 2 * 3));
+    assert_eq!(break_everywhere(TransferMode::Pages, true, 10), (3 * (9 + 9 + 8), 3 * 3));
+    assert_eq!(break_everywhere(TransferMode::Delta, true, 12), (3 * (11 + 11 + 10), 3 * 3));
 }
 
 /// How many syncvms failed, and how many of these the follower had applied.
@@ -58,8 +58,10 @@ fn break_everywhere(mode: TransferMode, ahead: bool, messages: usize) -> (usize,
     good_sync(&mut leader, &mut follower, number);
     let (mut failed, mut applied_unacknowledged) = (0, 0);
     for how in [Break::Refused, Break::Lost, Break::Uncertain] {
-        for early_resume in [true, false] {
+        // A syncvm of an idle guest compares nothing ahead.
+        for (early_resume, idle) in [(true, false), (false, false), (true, !ahead)] {
             leader.config.early_resume = early_resume;
+            (leader.idle, follower.idle) = (idle, idle);
             for at_message in 0..messages {
                 number += 1;
                 let before = (follower.observer.applied, leader.observer.acknowledged);
@@ -76,6 +78,20 @@ fn break_everywhere(mode: TransferMode, ahead: bool, messages: usize) -> (usize,
         }
     }
     (failed, applied_unacknowledged)
+}
+
+#[test]
+fn an_idle_guest_runs_again_when_the_transfer_is_on_its_way() {
+    for (idle, mode) in [false, true].into_iter().flat_map(|idle| TransferMode::EVERY.map(|mode| (idle, mode))) {
+        let (mut leader, mut follower) = pair(7, PAGES);
+        leader.config.transfer = mode;
+        leader.idle = idle;
+        good_sync(&mut leader, &mut follower, 1);
+        let place = |phase| leader.observer.seen.iter().position(|seen| *seen == phase).expect("each is passed");
+        let [resumed, sent] = [Phase::LeaderResumed, Phase::LeaderSent].map(place);
+        assert_eq!(resumed > sent, idle, "{mode:?}");
+        assert!(resumed.max(sent) < place(Phase::LeaderAcked), "before the follower has answered");
+    }
 }
 
 proptest! {

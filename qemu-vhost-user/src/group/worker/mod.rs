@@ -52,6 +52,8 @@ pub enum Command {
         peer: ReplicaId,
         /// The last syncvm before a planned hand-over: the guest stays stopped.
         last: bool,
+        /// The guest is idle.
+        idle: bool,
     },
     /// Bring `peer` near, in rounds, while the guest runs.
     LeadRejoin {
@@ -68,6 +70,8 @@ pub enum Command {
         number: Index,
         /// The view in which it was proposed.
         view: View,
+        /// The guest is idle.
+        idle: bool,
     },
     /// End the thread.
     End,

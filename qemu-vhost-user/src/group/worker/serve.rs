@@ -251,9 +251,9 @@ impl Serve {
             Command::Resume => self.run_guest(),
             Command::Leads => self.note_leading(),
             Command::Halt => self.halt(),
-            Command::Lead { number, view, peer, last } => self.lead(number, view, peer, last),
+            Command::Lead { number, view, peer, last, idle } => self.lead(number, view, peer, last, idle),
             Command::LeadRejoin { view, peer, number } => self.lead_rejoin(view, peer, number),
-            Command::Follow { number, view } => self.follow(number, view),
+            Command::Follow { number, view, idle } => self.follow(number, view, idle),
             Command::End => {}
         }
     }
@@ -395,11 +395,12 @@ impl Serve {
         Ok(context)
     }
 
-    fn lead(&mut self, number: Index, view: View, peer: ReplicaId, last: bool) {
+    fn lead(&mut self, number: Index, view: View, peer: ReplicaId, last: bool, idle: bool) {
         let early_resume = self.setup.vm.policy.early_resume && !last;
         let result = match self.leader_towards(peer, view, number.0) {
             Ok(context) => {
                 context.config.early_resume = early_resume;
+                context.idle = idle;
                 context.observer.begin(number, view, last);
                 lead_syncvm(context, number.0).map_err(|error| {
                     let diverged = matches!(error, SyncError::Diverged { .. });
@@ -490,7 +491,7 @@ impl Serve {
         Some(context)
     }
 
-    fn follow(&mut self, number: Index, view: View) {
+    fn follow(&mut self, number: Index, view: View, idle: bool) {
         // A connection that waits is newer than the one in use, which the leader has then given up.
         self.take_incoming();
         if !self.has_link() {
@@ -500,6 +501,7 @@ impl Serve {
             None => Err(("there is no QEMU that can follow".to_owned(), false, false)),
             Some(context) => {
                 context.observer.begin(number, view, false);
+                context.idle = idle;
                 context.guest.hurry(true);
                 let followed = follow_syncvm(context, number.0);
                 context.guest.hurry(false);
