@@ -20,6 +20,9 @@ use crate::page::{PAGE_BYTES, PageNumber};
 use crate::pairing::Pairing;
 use crate::transfer::{Header, Kind, Outgoing, Scope, Terms, TransferMode, WireError};
 
+/// A transfer of so many pages, or blocks of them, is sent before an idle guest runs again: some milliseconds, if all of each differs.
+const SEND_FIRST_PAGES: usize = 2048;
+
 /// What a leader keeps between exchanges with one follower.
 pub struct LeaderContext<G, C, O> {
     /// The guest.
@@ -222,11 +225,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         let mut found = self.find(&union)?;
         self.copy(&found, device);
         let early = self.ctx.config.early_resume && !self.ctx.config.verify;
-        if early && !self.ctx.idle {
+        let send_first = self.ctx.idle && self.report.sent_pages <= SEND_FIRST_PAGES;
+        if early && !send_first {
             self.resume_early()?;
         }
         self.send_transfer(&mut found)?;
-        if early && self.ctx.idle {
+        if early && send_first {
             // While the follower takes it in: the acknowledgement comes no later for it.
             self.resume_early()?;
         }
