@@ -382,7 +382,7 @@ impl Reactor<'_> {
                 }
             }
             (Rejoin::Final(peer), LeadSync::Resting) => {
-                self.propose_sync(now, peer);
+                self.propose_sync(now, peer, None);
             }
             (Rejoin::Naming(peer, base), _) if lead.naming.is_none() => {
                 let naming = self.ordering.propose(now, Entry::Second { replica: Some(peer), base });

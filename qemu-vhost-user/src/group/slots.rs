@@ -131,10 +131,12 @@ impl Slots {
         if gather_us < SHORTEST_GATHER_US { 0 } else { gather_us.min(LONGEST_GATHER_US) }
     }
 
-    fn proposed(&mut self, now_us: u64, ends_slot: bool) {
+    /// `end`: why the slot ends by itself, if it does.
+    fn proposed(&mut self, now_us: u64, ends_slot: bool, end: Option<SlotEnd>) {
         let ran_us = now_us.saturating_sub(self.since_us);
         let was_active = self.active_since_us.is_some();
-        self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, was_active, ..Marks::default() };
+        let ends_idle = end == Some(SlotEnd::Idle);
+        self.marks = Marks { ran_us, proposed_us: now_us, ends_slot, was_active, ends_idle, ..Marks::default() };
     }
 
     /// Whether the present syncvm was proposed because the guest was idle.
@@ -269,17 +271,15 @@ impl Reactor<'_> {
         let end = slots.policy.decide(&state);
         slots.look_again(now, something.then_some(interval_us));
         if (forced || end.is_some())
-            && self.propose_sync(now, second)
+            && self.propose_sync(now, second, end)
             && let Some(end) = end
         {
             self.totals.slot_ended(end);
-            let lead = self.lead.as_mut().expect("it has just proposed");
-            lead.slots.marks.ends_idle = end == SlotEnd::Idle;
         }
     }
 
-    /// Returns whether it is proposed.
-    pub(super) fn propose_sync(&mut self, now: u64, with: ReplicaId) -> bool {
+    /// Because of `end`, if the slot ends by itself. Returns whether it is proposed.
+    pub(super) fn propose_sync(&mut self, now: u64, with: ReplicaId, end: Option<SlotEnd>) -> bool {
         let ends_slot = self.ordering.replica().second() == Some(with);
         let Some(number) = self.ordering.propose(now, Entry::SyncVm { with }) else {
             if let Some(lead) = &mut self.lead {
@@ -291,7 +291,7 @@ impl Reactor<'_> {
         if let Some(lead) = &mut self.lead {
             lead.sync = LeadSync::Proposed { number, with };
             lead.forced_sync = false;
-            lead.slots.proposed(now, ends_slot);
+            lead.slots.proposed(now, ends_slot, end);
         }
         true
     }
@@ -360,7 +360,7 @@ mod tests {
         let mut compare = |union_pages, total_us, something| {
             slots.begin(0);
             slots.active_since_us = something;
-            slots.proposed(0, true);
+            slots.proposed(0, true, None);
             slots.compared(&SyncReport { union_pages, total_us, ..SyncReport::default() });
             slots.idle_slot_us
         };
@@ -378,9 +378,10 @@ mod tests {
         assert!(!expects_idle(64, 64, Some(ANSWERED_US)), "it computes on");
         assert!(!expects_idle(0, 0, None), "it has answered nobody");
         let mut slots = Slots::new(&Policy::default(), 0);
-        slots.marks.ends_idle = true;
-        slots.proposed(5, true);
-        assert!(!slots.ends_idle(), "that was the syncvm before");
+        for (end, idle) in [(Some(SlotEnd::Idle), true), (Some(SlotEnd::Pause), false), (None, false)] {
+            slots.proposed(5, true, end);
+            assert_eq!(slots.ends_idle(), idle, "{end:?}");
+        }
     }
 
     #[test]

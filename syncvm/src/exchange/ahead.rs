@@ -8,8 +8,9 @@
 //! Should they ever not, the follower finds that the hashes over all equal pages and over all patched pages are not the leader's.
 //!
 //! The stop is shorter by most of what is done in it, the whole exchange longer by one harvest and one round trip; that is why it is
-//! left out where little is dirty, and where the guest is idle and does not mind the stop: its clients wait for the whole exchange. The leader decides by the last union, and both know that one; a follower that finds
-//! the leader of another mind stops later than it could have, or stands still while it compares ahead.
+//! left out where little is dirty, and where the guest is idle: nobody minds the stop then, and its clients wait for the whole
+//! exchange. The leader decides, by the last union, which both know, and by its own guest; a follower that finds it of another
+//! mind stops later than it could have, or stands still while it compares ahead.
 
 use super::{Channel, Deadlines, ExchangeConfig, Guest, Link, SyncError};
 use crate::dirty::DirtySet;

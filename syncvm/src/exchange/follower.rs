@@ -355,7 +355,7 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
     /// Before the stop, if the leader will probably want that: as much of steps 2 to 4 as can be done while the guest runs.
     fn compare_ahead(&mut self) -> Result<(), SyncError> {
         let FollowerContext { guest, config, usual_pages, pairing, leader_ahead, .. } = &*self.ctx;
-        // Where this guest is idle the leader's probably is, too.
+        // A guess: where this guest is idle the leader's probably is, too.
         let possible = *leader_ahead && !self.ctx.idle && ahead::is_possible(guest);
         if !possible || !ahead::is_wanted(config, config.transfer, *usual_pages, pairing.pages()) {
             return Ok(());

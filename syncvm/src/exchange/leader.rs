@@ -226,7 +226,9 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         self.copy(&found, device);
         let early = self.ctx.config.early_resume && !self.ctx.config.verify;
         let send_first = self.ctx.idle && self.report.sent_pages <= SEND_FIRST_PAGES;
-        if early && !send_first {
+        if early && send_first {
+            self.check_may_run()?;
+        } else if early {
             self.resume_early()?;
         }
         self.send_transfer(&mut found)?;
@@ -248,10 +250,12 @@ impl<G: Guest, C: Channel, O: Observer> Run<'_, G, C, O> {
         Ok(())
     }
 
+    fn check_may_run(&mut self) -> Result<(), SyncError> {
+        if self.ctx.observer.may_run() { Ok(()) } else { Err(SyncError::Deposed) }
+    }
+
     fn resume_early(&mut self) -> Result<(), SyncError> {
-        if !self.ctx.observer.may_run() {
-            return Err(SyncError::Deposed);
-        }
+        self.check_may_run()?;
         self.resume()?;
         self.point(Phase::LeaderResumed);
         Ok(())

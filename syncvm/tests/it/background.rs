@@ -103,6 +103,12 @@ fn sides_of_another_mind_agree_all_the_same() {
         let (led, followed) = good_sync(&mut leader, &mut follower, number);
         let known = if leader_idle { 0 } else { led.compared_pages };
         assert_eq!((led.known_hashes, followed.known_hashes), (known, known), "{leader_idle} {follower_idle}");
+        let guessed = [led.phases.ahead_us > 0, followed.phases.ahead_us > 0];
+        assert_eq!(
+            guessed,
+            [!leader_idle, !follower_idle],
+            "each goes by its own guest before it hears of the other's"
+        );
     }
 }
 

@@ -365,14 +365,17 @@ fn the_leaders_page_hash_holds_on_both_sides() {
 
 #[test]
 fn a_deposed_leaders_guest_stays_stopped_and_nothing_is_released() {
-    let (mut leader, mut follower) = pair(13, PAGES);
-    good_sync(&mut leader, &mut follower, 1);
-    leader.observer.may_not_run = true;
-    let (led, followed) = sync(&mut leader, &mut follower, 2, None);
-    assert!(matches!(led, Err(SyncError::Deposed)));
-    assert!(followed.is_err());
-    assert!(!leader.guest.running && follower.guest.running);
-    assert_eq!(leader.observer.acknowledged, 1);
+    for idle in [false, true] {
+        let (mut leader, mut follower) = pair(13, PAGES);
+        good_sync(&mut leader, &mut follower, 1);
+        leader.idle = idle;
+        leader.observer.may_not_run = true;
+        let (led, followed) = sync(&mut leader, &mut follower, 2, None);
+        assert!(matches!(led, Err(SyncError::Deposed)));
+        assert!(followed.is_err(), "nor is anything sent that it could apply");
+        assert!(!leader.guest.running && follower.guest.running);
+        assert_eq!(leader.observer.acknowledged, 1);
+    }
 }
 
 #[test]
